@@ -1,0 +1,100 @@
+"""A recipe made into one root module: what data-parallel wrappers wrap and what a checkpoint holds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from meristem.errors import RecipeError
+from meristem.platform.objectives import Loss, Objective
+from meristem.platform.recipe import Recipe
+from meristem.platform.schedules import value
+from meristem.platform.step import Batch, Step
+
+
+class Teacher(nn.Module):
+    """Copies of recipe modules that follow them by an exponential moving average and never get a gradient.
+
+    Parameters: t <- m·t + (1 − m)·s. Buffers are copied.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.copies = nn.ModuleDict({name: copy.deepcopy(module) for name, module in modules.items()})
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def follow(self, modules: Mapping[str, nn.Module], momentum: float) -> None:
+        for name, mine in self.copies.items():
+            ours: list[Tensor] = list(mine.parameters())
+            theirs: list[Tensor] = list(modules[name].parameters())
+            if ours:
+                torch._foreach_lerp_(ours, theirs, 1 - momentum)
+            for a, b in zip(mine.buffers(), modules[name].buffers(), strict=True):
+                a.copy_(b)
+
+
+class Assembly(nn.Module):
+    """Encoder, heads, objectives and teacher of a recipe, under one root.
+
+    forward(batch, progress) -> named losses. `task` objectives may be added by fine-tuning.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.tokenizer = recipe.modality.tokenizer()
+        self.encoder = recipe.encoder.build(self.tokenizer, recipe.modality.axes, recipe.modality.channels)
+        width = self.encoder.width
+        self.heads = nn.ModuleDict({name: head.build(width) for name, head in recipe.heads.items()})
+        self.objectives = nn.ModuleDict()
+        for name, settings in recipe.objectives.items():
+            self.objectives[name] = settings.build(self)
+        self.teacher: Teacher | None = None
+        if recipe.teacher is not None:
+            self.teacher = Teacher({name: self.module("encoder", name) for name in recipe.teacher.of})
+        self.look_offset, total = {}, 0
+        for name, view in recipe.views.items():
+            self.look_offset[name] = total
+            total += view.count
+        self.last_step: Step | None = None
+
+    def module(self, by: str, name: str) -> nn.Module:
+        """The module `name` (encoder or a head) of the student (`by` = encoder) or of the teacher."""
+        if by != "encoder":
+            if self.teacher is None:
+                raise RecipeError(f"an objective encodes by '{by}' but the recipe has no teacher", "Add a `teacher:` entry.")
+            if name not in self.teacher.copies:
+                has = ", ".join(self.teacher.copies)
+                raise RecipeError(f"the teacher has no copy of '{name}'", f"Add it to teacher.of (now: {has}).")
+            return self.teacher.copies[name]
+        return self.encoder if name == "encoder" else self.heads[name]
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Loss]:
+        step = Step(self, batch, progress, self.recipe.train.seed)
+        losses: dict[str, Loss] = {}
+        for name, objective in self.objectives.items():
+            for line, loss in objective(step).items():
+                losses[name if line == "" else f"{name}.{line}"] = loss
+        self.last_step = step
+        return losses
+
+    @torch.no_grad()
+    def after(self, progress: float) -> None:
+        """Once per optimiser step: the objectives' buffers, then the teacher."""
+        assert self.last_step is not None
+        for objective in self.objectives.values():
+            assert isinstance(objective, Objective)
+            objective.after(self.last_step)
+        self.last_step = None
+        if self.teacher is not None and self.recipe.teacher is not None:
+            students = {name: self.module("encoder", name) for name in self.recipe.teacher.of}
+            self.teacher.follow(students, value(self.recipe.teacher.momentum, progress))
+
+
+def total(losses: Mapping[str, Loss]) -> Tensor:
+    """The weighted sum of (total / count) on this rank; the loop reduces counts over ranks first."""
+    return torch.stack([loss.weight * loss.total / loss.count for loss in losses.values()]).sum()

@@ -1,0 +1,49 @@
+"""The encoder contract: one call, one result, for transformers and convolutions alike."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+
+from meristem.modalities.base import Axis, Settings, Tokenizer
+from meristem.modalities.stream import TokenStream
+from meristem.platform.objectives import Encoded, Plan
+
+
+class Encoder(nn.Module):
+    """Tokens or arrays in, `Encoded` out.
+
+    width: D of its tokens. takes: how it can be masked, of {drop, replace}: `drop` encodes the plan's kept tokens only,
+    `replace` puts a learned mask token (or zeros, in convolutions) where content is hidden. provides: what it can return, of
+    {cls, mean, pyramid, dense, layers, attention}. mask_unit: grain, in tokens of the stream, at which it can be masked.
+    pyramid_widths, pyramid_strides: channels and stride (array elements) of each pyramid level, fine to coarse.
+    dense_width: channels of `dense`.
+    """
+
+    width: int
+    takes: frozenset[str] = frozenset()
+    provides: frozenset[str] = frozenset({"mean"})
+    mask_unit: tuple[int, ...] = ()
+    pyramid_widths: tuple[int, ...] = ()
+    pyramid_strides: tuple[tuple[int, ...], ...] = ()
+    dense_width: int = 0
+
+    def forward(self, stream: TokenStream, plan: Plan | None = None, *, want: frozenset[str] = frozenset()) -> Encoded:
+        """stream: already reduced to what the recipe's `sees` allows. want: of {pyramid, dense, layers, attention}."""
+        raise NotImplementedError
+
+    def layer_groups(self) -> list[list[nn.Parameter]]:
+        """Parameters from input to output, for layer-wise learning-rate decay; each parameter in one group."""
+        raise NotImplementedError
+
+
+class EncoderSettings(Settings):
+    """The typed entry of an encoder in a recipe. sees: stream fields beside content that it is given."""
+
+    takes: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset({"mean"})
+    sees: frozenset[str] = frozenset({"position"})
+
+    def build(self, tokenizer: Tokenizer, axes: tuple[Axis, ...], channels: int) -> Encoder:
+        raise NotImplementedError

@@ -1,0 +1,133 @@
+"""What passes between encoders, engines and losses: plans, encodings, units, pairs and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from meristem.modalities.base import Settings
+
+if TYPE_CHECKING:
+    from meristem.platform.assembly import Assembly
+    from meristem.platform.step import Step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a masking decided about one stream.
+
+    keep: (B, k) indices of the tokens that enter the encoder, ascending; None when hidden tokens are replaced instead.
+    hidden: (B, N) bool, the tokens whose content the encoder does not get. predict: (B, N) weight of each token in the loss.
+    """
+
+    hidden: Tensor
+    predict: Tensor
+    keep: Tensor | None = None
+
+
+@dataclass
+class Encoded:
+    """Result of one pass.
+
+    tokens: (B, n, D). summary: name -> (B, D): `mean`, and `cls` where the encoder has one. valid: (B, n).
+    index: (B, n) which stream tokens these are; None: all of the encoder's own lattice. lattice: that lattice's shape.
+    pyramid: feature maps (B, D_i, *S_i), fine to coarse, when wanted. dense: (B, D, *S) map at the array's resolution, when
+    wanted. layers: tokens after each block, when wanted. attention: (B, H, n, n) of the last block, when wanted.
+    """
+
+    tokens: Tensor
+    summary: Mapping[str, Tensor]
+    valid: Tensor
+    index: Tensor | None = None
+    lattice: tuple[int, ...] | None = None
+    pyramid: list[Tensor] | None = None
+    dense: Tensor | None = None
+    layers: list[Tensor] | None = None
+    attention: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Units:
+    """A flat table of vectors with keys; padding is gone, so heads with batch norm and losses need no masks.
+
+    z: (M, D). key: name -> (M,) int64: always `item` (unique over ranks) and `view` (which look of which view); `token`,
+    `label`, `subject`, … where they mean something. weight: (M,) of each unit in a loss.
+    """
+
+    z: Tensor
+    key: Mapping[str, Tensor]
+    weight: Tensor
+
+    def __len__(self) -> int:
+        return self.z.shape[0]
+
+    def with_z(self, z: Tensor) -> Units:
+        return replace(self, z=z)
+
+    def select(self, rows: Tensor) -> Units:
+        return Units(self.z[rows], {k: v[rows] for k, v in self.key.items()}, self.weight[rows])
+
+    @staticmethod
+    def cat(tables: Iterable[Units]) -> Units:
+        tables = list(tables)
+        keys = set(tables[0].key).intersection(*(t.key for t in tables))
+        return Units(torch.cat([t.z for t in tables]), {k: torch.cat([t.key[k] for t in tables]) for k in sorted(keys)},
+                     torch.cat([t.weight for t in tables]))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Soft relation of query units to key units: pos, neg (Mq, Mk) >= 0, weights of attraction and of repulsion."""
+
+    pos: Tensor
+    neg: Tensor
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A sum and a count; both are reduced over ranks before the division."""
+
+    total: Tensor
+    count: Tensor | float
+    weight: float = 1.0
+
+
+class Objective(nn.Module):
+    """Reads a Step, returns named losses. The same class serves pretraining and fine-tuning."""
+
+    def forward(self, step: Step) -> dict[str, Loss]:
+        raise NotImplementedError
+
+    def after(self, step: Step) -> None:
+        """Once per optimiser step, after it: centres, memories. Never the teacher."""
+
+
+class ObjectiveSettings(Settings):
+    """The typed entry of one objective in a recipe."""
+
+    weight: float = 1.0
+
+    def check(self, recipe: Any) -> list[str]:
+        """What is impossible about this objective in this recipe; empty when all is well."""
+        return []
+
+    def build(self, assembly: Assembly) -> Objective:
+        """The objective with its own modules; encoder, heads and tokenizer of the assembly exist already."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Items:
+    """Who is in the batch: one entry per sample.
+
+    row: (B,) manifest row. cursor: (B,) place in the run's stream of samples, unique over ranks and steps.
+    labels: name -> (B, …) tensors (class index; -1 where unlabelled).
+    """
+
+    row: Tensor
+    cursor: Tensor
+    labels: Mapping[str, Tensor] = field(default_factory=dict)

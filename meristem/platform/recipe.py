@@ -1,0 +1,246 @@
+"""A recipe is data: a YAML file, typed, extended from a base, overridable by `key.sub=value`, hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import SerializeAsAny, ValidationError, ValidationInfo, field_serializer, field_validator, model_validator
+
+from meristem.errors import RecipeError
+from meristem.modalities.base import Modality, Settings, ViewSettings, modality_class
+from meristem.platform.contrastive.objective import Contrastive
+from meristem.platform.encoders import ENCODERS
+from meristem.platform.encoders.base import EncoderSettings
+from meristem.platform.heads import HEADS, HeadSettings
+from meristem.platform.masked.masking import MASKINGS, Masking
+from meristem.platform.masked.objective import Masked
+from meristem.platform.objectives import ObjectiveSettings
+from meristem.platform.schedules import Scalar
+from meristem.platform.slots import Slot
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+NAMED = ("views", "masking", "heads", "objectives")  # maps of the user's own names; elsewhere one key names a part
+OBJECTIVES: dict[str, type[ObjectiveSettings]] = {"masked": Masked, "contrastive": Contrastive}
+
+
+class TeacherSettings(Settings):
+    """of: module names that are copied (encoder, heads). momentum: of the moving average, per optimiser step."""
+
+    of: tuple[str, ...] = ("encoder",)
+    momentum: Scalar = 0.996
+
+
+class TrainSettings(Settings):
+    """How long, how fast, in what precision.
+
+    steps: optimiser steps. batch: samples per optimiser step, over all ranks and accumulation. lr: peak learning rate, at this
+    batch. warmup: fraction of the steps. schedule: `cosine` to `floor`·lr; `sawtooth`: the head alone for the first
+    `head_first` fraction, then everything, each with its own warm-up and decay. layer_decay: factor on lr per layer from the
+    output down. freeze: module path prefix -> fraction of the run for which it stays frozen. ema: weights averaged over steps
+    with this decay are the ones saved for use.
+    """
+
+    steps: int = 1000
+    batch: int = 32
+    accumulate: int = 1
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup: float = 0.1
+    schedule: Literal["cosine", "sawtooth"] = "cosine"
+    head_first: float = 0.2
+    floor: float = 0.01
+    clip: float = 1.0
+    layer_decay: float = 1.0
+    freeze: Mapping[str, float] = {}
+    ema: float | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    seed: int = 0
+    log_every: int = 20
+    checkpoint_every: int = 500
+    keep: int = 2
+    workers: int = 1
+
+
+class Recipe(Settings):
+    """Everything a run needs but the data. See `configs/` for examples.
+
+    follows: what it implements; departs: where it differs. status: verified | tested | expressible.
+    """
+
+    name: str
+    follows: str = ""
+    departs: str = ""
+    status: Literal["verified", "tested", "expressible"] = "expressible"
+    modality: Any
+    views: dict[str, SerializeAsAny[ViewSettings]]
+    masking: dict[str, Annotated[Masking, Slot("masking", MASKINGS)]] = {}
+    encoder: Annotated[EncoderSettings, Slot("encoder", ENCODERS)]
+    heads: dict[str, Annotated[HeadSettings, Slot("head", HEADS)]] = {}
+    teacher: TeacherSettings | None = None
+    objectives: dict[str, Annotated[ObjectiveSettings, Slot("objective", OBJECTIVES)]] = {}
+    train: TrainSettings = TrainSettings()
+
+    @field_validator("modality", mode="before")
+    @classmethod
+    def _modality(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {value: {}}
+        if not isinstance(value, Mapping):
+            return value
+        (name, options), = value.items()
+        try:
+            kind = modality_class(name)
+        except RecipeError as error:
+            raise ValueError(str(error)) from None
+        return kind(kind.Options.model_validate(options or {}))
+
+    @field_serializer("modality")
+    def _dump_modality(self, modality: Any) -> dict[str, Any]:
+        return {modality.name: modality.options.model_dump(mode="json")}
+
+    @field_validator("views", mode="before")
+    @classmethod
+    def _views(cls, value: Any, info: ValidationInfo) -> Any:
+        modality: Modality | None = info.data.get("modality")
+        if modality is None or not isinstance(value, Mapping):
+            return value
+        return {name: modality.ViewOptions.model_validate(options or {}) for name, options in value.items()}
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        problems = [f"masking of '{name}': there is no such view (views: {', '.join(self.views)})"
+                    for name in self.masking if name not in self.views]
+        for name, masking in self.masking.items():
+            if masking.corruption not in self.encoder.takes:
+                problems.append(f"masking of '{name}' would {masking.corruption} tokens, but this encoder can only take "
+                                f"{' or '.join(sorted(self.encoder.takes)) or 'whole views'}; set masking.{name}.….corruption")
+        for name, objective in self.objectives.items():
+            problems += [f"objective '{name}': {problem}" for problem in objective.check(self)]
+        for name in self.teacher.of if self.teacher else ():
+            if name != "encoder" and name not in self.heads:
+                problems.append(f"teacher.of names '{name}', which is neither the encoder nor a head")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def dump(self) -> dict[str, Any]:
+        """Plain data that loads back to the same recipe."""
+        return self.model_dump(mode="json")
+
+    @property
+    def hash(self) -> str:
+        """Of the resolved recipe; 12 hex digits."""
+        return hashlib.sha256(json.dumps(self.dump(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any], named: bool = False) -> dict[str, Any]:
+    """`over` laid on `base`. A part (one key that names it) is replaced by another part; null removes a key."""
+    if not named and len(base) == len(over) == 1 and base.keys() != over.keys():
+        return dict(over)
+    result = dict(base)
+    for key, value in over.items():
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            result[key] = merge(result[key], value, named=key in NAMED)
+        else:
+            result[key] = value
+    return result
+
+
+def find(name: str | Path) -> Path:
+    """`volume/mae` among the built-in recipes, or the path of a YAML file. Raises RecipeError with the nearest names."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise RecipeError(f"no recipe file {path}", "Give the path of an existing YAML file.")
+    built_in = CONFIGS / f"{name}.yaml"
+    if built_in.is_file():
+        return built_in
+    near = get_close_matches(str(name), names()) or [n for n in names() if str(name) in n] or names()
+    raise RecipeError(f"no recipe called '{name}'", f"Did you mean {' or '.join(near[:6])}? `meristem recipes list` shows all.")
+
+
+def names() -> list[str]:
+    """All built-in recipes that are whole (a base or a method part is not)."""
+    found = (p.relative_to(CONFIGS).with_suffix("").as_posix() for p in CONFIGS.glob("*/*.yaml"))
+    return sorted(n for n in found if not n.startswith("method/") and not n.endswith("/base"))
+
+
+def read(name: str | Path) -> dict[str, Any]:
+    """A recipe's plain data with its bases merged in, in the order of `extends`."""
+    path = find(name)
+    try:
+        data = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path.name} is not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path.name} must be a mapping of keys", "See `meristem recipes show volume/mae`.")
+    bases = data.pop("extends", [])
+    merged: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged = merge(merged, read(base))
+    return {"name": path.stem, **merge(merged, data)} if "name" not in data else merge(merged, data)
+
+
+def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Lay `key.sub=value` on plain data; values are YAML."""
+    result = dict(data)
+    for assignment in assignments:
+        key, sign, text = assignment.partition("=")
+        if not sign or not key:
+            raise RecipeError(f"'{assignment}' is not an override", "Write key.sub=value, e.g. train.steps=200.")
+        try:
+            value: Any = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise RecipeError(f"the value of '{assignment}' is not YAML", "Quote it, e.g. 'views.x.size=[32,32,32]'.") from None
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        result = merge(result, value)
+    return result
+
+
+def build(data: Mapping[str, Any], kind: type[AnyRecipe]) -> AnyRecipe:
+    """Validate plain data. Raises RecipeError that names each wrong key."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        lines = []
+        for e in error.errors():
+            where = ".".join(str(part) for part in e["loc"])
+            line = f"{where}: {e['msg'].removeprefix('Value error, ')}" if where else e["msg"].removeprefix("Value error, ")
+            if e["type"] == "extra_forbidden":
+                parent = _fields(kind, e["loc"][:-1])
+                near = get_close_matches(str(e["loc"][-1]), parent)
+                line = f"{where}: no such key" + (f"; did you mean {' or '.join(near)}?" if near else "")
+            lines.append(line)
+        name = data.get("name", "recipe")
+        what = f"recipe '{name}' is wrong: " + "\n  ".join(lines)
+        raise RecipeError(what, "`meristem recipes show NAME` lists every key.") from None
+
+
+def _fields(kind: type[Settings], loc: tuple[int | str, ...]) -> list[str]:
+    """Names of the keys allowed at a place in a settings model, as far as they can be told."""
+    for part in loc:
+        field = kind.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Settings)):
+            return []
+        kind = field.annotation
+    return list(kind.model_fields)
+
+
+def load(name: str | Path, assignments: Sequence[str] = ()) -> Recipe:
+    """A built-in recipe or a file, with overrides, validated."""
+    return build(override(read(name), assignments), Recipe)

@@ -1,0 +1,136 @@
+"""One step as objectives see it: named views, plans, passes made once and shared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from meristem.modalities.base import View
+from meristem.modalities.rng import Rng
+from meristem.modalities.stream import TokenStream
+from meristem.platform import schedules
+from meristem.platform.objectives import Encoded, Items, Plan, Units
+
+if TYPE_CHECKING:
+    from meristem.platform.assembly import Assembly
+
+
+@dataclass
+class Batch:
+    """Everything one step may use: who, and the drawn views by name."""
+
+    items: Items
+    views: dict[str, View]
+
+    def to(self, device: torch.device | str) -> Batch:
+        items = Items(self.items.row.to(device), self.items.cursor.to(device),
+                      {k: v.to(device) for k, v in self.items.labels.items()})
+        return Batch(items, {k: v.to(device) for k, v in self.views.items()})
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows in rank order; the gradient of a row is summed over the ranks that used it."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+class Step:
+    """What an objective reads. A pass is keyed by (who encodes, view, masked) and made once, whoever asks first.
+
+    progress: fraction of the run done, for schedules. `passes` lists the passes made, in order, as `recipes show` prints them.
+    """
+
+    def __init__(self, assembly: Assembly, batch: Batch, progress: float, seed: int) -> None:
+        self.assembly, self.batch, self.progress, self._seed = assembly, batch, progress, seed
+        self.passes: list[str] = []
+        self._streams: dict[str, TokenStream] = {}
+        self._plans: dict[str, Plan] = {}
+        self._encoded: dict[tuple[str, str, bool, frozenset[str]], Encoded] = {}
+        self._made_units: dict[tuple[str, str, str, str | None, bool], Units] = {}
+
+    def value(self, x: float | schedules.Ramp) -> float:
+        return schedules.value(x, self.progress)
+
+    def rng(self, purpose: str, view: str) -> Rng:
+        """Randomness for each row of a view: pure in (seed, sample, look, purpose)."""
+        v = self.batch.views[view]
+        return Rng.of(self._seed, self.batch.items.cursor[v.item] * 64 + v.look, purpose)
+
+    def stream(self, view: str) -> TokenStream:
+        if view not in self._streams:
+            self._streams[view] = self.assembly.tokenizer.stream(self.batch.views[view])
+        return self._streams[view]
+
+    def plan(self, view: str) -> Plan:
+        if view not in self._plans:
+            masking = self.assembly.recipe.masking[view]
+            self._plans[view] = masking.plan(self.stream(view), self.rng("mask", view), self.assembly.encoder.mask_unit)
+        return self._plans[view]
+
+    def encode(self, view: str, by: str = "encoder", masked: bool = False, want: frozenset[str] = frozenset()) -> Encoded:
+        """One pass of a view through `encoder` or `teacher`; masked: with the view's plan."""
+        key = (by, view, masked, want)
+        if key not in self._encoded:
+            encoder = self.assembly.module(by, "encoder")
+            stream = self.stream(view).seen(self.assembly.recipe.encoder.sees)
+            self.passes.append(f"{by}({view}{', plan' if masked else ''})")
+            with torch.set_grad_enabled(torch.is_grad_enabled() and by == "encoder"):
+                self._encoded[key] = encoder(stream, self.plan(view) if masked else None, want=want)
+        return self._encoded[key]
+
+    def units(self, view: str, by: str = "encoder", level: str = "global", head: str | None = None,
+              masked: bool = False) -> Units:
+        """Encoded view to a table of vectors, through a named head.
+
+        level: `cls`, `mean`, `global` (cls where there is one, else mean) or `dense` (every token that was encoded).
+        """
+        key = (by, view, level, head, masked)
+        if key not in self._made_units:
+            self._made_units[key] = self._units(*key)
+        return self._made_units[key]
+
+    def _units(self, by: str, view: str, level: str, head: str | None, masked: bool) -> Units:
+        encoded, looks = self.encode(view, by, masked), self.batch.views[view]
+        if level == "global":
+            level = "cls" if "cls" in encoded.summary else "mean"
+        keys = {"item": self.batch.items.cursor[looks.item], "view": looks.look + self.assembly.look_offset[view]}
+        for name, label in self.batch.items.labels.items():
+            if label.ndim == 1 and not label.is_floating_point():
+                keys[name] = label[looks.item]
+        if level == "dense":
+            b, n = encoded.valid.shape
+            index = encoded.index
+            if index is None:
+                index = torch.arange(n, device=encoded.tokens.device)[None].expand(b, -1)
+            keys = {k: v[:, None].expand(b, n)[encoded.valid] for k, v in keys.items()}
+            keys["token"] = index[encoded.valid]
+            if view in self._plans and (masked or by != "encoder") and self._plans[view].hidden.shape == (b, n):
+                keys["hidden"] = self._plans[view].hidden[encoded.valid].long()
+            z = encoded.tokens[encoded.valid]
+        else:
+            z = encoded.summary[level]
+        if head is not None:
+            module = self.assembly.module(by, head)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and by == "encoder"):
+                z = module(z, keys["view"])
+        return Units(z, keys, torch.ones(z.shape[0], device=z.device))
+
+    def gather(self, units: Units) -> Units:
+        """The same units of every rank, in rank order; every rank must hold as many."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return units
+        return Units(_Gather.apply(units.z), {k: _Gather.apply(v) for k, v in units.key.items()}, _Gather.apply(units.weight))
