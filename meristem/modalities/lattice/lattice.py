@@ -1,0 +1,175 @@
+"""What images and volumes share: everything of a modality but its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meristem.modalities.base import Axis, Draw, Header, Sample, Settings, View, ViewSettings
+from meristem.modalities.lattice import geometry
+from meristem.modalities.lattice.drawing import draw
+from meristem.modalities.lattice.intensity import NEUTRAL, SPANNED
+from meristem.modalities.lattice.options import LatticeViewOptions
+from meristem.modalities.lattice.tokenizer import LatticeTokenizer
+from meristem.modalities.rng import Rng
+
+
+class LatticeOptions(Settings):
+    """What every lattice modality is told. channels: of the array. patch: elements of a token along each axis."""
+
+    channels: int = 1
+    patch: tuple[int, ...]
+
+
+class Lattice:
+    """A modality whose samples are dense arrays (C, *S). Subclasses read, write and give statistics.
+
+    A header's `source["levels"]` holds the stored integers that mean black and white (default 0 and 255): the span in which
+    brightness, contrast, colour, gamma and solarisation work.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    Options: type[Settings] = LatticeOptions
+    ViewOptions: type[ViewSettings] = LatticeViewOptions
+    axes: tuple[Axis, ...]
+    options: LatticeOptions
+
+    def __init__(self, options: LatticeOptions) -> None:
+        self.options = options
+        self.channels = options.channels
+
+    def read(self, paths: Sequence[Path], fields: Mapping[str, Path] = {}) -> Sample:
+        raise NotImplementedError
+
+    def statistics(self, array: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        raise NotImplementedError
+
+    def write(self, prediction: np.ndarray, header: Header, path: Path) -> Path:
+        raise NotImplementedError
+
+    def span(self, header: Header) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Black and white of each channel, normalised."""
+        black, white = (tuple(level * s + o for s, o in zip(header.scale, header.offset, strict=True))
+                        for level in header.source.get("levels", (0, 255)))
+        return black, white
+
+    def draw(self, view: ViewSettings, header: Header, rng: Rng) -> Draw:
+        """See `LatticeViewOptions`; rng holds one sample."""
+        assert isinstance(view, LatticeViewOptions)
+        return draw(view, header, self.span(header), rng)
+
+    def load(self, window: np.ndarray, draw: Draw, interpolate: bool) -> Tensor:
+        """A stored window (…, *size) to the view's lattice (…, *shape), of the same integer type.
+
+        Linear, averaging where it shrinks; or the nearest element, for labels. An exact window is not touched.
+        """
+        if draw.size == draw.shape:
+            return torch.from_numpy(np.ascontiguousarray(window))
+        first = window.ndim - len(draw.size)
+        if not interpolate:
+            for axis, (n, m) in enumerate(zip(draw.size, draw.shape, strict=True), first):
+                window = window.take(((np.arange(m) + 0.5) * n / m).astype(int), axis)
+            return torch.from_numpy(np.ascontiguousarray(window))
+        x = torch.from_numpy(np.ascontiguousarray(window, np.float32))
+        for axis, (n, m) in enumerate(zip(draw.size, draw.shape, strict=True), first):
+            if n != m:  # torch averages in 2D only: one axis at a time is the same separable filter
+                lead, rest = x.shape[:axis], x.shape[axis + 1:]
+                x = F.interpolate(x.reshape(1, lead.numel(), n, -1), (m, rest.numel()), mode="bilinear", antialias=True)
+                x = x.reshape(*lead, m, *rest)
+        if np.issubdtype(window.dtype, np.integer):
+            x = x.round_().to(torch.from_numpy(np.empty(0, window.dtype)).dtype)
+        return x
+
+    @torch.no_grad()
+    def augment(self, view: View, settings: ViewSettings) -> View:
+        """Dequantise, deform, change intensities; each row by its own parameters, so no row depends on another.
+
+        A row without affine or elastic change is not resampled: flips and exact windows keep their values.
+        """
+        assert isinstance(settings, LatticeViewOptions)
+        params = view.params
+        each = (slice(None), slice(None), *[None] * (view.array.ndim - 2))
+        x = view.array.float() * params["scale"][each] + params["offset"][each]
+        rows = _active(params, len(view))
+        view = self._deform(replace(view, array=x), settings, rows)
+        x = view.array
+        touched = torch.cat([rows[name] for name in SPANNED if name in rows] or [torch.empty(0, dtype=torch.long)]).unique()
+        if len(touched):
+            black, white = (params[name][touched][each] for name in ("black", "white"))
+            span = torch.where(white > black, white - black, torch.ones_like(black))
+            unit = (x[touched] - black) / span
+            for name, change in SPANNED.items():
+                if name in rows and len(rows[name]):
+                    mine = torch.searchsorted(touched, rows[name])
+                    unit[mine] = change(unit[mine], params[name][rows[name]])
+            x[touched] = unit * span + black
+        noisy = rows.get("noise", ())
+        if len(noisy):
+            noise = Rng(params["noise_key"][noisy]).normal("noise", *x.shape[1:])
+            x[noisy] += noise * params["noise"][noisy].reshape(-1, *[1] * (x.ndim - 1))
+        return view
+
+    def _deform(self, view: View, settings: LatticeViewOptions, rows: dict[str, Tensor]) -> View:
+        params, shape, size = view.params, view.frame.shape, settings.size
+        matrix = geometry.inner(params, view.frame.spacing, size, shape)
+        frame = view.frame.compose(matrix, size)
+        warped = rows["warped"]
+
+        def exact(x: Tensor) -> Tensor:
+            x = geometry.trim(x, size)
+            out = x.clone() if any(len(rows.get(f"flip{a}", ())) for a in range(len(size))) else x
+            for axis in range(len(size)):
+                flipped = rows.get(f"flip{axis}", ())
+                if len(flipped):
+                    out[flipped] = out[flipped].flip(axis - len(size))
+            return out
+
+        fields = {name: exact(x) for name, x in view.fields.items()}
+        array = exact(view.array)
+        weight = None if view.weight is None else exact(view.weight)
+        if len(warped):
+            displacement = None
+            if "elastic" in params:
+                assert settings.elastic is not None
+                displacement = geometry.elastic(params["elastic"][warped], params["elastic_key"][warped],
+                                                settings.elastic.cells, size)
+            points = geometry.grid(matrix[warped], displacement, size, shape)
+            pad = params["pad"][warped].reshape(len(warped), -1, *[1] * len(size))
+            inside = torch.ones_like(view.array[:, :1]) if view.weight is None else view.weight
+            sampled = geometry.sample(torch.cat([view.array[warped] - pad, inside[warped]], 1), points, "bilinear")
+            array, weight = array.clone(), torch.ones_like(array[:, :1]) if weight is None else weight.clone()
+            array[warped], weight[warped] = sampled[:, :-1] + pad, sampled[:, -1:]
+            for name, x in view.fields.items():
+                labels = geometry.sample(x[warped][:, None].float(), points, "nearest")[:, 0]
+                fields[name] = fields[name].clone()
+                fields[name][warped] = labels.to(x.dtype)
+        return replace(view, array=array, fields=fields, weight=weight, frame=frame)
+
+    def tokenizer(self) -> LatticeTokenizer:
+        return LatticeTokenizer(self.channels, self.options.patch)
+
+
+def _active(params: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
+    """Name -> rows for which an operation does something; asked of the device once."""
+    flags: dict[str, Tensor] = {name: params[name] != neutral for name, neutral in NEUTRAL.items() if name in params}
+    warps = [params[name].reshape(batch, -1).ne(neutral).any(1)
+             for name, neutral in (("rotate", 0), ("zoom", 1), ("shear", 0), ("shift", 0), ("elastic", 0)) if name in params]
+    if warps:
+        flags["warped"] = torch.stack(warps).any(0)
+    if "flip" in params:
+        exact = ~flags["warped"] if warps else True
+        flags |= {f"flip{axis}": (on > 0) & exact for axis, on in enumerate(params["flip"].unbind(1))}
+    if not flags:
+        return {"warped": torch.empty(0, dtype=torch.long)}
+    device = next(iter(flags.values())).device
+    on = torch.stack(list(flags.values())).cpu()
+    rows = {name: row.nonzero()[:, 0].to(device, non_blocking=True) for name, row in zip(flags, on, strict=True)}
+    rows.setdefault("warped", torch.empty(0, dtype=torch.long, device=device))
+    return rows
