@@ -1,7 +1,17 @@
 """Encoders behind one contract."""
 
 from meristem.platform.encoders.base import Encoder, EncoderSettings
+from meristem.platform.encoders.monai import SegResNetSettings, SwinSettings
+from meristem.platform.encoders.timm import TimmSettings
+from meristem.platform.encoders.transformer import TransformerSettings
+from meristem.platform.encoders.unet import UNetSettings
 
-ENCODERS: dict[str, type[EncoderSettings]] = {}
+ENCODERS: dict[str, type[EncoderSettings]] = {
+    "transformer": TransformerSettings,
+    "unet": UNetSettings,
+    "segresnet": SegResNetSettings,
+    "swin": SwinSettings,
+    "timm": TimmSettings,
+}
 
 __all__ = ["ENCODERS", "Encoder", "EncoderSettings"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
+from pydantic import field_serializer
 from torch import nn
 
 from meristem.modalities.base import Axis, Settings, Tokenizer
@@ -16,7 +15,8 @@ class Encoder(nn.Module):
 
     width: D of its tokens. takes: how it can be masked, of {drop, replace}: `drop` encodes the plan's kept tokens only,
     `replace` puts a learned mask token (or zeros, in convolutions) where content is hidden. provides: what it can return, of
-    {cls, mean, pyramid, dense, layers, attention}. mask_unit: grain, in tokens of the stream, at which it can be masked.
+    {cls, mean, pyramid, dense, layers, attention}. Both are its settings'. mask_unit: grain, in tokens of the stream, at which
+    it can be masked.
     pyramid_widths, pyramid_strides: channels and stride (array elements) of each pyramid level, fine to coarse.
     dense_width: channels of `dense`.
     """
@@ -41,9 +41,21 @@ class Encoder(nn.Module):
 class EncoderSettings(Settings):
     """The typed entry of an encoder in a recipe. sees: stream fields beside content that it is given."""
 
-    takes: ClassVar[frozenset[str]] = frozenset()
-    provides: ClassVar[frozenset[str]] = frozenset({"mean"})
     sees: frozenset[str] = frozenset({"position"})
+
+    @field_serializer("sees")
+    def _in_order(self, sees: frozenset[str]) -> list[str]:
+        return sorted(sees)  # a set's order changes from process to process, and the recipe's hash with it
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """`Encoder.takes` of what these settings build, known before anything is built."""
+        return frozenset()
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """`Encoder.provides` of what these settings build, known before anything is built."""
+        return frozenset({"mean"})
 
     def build(self, tokenizer: Tokenizer, axes: tuple[Axis, ...], channels: int) -> Encoder:
         raise NotImplementedError

@@ -1,0 +1,159 @@
+"""The shared transformer: pre-norm blocks (Dosovitskiy et al. 2021) with rotary positions in physical units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Self
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from meristem.modalities.base import Axis, Tokenizer
+from meristem.modalities.stream import LatticeStream, TokenStream
+from meristem.platform.encoders.base import Encoder, EncoderSettings
+from meristem.platform.encoders.rotary import Rotary
+from meristem.platform.objectives import Encoded, Plan
+
+SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+"""width, depth, heads (Touvron et al. 2021; Dosovitskiy et al. 2021)."""
+
+
+class Blocks(nn.Module):
+    """`depth` blocks of attention and perceptron with a final norm; encoders and decoders are built of it.
+
+    axes: of the positions it will be given. drop_path: stochastic depth of the last block, rising linearly from 0.
+    """
+
+    def __init__(self, width: int, depth: int, heads: int, axes: Sequence[Axis], drop_path: float = 0.0,
+                 mlp_ratio: float = 4.0) -> None:
+        from timm.models.eva import EvaBlock  # timm brings torchvision: seconds that reading a recipe need not wait for
+
+        super().__init__()
+        self.rotary = Rotary(width // heads, axes)
+        self.blocks = nn.ModuleList(
+            EvaBlock(width, heads, mlp_ratio=mlp_ratio, num_prefix_tokens=0, attn_type="rope",
+                     drop_path=drop_path * i / max(depth - 1, 1)) for i in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):  # as He et al. 2022
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, position: Tensor | None, prefix: int = 0, valid: Tensor | None = None,
+                want: frozenset[str] = frozenset()) -> tuple[Tensor, list[Tensor] | None, Tensor | None]:
+        """Encode tokens x (B, prefix + n, D).
+
+        position: (B, n, C), or None for a set without positions. prefix: tokens in front that have none. valid: (B, n), False
+        for padding, which no other token attends to; None where there is none, which is faster.
+        Returns the normed tokens (B, prefix + n, D); if `layers` is wanted the tokens after each block, before the norm; if
+        `attention` is wanted the weights (B, H, prefix + n, prefix + n) of the last block.
+        """
+        mask = None
+        if valid is not None and not bool(valid.all()):
+            valid = F.pad(valid, (prefix, 0), value=True)
+            x = x.masked_fill(~valid[..., None], 0)  # 0 · NaN is NaN: what padding holds must not pass through the values
+            mask = (valid | ~valid.any(1, keepdim=True))[:, None, None]  # an empty row attends to itself rather than to nothing
+            if position is not None:
+                position = position.masked_fill(~valid[:, prefix:, None], 0)
+        rope = self.rotary(position, prefix) if position is not None else None
+        layers: list[Tensor] = []
+        attention = None
+        for i, block in enumerate(self.blocks):
+            if "attention" in want and i == len(self.blocks) - 1:
+                attention = _attention(block, x, rope, mask)
+            x = block(x, rope=rope, attn_mask=mask)
+            if "layers" in want:
+                layers.append(x)
+        return self.norm(x), layers if "layers" in want else None, attention
+
+
+def _attention(block: nn.Module, x: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Attention weights (B, H, N, N) of a block given its input; its fused attention does not return them."""
+    from timm.layers import apply_rot_embed_cat
+
+    attn = block.attn
+    q, k, _ = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    if rope is not None:
+        q, k = apply_rot_embed_cat(q, rope), apply_rot_embed_cat(k, rope)
+    logits = (q * attn.scale) @ k.transpose(-2, -1)
+    return (logits if mask is None else logits.masked_fill(~mask, float("-inf"))).softmax(-1)
+
+
+class TransformerSettings(EncoderSettings):
+    """size: a named size; width, depth, heads override it. cls: has a class token. drop_path: of the last block."""
+
+    size: Literal["tiny", "small", "base", "large"] = "small"
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    cls: bool = True
+    drop_path: float = 0.0
+    mlp_ratio: float = 4.0
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(width, depth, heads)."""
+        width, depth, heads = SIZES[self.size]
+        return self.width or width, self.depth or depth, self.heads or heads
+
+    @property
+    def takes(self) -> frozenset[str]:
+        return frozenset({"drop", "replace"})
+
+    @property
+    def provides(self) -> frozenset[str]:
+        return frozenset({"mean", "layers", "attention"} | ({"cls"} if self.cls else set()))
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        width, _, heads = self.shape
+        if width % heads or width // heads % 2:
+            raise ValueError(f"width {width} in {heads} heads: each head needs a whole, even number of channels")
+        return self
+
+    def build(self, tokenizer: Tokenizer, axes: tuple[Axis, ...], channels: int) -> Transformer:
+        return Transformer(self, tokenizer, axes)
+
+
+class Transformer(Encoder):
+    """Tokens of any modality. `drop` embeds and encodes the kept tokens only; `replace` puts a learned token for hidden ones.
+
+    `layers` are tokens after each block without the class token; `attention` holds the class token first.
+    """
+
+    def __init__(self, settings: TransformerSettings, tokenizer: Tokenizer, axes: tuple[Axis, ...]) -> None:
+        super().__init__()
+        self.takes, self.provides = settings.takes, settings.provides
+        self.width, depth, heads = settings.shape
+        self.embed = tokenizer.embedding(self.width)
+        self.blocks = Blocks(self.width, depth, heads, axes, settings.drop_path, settings.mlp_ratio)
+        self.mask_token = nn.Parameter(torch.randn(self.width) * 0.02)
+        self.cls = nn.Parameter(torch.randn(1, 1, self.width) * 0.02) if settings.cls else None
+
+    def forward(self, stream: TokenStream, plan: Plan | None = None, *, want: frozenset[str] = frozenset()) -> Encoded:
+        keep = None if plan is None else plan.keep
+        tokens = stream if keep is None else stream.take(keep)
+        x = self.embed(tokens)
+        if plan is not None and keep is None:
+            x = torch.where(plan.hidden[..., None], self.mask_token.to(x.dtype), x)
+        prefix = 0
+        if self.cls is not None:
+            prefix = 1
+            x = torch.cat([self.cls.to(x.dtype).expand(len(x), -1, -1), x], 1)
+        # a lattice has no padding; knowing it spares the device a round trip
+        valid = None if isinstance(stream, LatticeStream) else tokens.valid
+        x, layers, attention = self.blocks(x, tokens.position, prefix, valid, want)
+        summary = {"cls": x[:, 0]} if prefix else {}
+        x = x[:, prefix:]
+        weight = tokens.valid[..., None].to(x.dtype)
+        summary["mean"] = (x * weight).sum(1) / weight.sum(1).clamp_min(1)
+        return Encoded(x, summary, tokens.valid, index=keep, lattice=stream.lattice, attention=attention,
+                       layers=None if layers is None else [layer[:, prefix:] for layer in layers])
+
+    def layer_groups(self) -> list[list[nn.Parameter]]:
+        stem = [*self.embed.parameters(), self.mask_token, *([] if self.cls is None else [self.cls])]
+        groups = [stem, *(list(block.parameters()) for block in self.blocks.blocks)]
+        groups[-1] += self.blocks.norm.parameters()
+        return groups
