@@ -12,10 +12,15 @@ from pydantic_core import core_schema
 from meristem.modalities.base import Settings
 
 
+def _first_field(part: type[Settings]) -> str:
+    return next(name for cls in part.__mro__ for name in cls.__annotations__ if name in part.model_fields)
+
+
 class Slot:
     """Annotation for a field that holds one part of a table.
 
-    Accepts `name`, `{name: {key: value}}`, or `{name: value}` where the value goes to the part's first field.
+    Accepts `name`, `{name: {key: value}}`, or `{name: value}` where the value goes to the first field that the part itself
+    declares (an inherited one only when it declares none).
     Use as `masking: Annotated[Masking, Slot("masking", MASKINGS)]`.
     """
 
@@ -35,7 +40,7 @@ class Slot:
             raise ValueError(f"no {self.what} called '{name}'; did you mean {' or '.join(near)}?")
         part = self.table[name]
         if not isinstance(arguments, Mapping):
-            arguments = {} if arguments is None else {next(iter(part.model_fields)): arguments}
+            arguments = {} if arguments is None else {_first_field(part): arguments}
         return part.model_validate(arguments)
 
     def dump(self, part: Settings) -> Any:

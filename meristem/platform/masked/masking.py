@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Iterable
+from typing import Annotated, Literal, Self
 
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from meristem.errors import RecipeError
 from meristem.modalities.base import Settings
 from meristem.modalities.rng import Rng
 from meristem.modalities.stream import TokenStream
 from meristem.platform.objectives import Plan
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Masking(Settings):
@@ -19,5 +28,164 @@ class Masking(Settings):
         """unit: grain, in tokens per lattice axis, at which the encoder can be masked; () for one token."""
         raise NotImplementedError
 
+    def _finish(self, hidden: Tensor, live: Tensor, kept: int) -> Plan:
+        """hidden, live: (B, N) bool; kept: tokens of each row that are not hidden, the same in every row when dropping."""
+        keep = hidden.to(torch.uint8).argsort(dim=1, stable=True)[:, :kept] if self.corruption == "drop" else None
+        return Plan(hidden=hidden, predict=(hidden & live).float(), keep=keep)
 
-MASKINGS: dict[str, type[Masking]] = {}
+
+def informative(stream: TokenStream) -> Tensor:
+    """(B, N) bool: the tokens that show anything: not padding, and with an element whose weight is not 0."""
+    weight = stream.weight
+    return stream.valid if weight is None else stream.valid & (weight > 0).any(-1)
+
+
+def _rounded(count: Tensor | int, ratio: Tensor | float) -> Tensor:
+    """ratio·count to the nearest integer, in double precision so that every device rounds alike."""
+    return (torch.as_tensor(count, dtype=torch.float64) * ratio + 0.5).floor().long()
+
+
+def _grain(stream: TokenStream, units: Iterable[tuple[int, ...]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The common multiple of the units, in tokens per axis, and the lattice of cells that it makes.
+
+    A set of tokens without a lattice is one axis of cells of one token. Raises RecipeError when cells do not fill the lattice.
+    """
+    units = [unit for unit in units if math.prod(unit) > 1]
+    if stream.lattice is None:
+        if units:
+            raise RecipeError(f"a mask unit of {units[0]} tokens was asked of tokens that lie on no lattice",
+                              "Leave masking.….unit out, or choose an encoder that can be masked token by token.")
+        return (1,), (len(stream),)
+    lattice = stream.lattice
+    if any(len(unit) != len(lattice) for unit in units):
+        raise RecipeError(f"a mask unit has {len(units[0])} axes, the tokens have {len(lattice)}: {lattice}",
+                          "Give masking.….unit one number for each axis.")
+    unit = tuple(math.lcm(*axis) for axis in zip(*units, strict=True)) if units else (1,) * len(lattice)
+    if any(n % u for n, u in zip(lattice, unit, strict=True)):
+        raise RecipeError(f"a lattice of {'×'.join(map(str, lattice))} tokens cannot be masked in units of "
+                          f"{'×'.join(map(str, unit))}", "Choose a view size that is a multiple of patch × unit on every axis.")
+    return unit, tuple(n // u for n, u in zip(lattice, unit, strict=True))
+
+
+def _to_cells(tokens: Tensor, cells: tuple[int, ...], unit: tuple[int, ...]) -> Tensor:
+    """(B, N) bool per token to (B, M) bool per cell: true where any token is."""
+    split = [n for pair in zip(cells, unit, strict=True) for n in pair]
+    grid = tokens.reshape(-1, *split).permute(0, *range(1, len(split), 2), *range(2, len(split) + 1, 2))
+    return grid.reshape(len(tokens), math.prod(cells), -1).any(-1)
+
+
+def _to_tokens(cell: Tensor, cells: tuple[int, ...], unit: tuple[int, ...]) -> Tensor:
+    """(B, M) per cell to (B, N) per token."""
+    grid = cell.reshape(-1, *cells)
+    for axis, u in enumerate(unit):
+        if u > 1:
+            grid = grid.repeat_interleave(u, dim=1 + axis)
+    return grid.flatten(1)
+
+
+def _feasible(hidden: int, cells: int, ratio: float) -> None:
+    if not 0 < hidden < cells:
+        raise RecipeError(f"masking {ratio:g} of {cells} cells hides {hidden} of them",
+                          "Choose a larger view, a smaller patch or mask unit, or another ratio.")
+
+
+class Random(Masking):
+    """Cells drawn uniformly without replacement (MAE, He et al. 2022, section 3; SimMIM, Xie et al. 2022, section 3.2).
+
+    ratio: hidden fraction, rounded to the nearest cell. unit: grain of the mask in tokens per axis, coarser than the encoder's
+    own when given; both are honoured (their least common multiple). Every row keeps equally many tokens. The ratio holds
+    among informative tokens and among the rest (padding, outside the sample) separately, so that neither a row's padding nor
+    its batch mates change how much of its content is hidden; nothing is predicted where there is nothing.
+    """
+
+    ratio: Fraction = 0.75
+    unit: tuple[int, ...] = ()
+
+    def plan(self, stream: TokenStream, rng: Rng, unit: tuple[int, ...]) -> Plan:
+        grain, cells = _grain(stream, (self.unit, unit))
+        live = informative(stream)
+        live_cell = _to_cells(live, cells, grain)
+        batch, m = live_cell.shape
+        hide = int(_rounded(m, self.ratio))
+        _feasible(hide, m, self.ratio)
+        # rank of each cell: the informative ones first, in random order; then the others, in random order
+        draw = rng.uniform("cells", m) + (~live_cell).float()
+        order = draw.argsort(dim=1, stable=True)
+        rank = torch.zeros_like(order).scatter_(1, order, torch.arange(m, device=order.device).expand(batch, m))
+        n_live = live_cell.sum(1, keepdim=True)
+        hide_live = _rounded(n_live, self.ratio)
+        hidden_cell = torch.where(live_cell, rank < hide_live, rank - n_live < hide - hide_live)
+        hidden = _to_tokens(hidden_cell, cells, grain)
+        return self._finish(hidden, live, (m - hide) * math.prod(grain))
+
+
+class Block(Masking):
+    """Boxes of cells until the wanted number is reached exactly (BEiT, Bao et al. 2022, algorithm 1; iBOT, Zhou et al. 2022).
+
+    ratio: hidden fraction, or a range it is drawn from for each row. min_block: least cells of a box; its volume is uniform
+    between this and the wanted number. aspect: the ratio of any two sides lies in [aspect, 1/aspect]. prob: of a row being
+    masked at all. unit: as in `Random`. A range or prob < 1 makes the count differ from row to row, which only `replace` can
+    take. Departs from BEiT: the last box is cut to fit where BEiT rejects those that do not, and works in any dimension.
+    """
+
+    ratio: Fraction | tuple[Fraction, Fraction] = 0.4
+    min_block: Annotated[int, Field(ge=1)] = 4
+    aspect: Annotated[float, Field(gt=0, le=1)] = 0.3
+    prob: Annotated[float, Field(gt=0, le=1)] = 1.0
+    unit: tuple[int, ...] = ()
+
+    @model_validator(mode="after")
+    def _same_count(self) -> Self:
+        if self.corruption == "drop" and (isinstance(self.ratio, tuple) or self.prob < 1):
+            raise ValueError("a range of ratios, or prob < 1, hides a different number of tokens in each row, which cannot be "
+                             "dropped; set corruption: replace, or one ratio and prob: 1")
+        return self
+
+    @property
+    def _top(self) -> float:
+        return self.ratio[1] if isinstance(self.ratio, tuple) else self.ratio
+
+    def plan(self, stream: TokenStream, rng: Rng, unit: tuple[int, ...]) -> Plan:
+        if stream.lattice is None:
+            raise RecipeError("block masking needs tokens on a lattice, and these lie on none", "Use `random` masking.")
+        grain, cells = _grain(stream, (self.unit, unit))
+        m = math.prod(cells)
+        most = int(_rounded(m, self._top))
+        _feasible(most, m, self._top)
+        hide = torch.full_like(rng.key, most)
+        if isinstance(self.ratio, tuple):
+            hide = _rounded(m, rng.uniform("ratio", low=self.ratio[0], high=self._top).double())
+        when = self._first_covered(rng, cells, hide)
+        order = when.argsort(dim=1, stable=True)
+        rank = torch.zeros_like(order).scatter_(1, order, torch.arange(m, device=order.device).expand_as(order))
+        masked = rng.uniform("masked") < self.prob
+        hidden = _to_tokens((rank < hide[:, None]) & masked[:, None], cells, grain)
+        return self._finish(hidden, informative(stream), (m - most) * math.prod(grain))
+
+    def _first_covered(self, rng: Rng, cells: tuple[int, ...], hide: Tensor) -> Tensor:
+        """(B, M): when each cell is hidden: the number of the first box over it; within a box, from one of its corners on.
+
+        The number of boxes is such that if all were of the least volume, their expected union would exceed what is wanted.
+        """
+        m, d = math.prod(cells), len(cells)
+        boxes = math.ceil(2 * math.log(1 - self._top) / math.log(1 - min(self.min_block / m, 0.5))) + 4
+        least = torch.full_like(hide, self.min_block)
+        volume = least[:, None] + rng.uniform("volume", boxes) * (hide - least).clamp_min(0)[:, None]
+        stretch = (rng.uniform("aspect", boxes, d) - 0.5) * -math.log(self.aspect)  # any two differ by at most −log aspect
+        side = volume[..., None].pow(1 / d) * (stretch - stretch.mean(-1, keepdim=True)).exp()
+        number = torch.arange(boxes, device=hide.device)[None, :, None]
+        depth = torch.zeros((), device=hide.device)  # (B, boxes, M): how far from that corner, in sides of the box
+        inside = torch.ones((), dtype=torch.bool, device=hide.device)
+        for axis, (n, grid) in enumerate(zip(cells, torch.unravel_index(torch.arange(m, device=hide.device), cells),
+                                             strict=True)):
+            length = side[..., axis].round().clamp(1, n)
+            start = (rng.uniform(f"start{axis}", boxes) * (n - length + 1)).floor()
+            along = (grid + 0.5 - start[..., None]) / length[..., None]
+            inside = inside & (along > 0) & (along < 1)
+            far = rng.integers(f"corner{axis}", 2, boxes)[..., None]
+            depth = torch.maximum(depth, (along - far).abs())
+        never = boxes + rng.uniform("rest", m)  # what no box reached is hidden one by one, at random
+        return torch.minimum(torch.where(inside, number + depth.clamp(0, 1), torch.inf).amin(1), never)
+
+
+MASKINGS: dict[str, type[Masking]] = {"random": Random, "block": Block}

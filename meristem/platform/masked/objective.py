@@ -2,10 +2,126 @@
 
 from __future__ import annotations
 
-from meristem.platform.objectives import ObjectiveSettings
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from meristem.modalities.base import Settings
+from meristem.modalities.stream import TokenStream
+from meristem.platform.masked.masking import informative
+from meristem.platform.masked.predictors import PREDICTORS, Prediction, PredictorSettings, blind
+from meristem.platform.masked.targets import TARGETS, Content, TargetSettings
+from meristem.platform.objectives import Loss, Objective, ObjectiveSettings, Plan
+from meristem.platform.slots import Slot
+
+if TYPE_CHECKING:
+    from meristem.platform.assembly import Assembly
+    from meristem.platform.step import Step
+
+
+class Readout(Settings):
+    """One line of a masked objective: predicted by its own head, compared with a target, in a region, with a weight."""
+
+    target: Annotated[TargetSettings, Slot("target", TARGETS)]
+    region: Literal["hidden", "visible", "all"] = "hidden"
+    weight: float = 1.0
 
 
 class Masked(ObjectiveSettings):
-    """Predict what was hidden in a view."""
+    """Predict what was hidden in the view `encode`, which must have an entry under `masking`.
+
+    readouts: by a name of the user's, which is also the name of the loss. `target: …` alone is short for one readout of the
+    hidden region.
+    """
 
     encode: str
+    predictor: Annotated[PredictorSettings, Slot("predictor", PREDICTORS)]
+    readouts: Annotated[dict[str, Readout], Field(min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "target" not in data:
+            return data
+        if "readouts" in data:
+            raise ValueError("give `target` (one readout) or `readouts`, not both")
+        return {k: v for k, v in data.items() if k != "target"} | {"readouts": {"content": {"target": data["target"]}}}
+
+    def check(self, recipe: Any) -> list[str]:
+        if self.encode not in recipe.views:
+            return [f"encode names '{self.encode}': there is no such view (views: {', '.join(recipe.views)})"]
+        if self.encode not in recipe.masking:
+            return [f"view '{self.encode}' has no masking, so that nothing is hidden; add masking.{self.encode}"]
+        name = next(n for n, part in PREDICTORS.items() if part is type(self.predictor))
+        return self.predictor.check(name, recipe.encoder, recipe.masking[self.encode])
+
+    def build(self, assembly: Assembly) -> Objective:
+        return MaskedObjective(self, assembly)
+
+
+class MaskedObjective(Objective):
+    """Encodes the masked view once, predicts, and compares with every readout's target.
+
+    The predictor is given the places of the tokens and nothing of their content.
+    """
+
+    def __init__(self, settings: Masked, assembly: Assembly) -> None:
+        super().__init__()
+        recipe = assembly.recipe
+        self.settings, self.sees = settings, recipe.encoder.sees
+        sizes = {name: readout.target.size(assembly.tokenizer) for name, readout in settings.readouts.items()}
+        everywhere = any(readout.region != "hidden" for readout in settings.readouts.values())
+        self.predictor = settings.predictor.build(assembly.encoder, assembly.tokenizer, recipe.modality.axes,
+                                                  recipe.modality.channels, sizes, everywhere)
+
+    def forward(self, step: Step) -> dict[str, Loss]:
+        stream, plan = step.stream(self.settings.encode), step.plan(self.settings.encode)
+        losses = {}
+        for name, prediction in self._predict(step).items():
+            readout = self.settings.readouts[name]
+            weight = _region(readout.region, stream, plan)
+            chosen = stream
+            if prediction.index is not None:
+                weight, chosen = weight.gather(1, prediction.index), stream.take(prediction.index)
+            total, count = readout.target.compare(chosen, prediction.value, weight)
+            # a batch may have no masked row when rows are masked with a probability: no loss then, not 0/0
+            losses["" if len(self.settings.readouts) == 1 else name] = Loss(
+                total, count.clamp_min(1e-12), self.settings.weight * readout.weight)
+        return losses
+
+    def _predict(self, step: Step) -> dict[str, Prediction]:
+        view = self.settings.encode
+        encoded = step.encode(view, masked=True, want=self.settings.predictor.want)
+        predictions: dict[str, Prediction] = self.predictor(encoded, blind(step.stream(view).seen(self.sees)), step.plan(view))
+        return predictions
+
+    @torch.no_grad()
+    def reconstruct(self, step: Step) -> dict[str, Tensor]:
+        """Pictures of what the first readout of content makes of the view, as arrays (B, C, *S) of whole tokens.
+
+        original; masked: hidden tokens are 0; prediction: hidden tokens as predicted (a normalised one is given the true
+        token's mean and deviation back), visible ones as they are. Empty when no readout predicts content.
+        """
+        stream, plan = step.stream(self.settings.encode), step.plan(self.settings.encode)
+        for name, prediction in self._predict(step).items():
+            target = self.settings.readouts[name].target
+            if isinstance(target, Content) and stream.lattice is not None:
+                mean, std = target.statistics(stream)
+                hidden, content = plan.hidden[..., None], stream.content
+                value = prediction.value.to(content)
+                if prediction.index is not None:
+                    value = content.scatter(1, prediction.index[..., None].expand_as(value), value)
+                value = torch.where(hidden, value * std + mean, content)
+                pictures = {"original": content, "masked": content.masked_fill(hidden, 0), "prediction": value}
+                return {key: step.assembly.tokenizer.fold(x, stream.lattice) for key, x in pictures.items()}
+        return {}
+
+
+def _region(region: str, stream: TokenStream, plan: Plan) -> Tensor:
+    """(B, N) weight of each token in a readout."""
+    if region == "hidden":
+        return plan.predict
+    live = informative(stream)
+    return (live if region == "all" else live & ~plan.hidden).float()

@@ -1,0 +1,191 @@
+"""Predictors: from an encoded, masked view to the content of its tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from meristem.modalities.base import Axis, Settings, Tokenizer
+from meristem.modalities.stream import LatticeStream, TokenStream, gather
+from meristem.platform.encoders.base import Encoder, EncoderSettings
+from meristem.platform.encoders.transformer import Blocks
+from meristem.platform.masked.masking import Masking
+from meristem.platform.objectives import Encoded, Plan
+
+CONVOLUTIONS: Mapping[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """value: (B, n, P). index: (B, n) which tokens of the stream these are; None: all, in order."""
+
+    value: Tensor
+    index: Tensor | None = None
+
+
+def blind(stream: TokenStream) -> TokenStream:
+    """The same tokens without their content: what a predictor may know of the places it fills."""
+    if isinstance(stream, LatticeStream):
+        return stream.with_array(stream.array.new_zeros(()).expand_as(stream.array))
+    return replace(stream, content=torch.zeros_like(stream.content))
+
+
+class Predictor(nn.Module):
+    """Has one head per output, named as the readouts are."""
+
+    def forward(self, encoded: Encoded, stream: TokenStream, plan: Plan) -> dict[str, Prediction]:
+        """stream: blind, and with nothing but the fields that the recipe's encoder sees."""
+        raise NotImplementedError
+
+
+class PredictorSettings(Settings):
+    """The typed entry of a predictor. corruption: the kind of masking it works on. want: what it needs of the encoder."""
+
+    corruption: ClassVar[str]
+    want: ClassVar[frozenset[str]] = frozenset()
+
+    def check(self, name: str, encoder: EncoderSettings, masking: Masking) -> list[str]:
+        """What is impossible about it with this encoder and masking; name: as the recipe calls it."""
+        problems = [f"the {name} predictor needs `{need}`, which this encoder does not provide"
+                    for need in sorted(self.want - encoder.provides)]
+        if masking.corruption != self.corruption:
+            problems.append(f"the {name} predictor works on masked tokens that are "
+                            f"{'dropped' if self.corruption == 'drop' else 'replaced'}; set the masking's corruption to "
+                            f"{self.corruption}, or choose another predictor")
+        return problems
+
+    def build(self, encoder: Encoder, tokenizer: Tokenizer, axes: tuple[Axis, ...], channels: int, sizes: Mapping[str, int],
+              everywhere: bool) -> Predictor:
+        """channels: of the array; sizes: output -> numbers per token; everywhere: also where nothing is hidden."""
+        raise NotImplementedError
+
+
+class LinearPredictor(Predictor):
+    """Each encoder token to the content of the array cell it covers.
+
+    A token that covers more than one patch (stride 32 over patches of 4) predicts its whole cell, which is then cut into the
+    stream's tokens: a 1×1 convolution and a pixel shuffle, as in SimMIM, in any dimension.
+    """
+
+    def __init__(self, encoder: Encoder, voxels: int, sizes: Mapping[str, int]) -> None:
+        super().__init__()
+        own = () if "drop" in encoder.takes or not encoder.pyramid_strides else encoder.pyramid_strides[-1]
+        self.stride = own  # array elements per token on each axis; (): one token of the encoder for each of the stream
+        self.heads = nn.ModuleDict({name: nn.Linear(encoder.width, size // voxels * math.prod(own) if own else size)
+                                    for name, size in sizes.items()})
+
+    def forward(self, encoded: Encoded, stream: TokenStream, plan: Plan) -> dict[str, Prediction]:
+        return {name: Prediction(self._to_tokens(head(encoded.tokens), encoded, stream)) for name, head in self.heads.items()}
+
+    def _to_tokens(self, x: Tensor, encoded: Encoded, stream: TokenStream) -> Tensor:
+        if not self.stride:
+            return x
+        assert isinstance(stream, LatticeStream) and encoded.lattice is not None
+        d = len(self.stride)
+        cells = x.reshape(len(x), *encoded.lattice, -1, *self.stride)  # (B, *lattice, C, *stride)
+        order = [n for axis in range(d) for n in (1 + axis, d + 2 + axis)]
+        covered = (n * s for n, s in zip(encoded.lattice, self.stride, strict=True))
+        array = cells.permute(0, d + 1, *order).reshape(len(x), -1, *covered)
+        return stream.with_array(array[(..., *map(slice, stream.array.shape[2:]))]).content  # the encoder may have padded
+
+
+class Linear(PredictorSettings):
+    """One linear layer per readout (SimMIM, Xie et al. 2022)."""
+
+    corruption = "replace"
+
+    def build(self, encoder: Encoder, tokenizer: Tokenizer, axes: tuple[Axis, ...], channels: int, sizes: Mapping[str, int],
+              everywhere: bool) -> Predictor:
+        return LinearPredictor(encoder, tokenizer.token_size // channels, sizes)
+
+
+class DecoderPredictor(Predictor):
+    """Visible tokens and mask tokens through transformer blocks; hidden tokens are read out.
+
+    The decoder knows where a token lies by the view-frame positions that the encoder sees, and by nothing else.
+    """
+
+    def __init__(self, settings: Decoder, encoder: Encoder, axes: tuple[Axis, ...], sizes: Mapping[str, int],
+                 everywhere: bool) -> None:
+        super().__init__()
+        self.everywhere = everywhere
+        self.enter = nn.Linear(encoder.width, settings.width)
+        self.mask_token = nn.Parameter(torch.empty(settings.width).normal_(std=0.02))
+        self.blocks = Blocks(settings.width, settings.depth, settings.heads, axes)
+        self.heads = nn.ModuleDict({name: nn.Linear(settings.width, size) for name, size in sizes.items()})
+        for layer in (self.enter, *self.heads.values()):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, encoded: Encoded, stream: TokenStream, plan: Plan) -> dict[str, Prediction]:
+        assert plan.keep is not None
+        seen = self.enter(encoded.tokens)
+        x = self.mask_token.to(seen).expand(*plan.hidden.shape, -1)
+        x = x.scatter(1, plan.keep[..., None].expand_as(seen), seen)
+        # a lattice has no padding; knowing it spares the device a round trip
+        x, _, _ = self.blocks(x, stream.position, valid=None if isinstance(stream, LatticeStream) else stream.valid)
+        index = None
+        if not self.everywhere:
+            hidden = plan.hidden.shape[1] - plan.keep.shape[1]
+            index = (~plan.hidden).to(torch.uint8).argsort(dim=1, stable=True)[:, :hidden]
+            x = gather(x, index)
+        return {name: Prediction(head(x), index) for name, head in self.heads.items()}
+
+
+class Decoder(PredictorSettings):
+    """A light transformer over visible and mask tokens (MAE, He et al. 2022, section 3). depth, width, heads: of its blocks."""
+
+    corruption = "drop"
+    depth: int = 4
+    width: int = 256
+    heads: int = 8
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.width % self.heads or self.width // self.heads % 2:
+            raise ValueError(f"width {self.width} in {self.heads} heads: each head needs a whole, even number of channels")
+        return self
+
+    def check(self, name: str, encoder: EncoderSettings, masking: Masking) -> list[str]:
+        problems = super().check(name, encoder, masking)
+        if "position" not in encoder.sees:
+            problems.append(f"the {name} predictor cannot tell mask tokens apart without positions; add `position` to "
+                            "encoder.….sees")
+        return problems
+
+    def build(self, encoder: Encoder, tokenizer: Tokenizer, axes: tuple[Axis, ...], channels: int, sizes: Mapping[str, int],
+              everywhere: bool) -> Predictor:
+        return DecoderPredictor(self, encoder, axes, sizes, everywhere)
+
+
+class DensePredictor(Predictor):
+    """A 1×1 convolution on the encoder's map at the array's resolution, cut into the stream's tokens."""
+
+    def __init__(self, encoder: Encoder, dims: int, voxels: int, sizes: Mapping[str, int]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({name: CONVOLUTIONS[dims](encoder.dense_width, size // voxels, 1)
+                                    for name, size in sizes.items()})
+
+    def forward(self, encoded: Encoded, stream: TokenStream, plan: Plan) -> dict[str, Prediction]:
+        assert isinstance(stream, LatticeStream) and encoded.dense is not None
+        return {name: Prediction(stream.with_array(head(encoded.dense)).content) for name, head in self.heads.items()}
+
+
+class Dense(PredictorSettings):
+    """Reconstruction at full resolution by a network that has its own decoder (a U-Net)."""
+
+    corruption = "replace"
+    want = frozenset({"dense"})
+
+    def build(self, encoder: Encoder, tokenizer: Tokenizer, axes: tuple[Axis, ...], channels: int, sizes: Mapping[str, int],
+              everywhere: bool) -> Predictor:
+        return DensePredictor(encoder, len(axes), tokenizer.token_size // channels, sizes)
+
+
+PREDICTORS: dict[str, type[PredictorSettings]] = {"linear": Linear, "decoder": Decoder, "dense": Dense}
