@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from meristem.errors import RecipeError
+from meristem.platform.heads import Head
 from meristem.platform.objectives import Loss, Objective
 from meristem.platform.recipe import Recipe
 from meristem.platform.schedules import value
@@ -48,8 +49,10 @@ class Assembly(nn.Module):
         self.recipe = recipe
         self.tokenizer = recipe.modality.tokenizer()
         self.encoder = recipe.encoder.build(self.tokenizer, recipe.modality.axes, recipe.modality.channels)
-        width = self.encoder.width
-        self.heads = nn.ModuleDict({name: head.build(width) for name, head in recipe.heads.items()})
+        self.heads = nn.ModuleDict()
+        for name, head in recipe.heads.items():
+            below = self.encoder.width if head.on is None else self.head_width(head.on)
+            self.heads[name] = head.build(below)
         self.objectives = nn.ModuleDict()
         for name, settings in recipe.objectives.items():
             self.objectives[name] = settings.build(self)
@@ -64,6 +67,12 @@ class Assembly(nn.Module):
 
     def module(self, by: str, name: str) -> nn.Module:
         """The module `name` (encoder or a head) of the student (`by` = encoder) or of the teacher."""
+    def head_width(self, name: str) -> int:
+        """Width of the vectors that come out of a head."""
+        head = self.heads[name]
+        assert isinstance(head, Head)
+        return head.width
+
         if by != "encoder":
             if self.teacher is None:
                 raise RecipeError(f"an objective encodes by '{by}' but the recipe has no teacher", "Add a `teacher:` entry.")

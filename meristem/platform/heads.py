@@ -2,24 +2,154 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from typing import Literal
+
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from meristem.modalities.base import Settings
+from meristem.platform.step import all_ranks
 
 
 class Head(nn.Module):
-    """Vectors (M, D) and the look each came from (M,) to vectors (M, K)."""
+    """Vectors (M, D) and the look each came from (M,) to vectors (M, width)."""
+
+    width: int
 
     def forward(self, z: Tensor, view: Tensor) -> Tensor:
         raise NotImplementedError
 
 
 class HeadSettings(Settings):
-    """The typed entry of a head in a recipe."""
+    """The typed entry of a head in a recipe. on: name of the head whose output comes in; null: the encoder's."""
+
+    on: str | None = None
 
     def build(self, width: int) -> Head:
         """width: of the vectors that come in."""
         raise NotImplementedError
 
 
-HEADS: dict[str, type[HeadSettings]] = {}
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation with the statistics of all ranks, which must hold as many rows each.
+
+    nn.SyncBatchNorm does the same on GPUs only. Vectors (M, D); one rank: nn.BatchNorm1d.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = all_ranks(x.float().mean(0, keepdim=True)) if self.training else x.new_empty(1)
+        if len(means) == 1:
+            return super().forward(x)
+        mean = means.mean(0)
+        variance = (all_ranks(x.float().var(0, correction=0, keepdim=True)) + (means - mean).square()).mean(0)
+        with torch.no_grad():
+            assert self.num_batches_tracked is not None and self.running_mean is not None and self.running_var is not None
+            assert self.momentum is not None
+            rows = len(x) * len(means)
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * rows / (rows - 1), self.momentum)
+        x = (x.float() - mean) * (variance + self.eps).rsqrt()
+        return x * self.weight + self.bias if self.affine else x
+
+
+NORMS: dict[str, Callable[[int, bool], nn.Module]] = {
+    "batch": lambda width, affine: BatchNorm(width, affine=affine),
+    "layer": lambda width, affine: nn.LayerNorm(width, elementwise_affine=affine),
+}
+
+
+class Perceptron(Head):
+    """Linear layers with a norm and an activation between them. per_view: each look goes through on its own."""
+
+    def __init__(self, layers: nn.Sequential, width: int, per_view: bool) -> None:
+        super().__init__()
+        self.layers, self.width, self.per_view = layers, width, per_view
+
+    def forward(self, z: Tensor, view: Tensor) -> Tensor:
+        if not (self.per_view and self.training):
+            return self.layers(z)
+        order = view.argsort(stable=True)
+        sizes = view.unique(return_counts=True)[1].tolist()
+        return torch.cat([self.layers(look) for look in z[order].split(sizes)])[order.argsort()]
+
+
+class Mlp(HeadSettings):
+    """A multi-layer perceptron.
+
+    layers: linear layers, hidden: width between them, out: width at the end. norm: after every layer but the last; last_norm:
+    also after the last, without scale and shift. per_view: batch-norm statistics of each look of its own, as when each look
+    is a pass of its own (MoCo v3); else those of all looks of a view together (SimCLR).
+    """
+
+    layers: int = 2
+    hidden: int = 512
+    out: int = 128
+    norm: Literal["batch", "layer", "none"] = "batch"
+    last_norm: bool = False
+    activation: Literal["relu", "gelu"] = "relu"
+    per_view: bool = False
+
+    def build(self, width: int) -> Head:
+        parts: list[nn.Module] = []
+        sizes = [width, *[self.hidden] * (self.layers - 1), self.out]
+        for depth, (a, b) in enumerate(itertools.pairwise(sizes), start=1):
+            last = depth == self.layers
+            normed = self.norm != "none" and (self.last_norm or not last)
+            parts.append(nn.Linear(a, b, bias=not normed))  # a norm subtracts what a bias adds
+            if normed:
+                parts.append(NORMS[self.norm](b, not last))
+            if not last:
+                parts.append(nn.ReLU() if self.activation == "relu" else nn.GELU())
+        return Perceptron(nn.Sequential(*parts), self.out, self.per_view)
+
+
+class UnitRows(nn.Module):
+    """Cosines, times a gain where it is learned, of vectors (M, D) with `count` directions: (M, count).
+
+    y_j = g_j · (x/|x|)·(w_j/|w_j|): L2-normalisation and a weight-normalised linear map without bias. gain: False keeps g = 1.
+    """
+
+    def __init__(self, width: int, count: int, gain: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, width).uniform_(-(width**-0.5), width**-0.5))
+        self.gain = nn.Parameter(torch.ones(count)) if gain else None
+
+    def forward(self, z: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):  # logits are divided by small temperatures
+            y = F.linear(F.normalize(z.float(), dim=-1), F.normalize(self.weight.float(), dim=-1))
+            return y if self.gain is None else y * self.gain
+
+
+class PrototypeHead(Head):
+    """A perceptron to a bottleneck, then cosines with prototypes."""
+
+    def __init__(self, body: Head, last: UnitRows) -> None:
+        super().__init__()
+        self.body, self.last, self.width = body, last, len(last.weight)
+
+    def forward(self, z: Tensor, view: Tensor) -> Tensor:
+        return self.last(self.body(z, view))
+
+
+class Prototypes(Mlp):
+    """The head of DINO and iBOT (norm none, gelu, three layers) and of SwAV (norm batch, relu, two layers).
+
+    out: width of the bottleneck; count: prototypes. gain: learn the length of the last layer's rows (DINO: norm_last_layer
+    false); else they have unit length. Sources: Caron et al. 2021, section 3 and appendix C; Caron et al. 2020.
+    """
+
+    count: int = 1024
+    layers: int = 3
+    norm: Literal["batch", "layer", "none"] = "none"
+    activation: Literal["relu", "gelu"] = "gelu"
+    gain: bool = False
+
+    def build(self, width: int) -> Head:
+        return PrototypeHead(super().build(width), UnitRows(self.out, self.count, self.gain))
+
+
+HEADS: dict[str, type[HeadSettings]] = {"mlp": Mlp, "prototypes": Prototypes}

@@ -124,6 +124,9 @@ class Recipe(Settings):
                                 f"{' or '.join(sorted(self.encoder.takes)) or 'whole views'}; set masking.{name}.….corruption")
         for name, objective in self.objectives.items():
             problems += [f"objective '{name}': {problem}" for problem in objective.check(self)]
+        for i, (name, head) in enumerate(self.heads.items()):
+            if head.on is not None and head.on not in list(self.heads)[:i]:
+                problems.append(f"head '{name}' stands on '{head.on}', which is not among the heads before it")
         for name in self.teacher.of if self.teacher else ():
             if name != "encoder" and name not in self.heads:
                 problems.append(f"teacher.of names '{name}', which is neither the encoder nor a head")

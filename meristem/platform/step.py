@@ -61,6 +61,14 @@ class Step:
         self._plans: dict[str, Plan] = {}
         self._encoded: dict[tuple[str, str, bool, frozenset[str]], Encoded] = {}
         self._made_units: dict[tuple[str, str, str, str | None, bool], Units] = {}
+def all_ranks(x: Tensor) -> Tensor:
+    """Rows (M, …) of every rank in rank order, differentiable; every rank must hold as many. One process: x itself."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return x
+    gathered: Tensor = _Gather.apply(x)
+    return gathered
+
+
 
     def value(self, x: float | schedules.Ramp) -> float:
         return schedules.value(x, self.progress)
@@ -94,16 +102,22 @@ class Step:
 
     def units(self, view: str, by: str = "encoder", level: str = "global", head: str | None = None,
               masked: bool = False) -> Units:
-        """Encoded view to a table of vectors, through a named head.
+        """Encoded view to a table of vectors, through a named head and those that it stands on.
 
         level: `cls`, `mean`, `global` (cls where there is one, else mean) or `dense` (every token that was encoded).
         """
         key = (by, view, level, head, masked)
         if key not in self._made_units:
-            self._made_units[key] = self._units(*key)
+            if head is None:
+                self._made_units[key] = self._units(by, view, level, masked)
+            else:
+                below = self.units(view, by, level, self.assembly.recipe.heads[head].on, masked)
+                with torch.set_grad_enabled(torch.is_grad_enabled() and by == "encoder"):
+                    z = self.assembly.module(by, head)(below.z, below.key["view"])
+                self._made_units[key] = below.with_z(z)
         return self._made_units[key]
 
-    def _units(self, by: str, view: str, level: str, head: str | None, masked: bool) -> Units:
+    def _units(self, by: str, view: str, level: str, masked: bool) -> Units:
         encoded, looks = self.encode(view, by, masked), self.batch.views[view]
         if level == "global":
             level = "cls" if "cls" in encoded.summary else "mean"
@@ -123,14 +137,8 @@ class Step:
             z = encoded.tokens[encoded.valid]
         else:
             z = encoded.summary[level]
-        if head is not None:
-            module = self.assembly.module(by, head)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and by == "encoder"):
-                z = module(z, keys["view"])
         return Units(z, keys, torch.ones(z.shape[0], device=z.device))
 
     def gather(self, units: Units) -> Units:
         """The same units of every rank, in rank order; every rank must hold as many."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return units
-        return Units(_Gather.apply(units.z), {k: _Gather.apply(v) for k, v in units.key.items()}, _Gather.apply(units.weight))
+        return Units(all_ranks(units.z), {k: all_ranks(v) for k, v in units.key.items()}, all_ranks(units.weight))

@@ -1,9 +1,139 @@
-"""The contrastive engine's objective: level × relation × loss."""
+"""The contrastive engine's objective: level × head × relation × loss."""
 
 from __future__ import annotations
 
-from meristem.platform.objectives import ObjectiveSettings
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, field_validator
+
+from meristem.modalities.base import Settings
+from meristem.platform.contrastive.losses import LOSSES, LossSettings
+from meristem.platform.contrastive.relations import Relation, parse
+from meristem.platform.heads import Prototypes
+from meristem.platform.objectives import Loss, Objective, ObjectiveSettings, Units
+from meristem.platform.slots import Slot
+
+if TYPE_CHECKING:
+    from meristem.platform.assembly import Assembly
+    from meristem.platform.step import Step
+
+
+class Source(Settings):
+    """One encoded view. masked: with the view's masking. Short for `{view: g}` is `g`."""
+
+    view: str
+    masked: bool = False
+
+
+Sources = tuple[Annotated[Source, BeforeValidator(lambda value: {"view": value} if isinstance(value, str) else value)], ...]
 
 
 class Contrastive(ObjectiveSettings):
-    """Relate units of views to each other."""
+    """Relate units of views to each other.
+
+    queries: encoded by the student. keys: encoded by `by`. level: of the units: cls, mean, global (cls where there is one) or
+    dense (tokens). head: of both sides; predictor: a head on it, for queries only. relation: what attracts; negatives: what
+    may repel (null: everything else); see `relations`.
+    """
+
+    queries: Sources
+    keys: Sources
+    by: Literal["encoder", "teacher"] = "encoder"
+    level: Literal["global", "cls", "mean", "dense"] = "global"
+    head: str | None = None
+    predictor: str | None = None
+    relation: str = "same(item) - same(view)"
+    negatives: str | None = None
+    loss: Annotated[LossSettings, Slot("contrastive loss", LOSSES)]
+
+    @field_validator("relation", "negatives")
+    @classmethod
+    def _parses(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse(text)
+        return text
+
+    def check(self, recipe: Any) -> list[str]:
+        problems = []
+        for source in (*self.queries, *self.keys):
+            if source.view not in recipe.views:
+                problems.append(f"there is no view '{source.view}' (views: {', '.join(recipe.views)})")
+            elif source.masked and source.view not in recipe.masking:
+                problems.append(f"view '{source.view}' is to be masked, but masking.{source.view} is not set")
+        for name in (self.head, self.predictor):
+            if name is not None and name not in recipe.heads:
+                problems.append(f"there is no head '{name}' (heads: {', '.join(recipe.heads) or 'none'})")
+        if problems:
+            return problems
+        if self.predictor is not None and recipe.heads[self.predictor].on != self.head:
+            problems.append(f"predictor '{self.predictor}' must stand on the head; set heads.{self.predictor}.….on={self.head}")
+        if self.level == "cls" and "cls" not in recipe.encoder.provides:
+            problems.append("level cls needs an encoder with a class token; use level: global or mean")
+        if self.by == "teacher":
+            copied = recipe.teacher.of if recipe.teacher is not None else ()
+            needs, head = ["encoder"], self.head
+            while head is not None:
+                needs.append(head)
+                head = recipe.heads[head].on
+            problems += [f"keys come from the teacher: add '{name}' to teacher.of" for name in needs if name not in copied]
+        if self.loss.needs_prototypes and not (self.head and isinstance(recipe.heads[self.head], Prototypes)):
+            problems.append("this loss compares assignments to prototypes; its head must be `prototypes`")
+        return problems + self._check_relation(recipe)
+
+    def _check_relation(self, recipe: Any) -> list[str]:
+        """Try the relation on two samples with two tokens each."""
+        relation = Relation(self.relation, self.negatives)
+        reads = relation.reads
+        if "token" in reads and self.level != "dense":
+            return [f"relation '{self.relation}' compares tokens; set level: dense"]
+        if "hidden" in reads:
+            if self.level != "dense":
+                return [f"relation '{self.relation}' asks what was hidden; set level: dense"]
+            if not all(source.masked and recipe.masking[source.view].corruption == "replace" for source in self.queries):
+                return [f"relation '{self.relation}' asks what was hidden; every query must be masked, by a masking with "
+                        "corruption: replace"]
+        offset, total = {}, 0
+        for name, view in recipe.views.items():
+            offset[name], total = total, total + view.count
+        if not reads <= {"item", "view", "token", "hidden"}:
+            return []  # labels are known to the data only
+
+        def units(sources: Sources) -> Units:
+            looks = sorted({offset[s.view] + i for s in sources for i in range(recipe.views[s.view].count)})
+            names = ("item", "view", "token") if self.level == "dense" else ("item", "view")
+            values = torch.cartesian_prod(*(torch.tensor(v) for v in ([0, 1], looks, [0, 1])[:len(names)]))
+            keys = dict(zip(names, values.T, strict=True))
+            keys["hidden"] = torch.ones(len(values), dtype=torch.int64)
+            return Units(torch.zeros(len(values), 1), keys, torch.ones(len(values)))
+
+        if len(relation.matches(units(self.queries), units(self.keys)).q) == 0:
+            return [f"relation '{self.relation}' finds no pair between queries and keys; with `- same(view)` there must be two "
+                    "looks: set views.….count=2"]
+        return []
+
+    def build(self, assembly: Assembly) -> ContrastiveObjective:
+        width = assembly.encoder.width if self.head is None else assembly.head_width(self.head)
+        return ContrastiveObjective(self, width)
+
+
+class ContrastiveObjective(Objective):
+    """One relation between queries and keys, and one loss over it."""
+
+    def __init__(self, settings: Contrastive, width: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.relation = Relation(settings.relation, settings.negatives)
+        self.loss = settings.loss.build(width)
+
+    def forward(self, step: Step) -> dict[str, Loss]:
+        s = self.settings
+        q = Units.cat(step.units(x.view, level=s.level, head=s.predictor or s.head, masked=x.masked) for x in s.queries)
+        k = Units.cat(step.units(x.view, by=s.by, level=s.level, head=s.head, masked=x.masked) for x in s.keys)
+        if self.loss.keys_of_all_ranks:
+            k = step.gather(k)
+        loss = self.loss(q, k, self.relation, step)
+        return {"": Loss(loss.total, loss.count, s.weight)}
+
+    def after(self, step: Step) -> None:
+        self.loss.after()

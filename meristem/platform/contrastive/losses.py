@@ -1,0 +1,184 @@
+"""Losses over related units: pure functions, then the parts that a recipe names.
+
+All are computed in fp32, whatever precision the encoder runs in.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from meristem.modalities.base import Settings
+from meristem.platform.contrastive.relations import Matches, Relation
+from meristem.platform.objectives import Loss, Pairs, Units
+from meristem.platform.schedules import Scalar
+from meristem.platform.step import Step, all_ranks
+
+
+def infonce(q: Units, k: Units, pairs: Pairs, temperature: float) -> Loss:
+    """InfoNCE with any number of positives, averaged outside the logarithm.
+
+    s_ij = cos(q_i, k_j) / τ
+    L_i = − Σ_j pos_ij (s_ij − log Σ_m (pos_im + neg_im) exp s_im) / Σ_j pos_ij
+    total = Σ_i w_i L_i and count = Σ_i w_i over the queries that have a positive, w the query's weight.
+
+    q: (Mq, D), k: (Mk, D). One positive per query and keys = queries: NT-Xent (Chen et al. 2020, eq. 1). Several: L_out of
+    SupCon (Khosla et al. 2020, eq. 2), where the denominator holds the other positives too.
+    """
+    with torch.autocast(q.z.device.type, enabled=False):
+        s = F.normalize(q.z.float(), dim=-1) @ F.normalize(k.z.float(), dim=-1).T / temperature
+        attraction = pairs.pos.sum(1, keepdim=True)
+        has = attraction > 0
+        mass = torch.where(has, pairs.pos + pairs.neg, 1.0)  # a row of nothing would have a NaN for a gradient
+        each = (s + mass.log()).logsumexp(1) - (pairs.pos * s / torch.where(has, attraction, 1.0)).sum(1)
+        weight = q.weight * has[:, 0]
+        return Loss((weight * each).sum(), weight.sum())
+
+
+def cross_entropy(q: Units, target: Tensor, matches: Matches, temperature: float) -> Loss:
+    """Predict the assignment of a matched key from the query.
+
+    L = − Σ_n weight_n Σ_c target[k_n, c] · log softmax(q[q_n] / τ)_c ; count = Σ_n weight_n.
+
+    q: logits (Mq, K). target: (Mk, K), rows sum to one, without gradient. The loss of DINO (Caron et al. 2021, eq. 1–3), of
+    iBOT's class and patch lines (Zhou et al. 2022, eq. 2, 3) and of SwAV (Caron et al. 2020, eq. 2).
+    """
+    with torch.autocast(q.z.device.type, enabled=False):
+        log_p = F.log_softmax(q.z.float() / temperature, dim=-1)
+        each = -(target[matches.k] * log_p[matches.q]).sum(-1)
+        return Loss((matches.weight * each).sum(), matches.weight.sum())
+
+
+@torch.no_grad()
+def centred(z: Tensor, centre: Tensor, temperature: float) -> Tensor:
+    """softmax((z − c) / τ): DINO's teacher. z: logits (M, K), centre: (K,). Returns (M, K) without gradient."""
+    return F.softmax((z.float() - centre) / temperature, dim=-1)
+
+
+@torch.no_grad()
+def sinkhorn(z: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Soft codes that use all prototypes equally over the samples of all ranks: Sinkhorn and Knopp's algorithm.
+
+    Source: Caron et al. 2020, eq. 3–5. Q ∝ exp(z / ε), alternately scaled so that each prototype gets 1/K of the mass, then
+    each sample 1/M; M·Q is returned. z: scores (M, K), M on each rank. Rows of the result sum to one exactly, columns to M/K
+    (over all ranks) as `iterations` grow. In the log domain, so that no ε underflows. No gradient.
+    """
+    q = z.float() / epsilon
+    for _ in range(iterations):
+        q = q - all_ranks(q.logsumexp(0, keepdim=True)).logsumexp(0)
+        q = q - q.logsumexp(1, keepdim=True)
+    return q.exp()
+
+
+class ContrastiveLoss(nn.Module):
+    """A loss with its numbers and, where it has any, its buffers. keys_of_all_ranks: repels from what other ranks hold."""
+
+    keys_of_all_ranks = False
+
+    def forward(self, q: Units, k: Units, relation: Relation, step: Step) -> Loss:
+        raise NotImplementedError
+
+    def after(self) -> None:
+        """Once per optimiser step."""
+
+
+class LossSettings(Settings):
+    """The typed entry of a contrastive loss in a recipe. needs_prototypes: its units must be scores of prototypes."""
+
+    needs_prototypes: ClassVar[bool] = False
+
+    def build(self, width: int) -> ContrastiveLoss:
+        """width: of the units."""
+        raise NotImplementedError
+
+
+class InfoNCELoss(ContrastiveLoss):
+    keys_of_all_ranks = True
+
+    def __init__(self, settings: InfoNCE) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, q: Units, k: Units, relation: Relation, step: Step) -> Loss:
+        return infonce(q, k, relation.pairs(q, k), step.value(self.settings.temperature))
+
+
+class DINOLoss(ContrastiveLoss):
+    """centre: (K,) moving average of the keys' mean logits over all ranks and micro-batches."""
+
+    centre: Tensor
+
+    def __init__(self, settings: DINO, width: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.register_buffer("centre", torch.zeros(width))
+        self._seen: Tensor | None = None  # (K + 1,): sum and count of this optimiser step; as a buffer DDP would broadcast it
+        self._progress = -1.0
+
+    def forward(self, q: Units, k: Units, relation: Relation, step: Step) -> Loss:
+        if self.training:
+            logits = k.z.detach().float()
+            seen = torch.cat([logits.sum(0), logits.new_tensor([len(k)])])
+            self._seen = self._seen + seen if self._seen is not None and self._progress == step.progress else seen
+            self._progress = step.progress
+        target = centred(k.z, self.centre, step.value(self.settings.teacher_temperature))
+        return cross_entropy(q, target, relation.matches(q, k), step.value(self.settings.temperature))
+
+    @torch.no_grad()
+    def after(self) -> None:
+        if self._seen is not None:
+            seen = all_ranks(self._seen[None]).sum(0)
+            self.centre.lerp_(seen[:-1] / seen[-1], 1 - self.settings.centre_momentum)
+            self._seen = None
+
+
+class SwAVLoss(ContrastiveLoss):
+    def __init__(self, settings: SwAV) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, q: Units, k: Units, relation: Relation, step: Step) -> Loss:
+        codes = torch.empty_like(k.z, dtype=torch.float32)
+        for view in k.key["view"].unique():  # as the authors do: the looks of one view are spread over the prototypes
+            rows = torch.nonzero(k.key["view"] == view).squeeze(1)
+            codes[rows] = sinkhorn(k.z[rows], self.settings.epsilon, self.settings.iterations)
+        return cross_entropy(q, codes, relation.matches(q, k), step.value(self.settings.temperature))
+
+
+class InfoNCE(LossSettings):
+    """SimCLR, MoCo, SupCon. temperature: τ."""
+
+    temperature: Scalar = 0.1
+
+    def build(self, width: int) -> ContrastiveLoss:
+        return InfoNCELoss(self)
+
+
+class DINO(LossSettings):
+    """DINO, iBOT. temperature: of the queries; teacher_temperature: of the keys; centre_momentum: of the keys' centre."""
+
+    needs_prototypes: ClassVar[bool] = True
+    temperature: Scalar = 0.1
+    teacher_temperature: Scalar = 0.04
+    centre_momentum: float = 0.9
+
+    def build(self, width: int) -> ContrastiveLoss:
+        return DINOLoss(self, width)
+
+
+class SwAV(LossSettings):
+    """SwAV. temperature: of the prediction; epsilon, iterations: of Sinkhorn and Knopp's algorithm on the keys' scores."""
+
+    needs_prototypes: ClassVar[bool] = True
+    temperature: Scalar = 0.1
+    epsilon: float = 0.05
+    iterations: int = 3
+
+    def build(self, width: int) -> ContrastiveLoss:
+        return SwAVLoss(self)
+
+
+LOSSES: dict[str, type[LossSettings]] = {"infonce": InfoNCE, "dino": DINO, "swav": SwAV}

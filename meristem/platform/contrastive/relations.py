@@ -1,0 +1,154 @@
+"""Relations: which units attract and which repel each other, from an expression over their keys.
+
+An expression combines terms with `&` (and), `|` (or), `-` (and not) and `~` (not), with Python's precedence:
+`same(item) - same(view)` pairs the looks of a sample, `same(item) & same(view) & same(token) & hidden` a hidden token with
+itself.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor
+
+from meristem.errors import RecipeError
+from meristem.platform.objectives import Pairs, Units
+
+Keys = Mapping[str, Tensor]
+IDENTITY = ("item", "view", "token")  # what tells one unit from another
+
+
+@dataclass(frozen=True)
+class Term:
+    """A predicate of a query and a key unit.
+
+    holds: keys of queries and of keys, of shapes that broadcast, to bool. joins: keys that are equal wherever it holds.
+    reads: keys that it needs.
+    """
+
+    holds: Callable[[Keys, Keys], Tensor]
+    joins: frozenset[str]
+    reads: frozenset[str]
+
+
+def same(*keys: str) -> Term:
+    """All of these keys are equal, and known: a negative label is nobody's."""
+    if not keys:
+        raise ValueError("same(…) needs one key or more, e.g. same(item)")
+
+    def holds(q: Keys, k: Keys) -> Tensor:
+        equal = [(q[name] == k[name]) & (q[name] >= 0) for name in keys]
+        return torch.stack(torch.broadcast_tensors(*equal)).all(0) if len(equal) > 1 else equal[0]
+
+    return Term(holds, frozenset(keys), frozenset(keys))
+
+
+def hidden(*keys: str) -> Term:
+    """The query's content was hidden from the encoder."""
+    if keys:
+        raise ValueError("hidden takes no key")
+    def holds(q: Keys, k: Keys) -> Tensor:
+        return (q["hidden"] > 0) & torch.ones_like(k["item"], dtype=torch.bool)
+
+    return Term(holds, frozenset(), frozenset({"hidden"}))
+
+
+TERMS: dict[str, Callable[..., Term]] = {"same": same, "hidden": hidden}
+
+
+def _term(node: ast.expr) -> Term:
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
+        inner = _term(node.operand)
+        return Term(lambda q, k: ~inner.holds(q, k), frozenset(), inner.reads)
+    if isinstance(node, ast.BinOp):
+        a, b = _term(node.left), _term(node.right)
+        if isinstance(node.op, ast.BitAnd):
+            return Term(lambda q, k: a.holds(q, k) & b.holds(q, k), a.joins | b.joins, a.reads | b.reads)
+        if isinstance(node.op, ast.BitOr):
+            return Term(lambda q, k: a.holds(q, k) | b.holds(q, k), a.joins & b.joins, a.reads | b.reads)
+        if isinstance(node.op, ast.Sub):
+            return Term(lambda q, k: a.holds(q, k) & ~b.holds(q, k), a.joins, a.reads | b.reads)
+    name, arguments = node, []
+    if isinstance(node, ast.Call) and not node.keywords:
+        name, arguments = node.func, node.args
+    if not isinstance(name, ast.Name) or not all(isinstance(argument, ast.Name) for argument in arguments):
+        raise ValueError(f"'{ast.unparse(node)}' is not a term; write terms like same(item), joined by & | - ~")
+    if name.id not in TERMS:
+        near = get_close_matches(name.id, TERMS) or list(TERMS)
+        raise ValueError(f"no term called '{name.id}'; did you mean {' or '.join(near)}?")
+    return TERMS[name.id](*(argument.id for argument in arguments if isinstance(argument, ast.Name)))
+
+
+def parse(text: str) -> Term:
+    """An expression to a predicate; nothing is executed. Raises ValueError that names the wrong part."""
+    try:
+        return _term(ast.parse(text.strip(), mode="eval").body)
+    except SyntaxError:
+        raise ValueError(f"'{text}' is not an expression; write terms like same(item), joined by & | - ~") from None
+
+
+@dataclass(frozen=True)
+class Matches:
+    """A relation's attraction as a list: query q[n] is drawn to key k[n] with weight[n]; all (n,)."""
+
+    q: Tensor
+    k: Tensor
+    weight: Tensor
+
+
+class Relation:
+    """What attracts, and what may repel: everything that does not attract, but the unit itself.
+
+    text: expression of attraction. negatives: expression that what repels must also meet; null: no condition.
+    Raises ValueError.
+    """
+
+    def __init__(self, text: str, negatives: str | None = None) -> None:
+        self.text = text
+        self.attracts = parse(text)
+        self.repels = None if negatives is None else parse(negatives)
+        self.reads = self.attracts.reads | (self.repels.reads if self.repels is not None else frozenset())
+
+    def pairs(self, q: Units, k: Units) -> Pairs:
+        """All pairs: pos, neg (Mq, Mk), weighted by the key unit's weight."""
+        self._need(q, k, self.reads)
+        rows, columns = {n: x[:, None] for n, x in q.key.items()}, {n: x[None] for n, x in k.key.items()}
+        pos = self.attracts.holds(rows, columns)
+        itself = same(*(n for n in IDENTITY if n in q.key and n in k.key)).holds(rows, columns)
+        neg = ~pos & ~itself
+        if self.repels is not None:
+            neg = neg & self.repels.holds(rows, columns)
+        return Pairs(pos * k.weight, neg * k.weight)
+
+    def matches(self, q: Units, k: Units) -> Matches:
+        """Attraction alone, as a list ordered by query; no (Mq, Mk) table where the expression demands equal keys."""
+        self._need(q, k, self.attracts.reads)
+        i, j = _join(q, k, sorted(self.attracts.joins))
+        holds = self.attracts.holds({n: x[i] for n, x in q.key.items()}, {n: x[j] for n, x in k.key.items()})
+        i, j = i[holds], j[holds]
+        return Matches(i, j, q.weight[i] * k.weight[j])
+
+    def _need(self, q: Units, k: Units, reads: frozenset[str]) -> None:
+        lacking = sorted(n for n in reads if n not in q.key or (n not in k.key and n != "hidden"))
+        if lacking:
+            raise RecipeError(f"the relation '{self.text}' needs the key '{lacking[0]}', which these units do not have",
+                              f"They have {', '.join(sorted(q.key))}; level: dense adds token, and hidden where masked.")
+
+
+def _join(q: Units, k: Units, names: list[str]) -> tuple[Tensor, Tensor]:
+    """Indices (n,), (n,) of the pairs whose keys `names` are equal, ordered by query; all pairs without names."""
+    ids = torch.zeros(len(q) + len(k), dtype=torch.int64, device=q.z.device)
+    for name in names:
+        values = torch.unique(torch.cat([q.key[name], k.key[name]]), return_inverse=True)[1]
+        ids = torch.unique(ids * (len(q) + len(k)) + values, return_inverse=True)[1]
+    mine, theirs = ids[:len(q)], ids[len(q):]
+    theirs, order = theirs.sort(stable=True)
+    first, end = torch.searchsorted(theirs, mine), torch.searchsorted(theirs, mine, right=True)
+    count = end - first
+    i = torch.repeat_interleave(torch.arange(len(q), device=ids.device), count)
+    place = torch.arange(len(i), device=ids.device) - (count.cumsum(0) - count)[i]
+    return i, order[first[i] + place]
