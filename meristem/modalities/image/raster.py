@@ -1,0 +1,72 @@
+"""What a decoded picture file holds, before any normalisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from meristem.errors import DataError
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+@dataclass(frozen=True)
+class Raster:
+    """array (C, H, W) as the file stores it; its meaning is array * slope + intercept.
+
+    limits: lowest and highest number the encoding can hold, or None for floats and wide integers. inverted: low means bright.
+    colour: the first three channels are red, green, blue. alpha: the last channel is opacity. spacing: mm along y and x.
+    """
+
+    array: np.ndarray
+    slope: float = 1.0
+    intercept: float = 0.0
+    limits: tuple[float, float] | None = None
+    inverted: bool = False
+    colour: bool = False
+    alpha: bool = False
+    spacing: tuple[float, float] | None = None
+
+    def upright(self, orientation: int) -> Raster:
+        """Rotated and mirrored as the EXIF (or TIFF) orientation 1–8 asks."""
+        a = self.array
+        if orientation >= 5:
+            a = a.swapaxes(-1, -2)
+        if orientation in (3, 4, 7, 8):
+            a = a[..., ::-1, :]
+        if orientation in (2, 3, 6, 7):
+            a = a[..., ::-1]
+        spacing = self.spacing[::-1] if self.spacing is not None and orientation >= 5 else self.spacing
+        return replace(self, array=np.ascontiguousarray(a), spacing=spacing)
+
+    def with_channels(self, want: int) -> Raster:
+        """The same picture in `want` channels: opacity dropped, grey replicated to 3, colour to grey by luma."""
+        array = self.array
+        if len(array) != want and self.alpha:
+            array = array[:-1]
+        if len(array) == 1 and want == 3:
+            array = np.repeat(array, 3, axis=0)
+        elif len(array) == 3 and want == 1 and self.colour:
+            grey = np.tensordot(np.array(LUMA), array.astype(np.float64), 1)[None]
+            array = (grey if array.dtype.kind == "f" else np.rint(grey)).astype(array.dtype)
+        elif len(array) != want:
+            raise DataError("channels", f"the file has {len(array)} channels, the recipe wants {want}",
+                            f"Set modality.image.channels={len(array)}, or leave such files out.")
+        return replace(self, array=array, alpha=False)
+
+
+def dtype_limits(dtype: np.dtype) -> tuple[float, float] | None:
+    """The range of an integer type of at most 16 bits."""
+    if dtype.kind not in "iu" or dtype.itemsize > 2:
+        return None
+    return int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
+
+
+def check_size(pixels: int, limit: int) -> None:
+    """Refuse a picture before it is decoded: nothing in it (`empty`) or more than memory is meant for (`bomb`)."""
+    if pixels == 0:
+        raise DataError("empty", "the image has no pixels")
+    if pixels > limit:
+        raise DataError("bomb", f"the image claims {pixels:,} pixels, more than the limit of {limit:,}",
+                        "If it is genuine, raise modality.image.max_pixels.")
