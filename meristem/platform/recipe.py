@@ -25,7 +25,7 @@ from meristem.platform.schedules import Scalar
 from meristem.platform.slots import Slot
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-NAMED = ("views", "masking", "heads", "objectives")  # maps of the user's own names; elsewhere one key names a part
+NAMED = ("views", "masking", "heads", "objectives", "readouts")  # maps of the user's own names; elsewhere one key names a part
 OBJECTIVES: dict[str, type[ObjectiveSettings]] = {"masked": Masked, "contrastive": Contrastive}
 
 
@@ -195,7 +195,7 @@ def read(name: str | Path) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
         merged = merge(merged, read(base))
-    return {"name": path.stem, **merge(merged, data)} if "name" not in data else merge(merged, data)
+    return merge(merged, {"name": path.stem, **data})
 
 
 def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
 import torch
@@ -16,6 +15,8 @@ from meristem.modalities.rng import Rng
 from meristem.modalities.stream import TokenStream
 from meristem.platform.objectives import Plan
 
+Positive = Annotated[int, Field(ge=1)]
+Unit = Positive | tuple[Positive, ...]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -45,22 +46,25 @@ def _rounded(count: Tensor | int, ratio: Tensor | float) -> Tensor:
     return (torch.as_tensor(count, dtype=torch.float64) * ratio + 0.5).floor().long()
 
 
-def _grain(stream: TokenStream, units: Iterable[tuple[int, ...]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The common multiple of the units, in tokens per axis, and the lattice of cells that it makes.
+def _grain(stream: TokenStream, *units: int | tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The common multiple of the units, in tokens per axis (one number: of each), and the lattice of cells that it makes.
 
     A set of tokens without a lattice is one axis of cells of one token. Raises RecipeError when cells do not fill the lattice.
     """
-    units = [unit for unit in units if math.prod(unit) > 1]
+    coarse = [unit for unit in units if (unit > 1 if isinstance(unit, int) else math.prod(unit) > 1)]
     if stream.lattice is None:
-        if units:
-            raise RecipeError(f"a mask unit of {units[0]} tokens was asked of tokens that lie on no lattice",
+        if coarse:
+            raise RecipeError(f"a mask unit of {coarse[0]} tokens was asked of tokens that lie on no lattice",
                               "Leave masking.….unit out, or choose an encoder that can be masked token by token.")
         return (1,), (len(stream),)
     lattice = stream.lattice
-    if any(len(unit) != len(lattice) for unit in units):
-        raise RecipeError(f"a mask unit has {len(units[0])} axes, the tokens have {len(lattice)}: {lattice}",
-                          "Give masking.….unit one number for each axis.")
-    unit = tuple(math.lcm(*axis) for axis in zip(*units, strict=True)) if units else (1,) * len(lattice)
+    unit = (1,) * len(lattice)
+    for other in coarse:
+        other = (other,) * len(lattice) if isinstance(other, int) else other
+        if len(other) != len(lattice):
+            raise RecipeError(f"a mask unit has {len(other)} axes, the tokens have {len(lattice)}: {lattice}",
+                              "Give masking.….unit one number, or one for each axis.")
+        unit = tuple(math.lcm(a, b) for a, b in zip(unit, other, strict=True))
     if any(n % u for n, u in zip(lattice, unit, strict=True)):
         raise RecipeError(f"a lattice of {'×'.join(map(str, lattice))} tokens cannot be masked in units of "
                           f"{'×'.join(map(str, unit))}", "Choose a view size that is a multiple of patch × unit on every axis.")
@@ -92,17 +96,17 @@ def _feasible(hidden: int, cells: int, ratio: float) -> None:
 class Random(Masking):
     """Cells drawn uniformly without replacement (MAE, He et al. 2022, section 3; SimMIM, Xie et al. 2022, section 3.2).
 
-    ratio: hidden fraction, rounded to the nearest cell. unit: grain of the mask in tokens per axis, coarser than the encoder's
-    own when given; both are honoured (their least common multiple). Every row keeps equally many tokens. The ratio holds
+    ratio: hidden fraction, rounded to the nearest cell. unit: grain of the mask in tokens, one number or one per axis;
+    the encoder's own is honoured with it (their least common multiple). Every row keeps equally many tokens. The ratio holds
     among informative tokens and among the rest (padding, outside the sample) separately, so that neither a row's padding nor
     its batch mates change how much of its content is hidden; nothing is predicted where there is nothing.
     """
 
     ratio: Fraction = 0.75
-    unit: tuple[int, ...] = ()
+    unit: Unit = 1
 
     def plan(self, stream: TokenStream, rng: Rng, unit: tuple[int, ...]) -> Plan:
-        grain, cells = _grain(stream, (self.unit, unit))
+        grain, cells = _grain(stream, self.unit, unit)
         live = informative(stream)
         live_cell = _to_cells(live, cells, grain)
         batch, m = live_cell.shape
@@ -129,10 +133,10 @@ class Block(Masking):
     """
 
     ratio: Fraction | tuple[Fraction, Fraction] = 0.4
-    min_block: Annotated[int, Field(ge=1)] = 4
+    min_block: Positive = 4
     aspect: Annotated[float, Field(gt=0, le=1)] = 0.3
     prob: Annotated[float, Field(gt=0, le=1)] = 1.0
-    unit: tuple[int, ...] = ()
+    unit: Unit = 1
 
     @model_validator(mode="after")
     def _same_count(self) -> Self:
@@ -148,7 +152,7 @@ class Block(Masking):
     def plan(self, stream: TokenStream, rng: Rng, unit: tuple[int, ...]) -> Plan:
         if stream.lattice is None:
             raise RecipeError("block masking needs tokens on a lattice, and these lie on none", "Use `random` masking.")
-        grain, cells = _grain(stream, (self.unit, unit))
+        grain, cells = _grain(stream, self.unit, unit)
         m = math.prod(cells)
         most = int(_rounded(m, self._top))
         _feasible(most, m, self._top)

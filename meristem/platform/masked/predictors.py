@@ -92,7 +92,9 @@ class LinearPredictor(Predictor):
         order = [n for axis in range(d) for n in (1 + axis, d + 2 + axis)]
         covered = (n * s for n, s in zip(encoded.lattice, self.stride, strict=True))
         array = cells.permute(0, d + 1, *order).reshape(len(x), -1, *covered)
-        return stream.with_array(array[(..., *map(slice, stream.array.shape[2:]))]).content  # the encoder may have padded
+        for axis, n in enumerate(stream.array.shape[2:]):
+            array = array.narrow(2 + axis, 0, n)  # the encoder may have padded the view
+        return stream.with_array(array).content
 
 
 class Linear(PredictorSettings):
@@ -120,8 +122,9 @@ class DecoderPredictor(Predictor):
         self.blocks = Blocks(settings.width, settings.depth, settings.heads, axes)
         self.heads = nn.ModuleDict({name: nn.Linear(settings.width, size) for name, size in sizes.items()})
         for layer in (self.enter, *self.heads.values()):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, encoded: Encoded, stream: TokenStream, plan: Plan) -> dict[str, Prediction]:
         assert plan.keep is not None
