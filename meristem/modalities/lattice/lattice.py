@@ -156,6 +156,17 @@ class Lattice:
         return LatticeTokenizer(self.channels, self.options.patch)
 
 
+def anchors(mask: np.ndarray, most: int = 64) -> tuple[tuple[int, ...], ...]:
+    """Up to `most` positions of labelled elements of mask (*S), as many of each class as of any other, evenly spread."""
+    labels = [label for label in np.unique(mask) if label > 0]
+    chosen: list[tuple[int, ...]] = []
+    for label in labels:
+        places = np.flatnonzero(mask == label)
+        places = places[np.linspace(0, len(places) - 1, min(most // len(labels), len(places))).astype(int)]
+        chosen += [tuple(int(i) for i in index) for index in zip(*np.unravel_index(places, mask.shape), strict=True)]
+    return tuple(chosen)
+
+
 def _active(params: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
     """Name -> rows for which an operation does something; asked of the device once."""
     flags: dict[str, Tensor] = {name: params[name] != neutral for name, neutral in NEUTRAL.items() if name in params}

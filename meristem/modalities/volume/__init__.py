@@ -1,0 +1,5 @@
+"""Volumes: NIfTI files, positions in millimetres."""
+
+from meristem.modalities.volume.volume import Volume, VolumeOptions, VolumeViewOptions
+
+__all__ = ["Volume", "VolumeOptions", "VolumeViewOptions"]

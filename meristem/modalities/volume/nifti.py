@@ -1,0 +1,130 @@
+"""NIfTI files, checked: what is read is whole, finite and placed in space, or refused with the reason.
+
+Messages name the role of a file, never its path: the caller knows the case's pseudonym.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+from meristem.errors import DataError
+
+TO_MM = {"meter": 1000.0, "micron": 0.001}
+DEFLATE = 1032  # greatest expansion of deflate (zlib's technical notes)
+
+
+def open_nifti(path: Path, what: str, assume: Literal["identity"] | None, most: int) -> tuple[Any, np.ndarray]:
+    """A file's image, nothing of its voxels decoded, and its affine (4, 4) in millimetres.
+
+    what: its role, for messages. most: voxels it may claim. Raises DataError: unreadable, truncated, dimensions, no-affine.
+    """
+    try:
+        size = path.stat().st_size
+        image = nib.load(path)
+        shape = tuple(int(n) for n in image.shape)
+        bytes_claimed = math.prod(shape) * image.get_data_dtype().itemsize
+    except FileNotFoundError:
+        raise DataError("unreadable", f"{what} does not exist", "Restore the file, or remove the case.") from None
+    except (EOFError, zlib.error):
+        raise DataError("truncated", f"{what} ends before its header does", "Copy or download it again.") from None
+    except (ImageFileError, HeaderDataError, OSError, ValueError):
+        raise DataError("unreadable", f"{what} is not a NIfTI file", "Export it again as .nii or .nii.gz.") from None
+    if not isinstance(image, nib.Nifti1Image):
+        raise DataError("unreadable", f"{what} is not a NIfTI file", "Export it again as .nii or .nii.gz.")
+    if image.get_data_dtype().kind not in "iuf":
+        raise DataError("unreadable", f"{what} holds {image.get_data_dtype()} voxels", "Export it as integers or floats.")
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) not in (3, 4) or min(shape) < 1:
+        raise DataError("dimensions", f"{what} has shape {shape}", "Wanted are three axes, or four with channels last.")
+    if math.prod(shape) > most:
+        raise DataError("dimensions", f"the header of {what} claims {math.prod(shape):,} voxels",
+                        "Raise modality.volume.max_voxels if that is true.")
+    if bytes_claimed > (DEFLATE if path.suffix == ".gz" else 1) * size:
+        raise DataError("truncated", f"{what} is too small for the {bytes_claimed:,} bytes of voxels its header claims",
+                        "Copy or download it again.")
+    return image, _affine(image, what, assume)
+
+
+def _affine(image: Any, what: str, assume: Literal["identity"] | None) -> np.ndarray:
+    header, affine = image.header, np.asarray(image.affine, np.float64)
+    if header["sform_code"] == 0 and header["qform_code"] == 0:
+        problem = "no valid affine (sform and qform codes are both 0)"
+    elif not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        problem = "no valid affine (it is singular)"
+    else:
+        return np.diag([TO_MM.get(header.get_xyzt_units()[0], 1.0)] * 3 + [1.0]) @ affine
+    if assume == "identity":
+        return np.eye(4)
+    raise DataError("no-affine", f"{what}: {problem}",
+                    "Positions in millimetres cannot be known. Re-export with an orientation, or pass "
+                    "modality.volume.assume_affine=identity to accept voxels as 1 mm RAS.")
+
+
+def decode(image: Any, what: str) -> np.ndarray:
+    """All voxels as float32, (X, Y, Z) or (X, Y, Z, C). Raises DataError: truncated."""
+    try:
+        array = np.asarray(image.dataobj, np.float32)
+    except (EOFError, OSError, ValueError, zlib.error):
+        raise DataError("truncated", f"the voxels of {what} cannot be decoded to their end",
+                        "Copy or download it again.") from None
+    while array.ndim > 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    return array
+
+
+def as_labels(values: np.ndarray, what: str, classes: Mapping[int, int]) -> np.ndarray:
+    """Decoded label values to classes, uint8 or int32. Raises DataError: label."""
+    if not np.isfinite(values).all():
+        raise DataError("label", f"{what} holds NaN or infinite values", "Labels are whole numbers from 0.")
+    whole = np.round(values).astype(np.int32)
+    if np.abs(values - whole).max() > 1e-3:
+        raise DataError("label", f"{what} holds values that are not whole numbers", "Labels are whole numbers from 0.")
+    if classes:
+        found, place = np.unique(whole, return_inverse=True)
+        whole = np.array([classes.get(int(v), int(v)) for v in found], np.int32)[place].reshape(whole.shape)
+    if whole.min() < 0:
+        raise DataError("label", f"{what} holds negative values", "Give them a class by modality.volume.labels.")
+    return whole.astype(np.uint8) if whole.max() < 256 else whole
+
+
+def same_grid(shape: tuple[int, ...], affine: np.ndarray, other: tuple[int, ...], other_affine: np.ndarray, what: str,
+              whole: str) -> None:
+    """Raises DataError `shape` unless both grids agree to a hundredth of a voxel at every corner."""
+    if shape != other:
+        raise DataError("shape", f"{what} has shape {shape} but {whole} has {other}",
+                        "Both must lie on one grid: resample one.")
+    corners = np.array(np.meshgrid(*((0, n - 1) for n in shape), [1], indexing="ij")).reshape(4, -1)
+    apart = np.linalg.norm((affine - other_affine)[:3] @ corners, axis=0).max()
+    if apart > 0.01 * np.linalg.norm(affine[:3, :3], axis=0).min() + 1e-3:
+        raise DataError("shape", f"the affine of {what} differs from that of {whole}: corners are up to {apart:.3g} mm apart",
+                        "Both must lie on one grid: resample one, or copy the right affine.")
+
+
+def save(labels: np.ndarray, source: Mapping[str, Any], path: Path) -> Path:
+    """Labels (X, Y, Z) on the source file's grid, with its sform and qform. Written whole or not at all."""
+    kind = np.uint8 if labels.max(initial=0) < 256 else np.int16
+    image = nib.Nifti1Image(labels.astype(kind), None)
+    image.header.set_xyzt_units(source["unit"])
+    image.set_sform(np.array(source["sform"]), source["sform_code"])
+    image.set_qform(np.array(source["qform"]), source["qform_code"])
+    partial = path.with_name(f".partial-{path.name}")
+    nib.save(image, partial)
+    return partial.replace(path)
+
+
+def placement(image: Any) -> dict[str, Any]:
+    """What `save` needs of a source file, as plain data."""
+    header = image.header
+    return {"shape": [int(n) for n in image.shape[:3]], "unit": header.get_xyzt_units()[0],
+            "sform": header.get_sform().tolist(), "sform_code": int(header["sform_code"]),
+            "qform": header.get_qform().tolist(), "qform_code": int(header["qform_code"])}

@@ -1,0 +1,226 @@
+"""Volumes in NIfTI files: MR, CT and the like, one or many channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Orientation, Spacing
+from monai.transforms.utils import generate_spatial_bounding_box
+from pydantic import model_validator
+from scipy.ndimage import affine_transform
+
+from meristem.errors import DataError
+from meristem.modalities.base import Axis, Header, Sample
+from meristem.modalities.lattice import Lattice, LatticeOptions, LatticeViewOptions, anchors
+from meristem.modalities.volume.nifti import as_labels, decode, open_nifti, placement, same_grid, save
+
+
+class VolumeOptions(LatticeOptions):
+    """How volumes are read.
+
+    channels: files per case, or length of a 4D file's last axis. spacing: mm per axis to resample to, None keeps the file's.
+    orientation: axis codes of the stored array. normalise:
+      zscore      clip to the percentiles `clip`, then mean 0 and std 1;
+      window      `window` = (low, high) to (−1, 1), as CT is shown;
+      percentile  the percentiles `clip` to (−1, 1).
+    foreground: only values above it count in these statistics; None counts all. crop_foreground: cut to the box of values
+    above `foreground` (0 when None) in any channel, with crop_margin voxels around it. assume_affine: `identity` takes files
+    without orientation as 1 mm RAS. nonfinite: `lowest` replaces single NaN or infinite voxels by the lowest finite value.
+    labels: file's label -> class; others stay. max_voxels: a header that claims more is refused.
+    """
+
+    patch: tuple[int, int, int] = (8, 8, 8)
+    spacing: tuple[float, float, float] | None = None
+    orientation: str = "RAS"
+    normalise: Literal["zscore", "window", "percentile"] = "zscore"
+    clip: tuple[float, float] = (0.5, 99.5)
+    window: tuple[float, float] | None = None
+    foreground: float | None = None
+    crop_foreground: bool = False
+    crop_margin: int = 4
+    assume_affine: Literal["identity"] | None = None
+    nonfinite: Literal["refuse", "lowest"] = "refuse"
+    labels: Mapping[int, int] = {}
+    max_voxels: int = 2**31
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if (self.normalise == "window") != (self.window is not None):
+            raise ValueError("`window: [low, high]` goes with `normalise: window`, and only with it")
+        codes = set(self.orientation)
+        if len(self.orientation) != 3 or any(len(codes & set(pair)) != 1 for pair in ("LR", "AP", "IS")):
+            raise ValueError(f"orientation names one of L/R, A/P and I/S each, such as RAS; got {self.orientation!r}")
+        return self
+
+
+class VolumeViewOptions(LatticeViewOptions):
+    """One view of a volume; see `LatticeViewOptions`."""
+
+    size: tuple[int, int, int]
+
+
+class Volume(Lattice):
+    """NIfTI volumes in a common orientation, optionally resampled and cropped, positions in millimetres.
+
+    Stored as int16 over the clipped range, so a value is wrong by at most 1/131070 of that range: under 1e-3 of the standard
+    deviation unless the range spans more than 130 of them. uint8 files that are not resampled stay as they are.
+    """
+
+    name = "volume"
+    suffixes = (".nii", ".nii.gz")
+    Options = VolumeOptions
+    ViewOptions = VolumeViewOptions
+    axes = tuple(Axis(name, "mm", 0.5, 512.0) for name in "xyz")
+    options: VolumeOptions
+
+    def read(self, paths: Sequence[Path], fields: Mapping[str, Path] = {}) -> Sample:
+        """One file (3D, or 4D with channels last) or one per channel; fields are label files on the same grid.
+
+        Raises DataError: unreadable, truncated, dimensions, no-affine, shape, nan, empty, label.
+        """
+        options = self.options
+        names = ["the volume"] if len(paths) == 1 else [f"channel {i}" for i in range(len(paths))]
+        opened = [open_nifti(p, name, options.assume_affine, options.max_voxels) for p, name in zip(paths, names, strict=True)]
+        source, affine = opened[0]
+        grid = tuple(source.shape[:3])
+        for (image, other), name in zip(opened[1:], names[1:], strict=True):
+            same_grid(tuple(image.shape[:3]), other, grid, affine, name, names[0])
+        decoded = [decode(image, name) for (image, _), name in zip(opened, names, strict=True)]
+        array = np.concatenate([np.moveaxis(a, 3, 0) if a.ndim == 4 else a[None] for a in decoded])
+        if len(array) != self.channels:
+            raise DataError("dimensions", f"the case has {len(array)} channels, not {self.channels}",
+                            f"Set modality.volume.channels={len(array)} or give other files.")
+        array = self._sound(array)
+        masks = {}
+        for name, path in fields.items():
+            image, other = open_nifti(path, f"the {name}", options.assume_affine, options.max_voxels)
+            values = decode(image, f"the {name}")
+            same_grid(values.shape, other, grid, affine, f"the {name}", names[0])
+            masks[name] = as_labels(values, f"the {name}", options.labels)
+
+        array, stored, resampled = self._place(array, affine, "bilinear")
+        masks = {name: self._place(mask[None], affine, "nearest")[0][0].astype(mask.dtype) for name, mask in masks.items()}
+        if options.crop_foreground:
+            box = self._foreground(array)
+            stored[:3, 3] += stored[:3, :3] @ [side.start for side in box]
+            array, masks = array[(slice(None), *box)], {name: mask[box] for name, mask in masks.items()}
+        whole = not resampled and all(
+            image.get_data_dtype() == np.uint8 and image.dataobj.slope == 1 and image.dataobj.inter == 0 for image, _ in opened)
+        array, scale, offset, pad, levels = self._quantise(array, whole)
+        header = Header(
+            array.shape, tuple(tuple(row) for row in stored.tolist()), tuple(np.linalg.norm(stored[:3, :3], axis=0).tolist()),
+            scale, offset, pad, {**placement(source), "affine": affine.tolist(), "levels": levels},
+            anchors(masks["mask"]) if "mask" in masks else ())
+        return Sample(array, header, {name: np.ascontiguousarray(mask) for name, mask in masks.items()})
+
+    def _sound(self, array: np.ndarray) -> np.ndarray:
+        """Finite and not constant, or DataError."""
+        bad = ~np.isfinite(array)
+        if bad.any():
+            if bad.all():
+                raise DataError("nan", "every voxel is NaN or infinite", "Export it again.")
+            if self.options.nonfinite == "refuse":
+                raise DataError("nan", f"{bad.sum():,} of {bad.size:,} voxels are NaN or infinite",
+                                "Export it again, or pass modality.volume.nonfinite=lowest to set them to the lowest value.")
+            array = np.where(bad, array[~bad].min(), array)
+        for i, channel in enumerate(array):
+            if channel.min() == channel.max():
+                raise DataError("empty", f"channel {i} has the same value everywhere", "Remove the case, or export it again.")
+        return array
+
+    def _place(self, array: np.ndarray, affine: np.ndarray, mode: str) -> tuple[np.ndarray, np.ndarray, bool]:
+        """(C, *S) to the wanted orientation and spacing; its affine there; whether it was resampled."""
+        tensor = Orientation(axcodes=self.options.orientation, labels=None)(
+            MetaTensor(torch.from_numpy(np.ascontiguousarray(array)), affine=torch.from_numpy(affine)))
+        wanted = self.options.spacing
+        resample = wanted is not None and not np.allclose(np.linalg.norm(tensor.affine[:3, :3], axis=0), wanted, rtol=1e-3)
+        if resample:
+            tensor = Spacing(pixdim=wanted, mode=mode, padding_mode="border", dtype=np.float32)(tensor)
+        return np.asarray(tensor.as_tensor()), np.asarray(tensor.affine, np.float64).copy(), resample
+
+    def _foreground(self, array: np.ndarray) -> tuple[slice, ...]:
+        threshold = self.options.foreground or 0.0
+        start, stop = generate_spatial_bounding_box(array, lambda x: x > threshold, margin=self.options.crop_margin,
+                                                    allow_smaller=True)
+        box = tuple(slice(max(a, 0), min(b, n)) for a, b, n in zip(start, stop, array.shape[1:], strict=True))
+        if any(side.stop <= side.start for side in box):
+            raise DataError("empty", f"no voxel lies above the foreground threshold {threshold:g}",
+                            "Lower modality.volume.foreground or turn crop_foreground off.")
+        return box
+
+    def _normal(self, channel: np.ndarray) -> tuple[float, float, float, float]:
+        """(low, high, scale, offset): clip raw values to [low, high], then times scale plus offset is normal."""
+        options = self.options
+        counted = channel if options.foreground is None else channel[channel > options.foreground]
+        if counted.size == 0 or counted.min() == counted.max():
+            counted = channel
+        if options.window is not None:
+            low, high = options.window
+        else:
+            low, high = (float(p) for p in np.percentile(counted, options.clip))
+            if low == high:
+                low, high = float(counted.min()), float(counted.max())
+        if options.normalise == "zscore":
+            clipped = np.clip(counted, low, high)
+            scale = 1 / float(clipped.std(dtype=np.float64))
+            return low, high, scale, -float(clipped.mean(dtype=np.float64)) * scale
+        return low, high, 2 / (high - low), -(high + low) / (high - low)
+
+    def statistics(self, array: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(scale, offset) per channel of raw values (C, *S) clipped as `VolumeOptions.normalise` says."""
+        normal = [self._normal(channel) for channel in array]
+        return tuple(n[2] for n in normal), tuple(n[3] for n in normal)
+
+    def _quantise(self, array: np.ndarray, whole: bool) -> tuple[
+            np.ndarray, tuple[float, ...], tuple[float, ...], tuple[float, ...], list[int]]:
+        """Raw values to integers, with scale, offset and pad per channel, and the integers that are black and white."""
+        normal = [self._normal(channel) for channel in array]
+        pad = tuple(0.0 if self.options.normalise == "zscore" and self.options.foreground is None else low * scale + offset
+                    for low, _, scale, offset in normal)
+        if whole:
+            limits = [(max(round(low), 0), min(round(high), 255)) for low, high, _, _ in normal]
+            stored = np.stack([np.clip(c, *limit).astype(np.uint8) for c, limit in zip(array, limits, strict=True)])
+            return (stored, tuple(n[2] for n in normal), tuple(n[3] for n in normal), pad,
+                    [min(low for low, _ in limits), max(high for _, high in limits)])
+        stored, scales, offsets = np.empty(array.shape, np.int16), [], []
+        for i, (low, high, scale, offset) in enumerate(normal):
+            step = (high - low) / 65535
+            stored[i] = np.round((np.clip(array[i], low, high) - low) / step - 32768)
+            scales.append(step * scale)
+            offsets.append((low + 32768 * step) * scale + offset)
+        return stored, tuple(scales), tuple(offsets), pad, [-32768, 32767]
+
+    def restore(self, prediction: np.ndarray, header: Header) -> np.ndarray:
+        """A prediction on the stored lattice to labels (X, Y, Z) on the grid of the source file; 0 outside what was stored.
+
+        prediction: labels (*S), moved by the nearest voxel; or class probabilities (K, *S), interpolated linearly before the
+        most probable class is taken.
+        """
+        if prediction.shape[-3:] != header.shape[1:]:
+            raise ValueError(f"prediction of shape {prediction.shape} for a stored lattice {header.shape[1:]}")
+        shape = tuple(header.source["shape"])
+        move = np.linalg.inv(np.array(header.affine)) @ np.array(header.source["affine"])  # source index -> stored index
+        near = np.round(move)
+        exact = np.allclose(move, near, atol=1e-3)  # turned, flipped and cropped only
+        move = near if exact else move
+        if prediction.ndim == 4 and exact:
+            prediction = prediction.argmax(0)
+        if prediction.ndim == 3:
+            return affine_transform(prediction, move, output_shape=shape, order=0, mode="grid-constant")
+        best, labels = np.full(shape, -np.inf, np.float32), np.zeros(shape, np.int16)
+        for label, probability in enumerate(prediction):
+            here = affine_transform(probability.astype(np.float32), move, output_shape=shape, order=1, mode="nearest")
+            labels[here > best] = label
+            np.maximum(best, here, out=best)
+        stored = np.ones(prediction.shape[1:], np.uint8)
+        inside = affine_transform(stored, move, output_shape=shape, order=0, mode="grid-constant")
+        return labels * inside
+
+    def write(self, prediction: np.ndarray, header: Header, path: Path) -> Path:
+        """`restore`, then a NIfTI of uint8 or int16 labels with the source's affine. Returns the file written."""
+        return save(self.restore(prediction, header), header.source, path)
