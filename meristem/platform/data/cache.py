@@ -1,0 +1,536 @@
+"""Decoded samples on disk: integers in chunks, so that a random window does not decode a file.
+
+Small samples are packed raw into shared files and memory-mapped; a large one is a blosc2 array of its own. Entries are named
+by what they were made of (content of the files × options of the modality × version of the reader), so they are valid or
+absent, never stale; data is written under a temporary name, synced and renamed, and its index file after it.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from meristem.errors import DataError, MeristemError
+from meristem.modalities.base import Header, Modality, Sample
+from meristem.platform.data.manifest import Manifest, Problem, Row, pseudonym, split_element, user_key
+
+LAYOUT = 1  # of the files in a cache; another number, another folder
+LARGE = 4 << 20  # bytes above which a sample gets a chunked file: below, reading it raw is cheaper than opening one
+CHUNK, BLOCK = 1 << 18, 1 << 15  # elements (64³, 32³): a 64³ crop touches few chunks and unpacks only the blocks it needs
+SHARD_BYTES, SHARD_SECONDS = 64 << 20, 30.0  # an interruption loses at most this much work on small samples
+HANDLES = 64  # chunked files one process keeps open
+FREE = 0.05  # share of the disk that is left free
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where an array lies: a chunked file, or a place in a packed one."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored sample. content: sha256 of its image files. counts: field -> value -> elements that have it."""
+
+    key: str
+    content: str
+    header: Header
+    array: Block
+    fields: Mapping[str, Block]
+    counts: Mapping[str, Mapping[int, int]]
+
+    def dump(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def load(cls, data: Mapping[str, Any]) -> Entry:
+        h = data["header"]
+        header = Header(tuple(h["shape"]), tuple(tuple(row) for row in h["affine"]), tuple(h["spacing"]), tuple(h["scale"]),
+                        tuple(h["offset"]), tuple(h["pad"]), h["source"], tuple(tuple(a) for a in h["anchors"]))
+
+        def block(b: Mapping[str, Any]) -> Block:
+            return Block(b["file"], b["dtype"], tuple(b["shape"]), b["offset"])
+
+        return cls(data["key"], data["content"], header, block(data["array"]), {k: block(b) for k, b in data["fields"].items()},
+                   {name: {int(v): n for v, n in counts.items()} for name, counts in data["counts"].items()})
+
+
+class Cache:
+    """The stored samples of a manifest, by row index. Opens files on first use in each process, so it may be forked and sent.
+
+    quarantine: rows and files that cannot be used, with the reason. reused: entries that were there before the build.
+    """
+
+    def __init__(self, directory: Path, entries: Mapping[int, Entry], quarantine: Sequence[Problem] = (),
+                 reused: int = 0) -> None:
+        self.directory, self.entries, self.quarantine, self.reused = directory, dict(entries), tuple(quarantine), reused
+        self._handles: OrderedDict[tuple[int, str], Any] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": OrderedDict()}
+
+    @classmethod
+    def build(cls, manifest: Manifest, modality: Modality, directory: Path | None = None,
+              progress: Progress | None = None, workers: int = 0) -> Cache:
+        """Decode the rows that are not yet stored.
+
+        directory: where caches live (default $XDG_CACHE_HOME/meristem); each set of modality options has its own folder in
+        it. progress: called with (rows done, rows). workers: processes that decode (0: this one).
+        A row that cannot be read, or whose images equal an earlier row's, is quarantined and the rest goes on; of equal rows
+        the one in test is kept before val before train, and the labelled before the unlabelled. Raises MeristemError when
+        the disk would run full, DataError when nothing can be read.
+        """
+        base = directory or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meristem"
+        home = base / f"{modality.name}-{fingerprint(modality)}"
+        home.mkdir(parents=True, exist_ok=True)
+        with _locked(home):
+            known = _stored(home)
+            problems = list(manifest.problems)
+            digests = contents(manifest.rows, problems, workers, home / "digests.json")
+            kept = distinct([r for r in manifest.rows if r.index in digests], digests, problems)
+            keys = {r.index: _key(digests[r.index], fingerprint(modality)) for r in kept}
+            todo = [r for r in kept if keys[r.index] not in known]
+            done, reused = len(manifest) - len(todo), len(kept) - len(todo)
+            if progress:
+                progress(done, len(manifest))
+            decoding = _Decoding(todo, [digests[r.index][0] for r in todo], [keys[r.index] for r in todo], modality, home)
+            shard = _Shard(home)
+            try:
+                for result in _each(decoding, workers):
+                    if isinstance(result, Problem):
+                        problems.append(result)
+                    else:
+                        entry, arrays = result
+                        known[entry.key] = shard.add(entry, arrays) if arrays else entry
+                    done += 1
+                    if progress:
+                        progress(done, len(manifest))
+                    if shard.full:
+                        _leave_room(home)
+                        shard.write()
+            finally:
+                shard.write()
+            entries = {i: known[key] for i, key in keys.items() if key in known}
+            cache = cls(home, entries, sorted(problems, key=lambda p: p.case), reused)
+            cache.write_quarantine(home / "quarantine.csv")
+        if not entries:
+            reasons = ", ".join(sorted({p.reason for p in problems}))
+            raise DataError("empty", f"none of {len(manifest)} samples can be used ({reasons})",
+                            "`meristem data check` names each file and what is wrong with it.")
+        return cache
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, row: int) -> bool:
+        return row in self.entries
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Indices of the manifest rows that can be used, ascending."""
+        return tuple(sorted(self.entries))
+
+    @property
+    def nbytes(self) -> int:
+        """Of all stored arrays, before compression."""
+        blocks = (b for e in self.entries.values() for b in (e.array, *e.fields.values()))
+        return sum(b.nbytes for b in blocks)
+
+    def header(self, row: int) -> Header:
+        return self.entries[row].header
+
+    def content(self, row: int) -> str:
+        """sha256 of the sample's image files, for the leakage audit."""
+        return self.entries[row].content
+
+    def fields(self, row: int) -> tuple[str, ...]:
+        """Names of the companions that are stored for a row."""
+        return tuple(self.entries[row].fields)
+
+    def counts(self, row: int, name: str = "mask") -> dict[int, int]:
+        """Label value -> number of elements, of a stored field; empty where the row has none."""
+        return dict(self.entries[row].counts.get(name, {}))
+
+    def volume(self, row: int, name: str = "mask") -> float:
+        """Foreground (values above 0) of a field in source units, e.g. mm³."""
+        elements = sum(n for value, n in self.counts(row, name).items() if value > 0)
+        return elements * math.prod(self.header(row).spacing)
+
+    def array(self, row: int) -> np.ndarray:
+        """The whole stored array (C, *S), integers."""
+        return np.array(self._open(self.entries[row].array)[...])
+
+    def field(self, row: int, name: str) -> np.ndarray:
+        """A whole stored companion (*S), integers."""
+        return np.array(self._open(self.entries[row].fields[name])[...])
+
+    def window(self, row: int, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+        """Elements (C, *size) from `start` of the stored lattice; outside it the integer nearest to the header's pad."""
+        entry = self.entries[row]
+        return _window(self._open(entry.array), entry.array, start, size, raw_pad(entry.header, entry.array.dtype))
+
+    def field_window(self, row: int, name: str, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+        """Elements (*size) of a companion; outside the stored lattice 0."""
+        block = self.entries[row].fields[name]
+        return _window(self._open(block), block, start, size, np.zeros(1, block.dtype))
+
+    def write_quarantine(self, path: Path) -> Path:
+        """A CSV of case, reason and message; no true names."""
+        temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+        with temporary.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("case", "reason", "message"))
+            writer.writerows((p.case, p.reason, p.message) for p in self.quarantine)
+        temporary.replace(path)
+        return path
+
+    def _open(self, block: Block) -> Any:
+        """Something that slices like an array."""
+        key = (os.getpid(), block.file)
+        handle = self._handles.get(key)
+        if handle is None:
+            path = self.directory / block.file
+            if block.offset is None:  # one thread: a pool does not survive a fork, and loaders have many processes
+                handle = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
+            else:
+                handle = np.memmap(path, np.uint8, "r")
+            self._handles[key] = handle
+            if len(self._handles) > HANDLES:
+                self._handles.popitem(last=False)
+        self._handles.move_to_end(key)
+        if block.offset is None:
+            return handle
+        return handle[block.offset:block.offset + block.nbytes].view(block.dtype).reshape(block.shape)
+
+
+def fingerprint(modality: Modality) -> str:
+    """Of all that decides what a decoded file looks like: options, version of the reader, layout of the cache."""
+    made_by = [modality.name, modality.options.model_dump(mode="json"), getattr(modality, "version", 0), LAYOUT]
+    return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def raw_pad(header: Header, dtype: str) -> np.ndarray:
+    """(C,) stored values nearest to the header's pad."""
+    raw = (np.array(header.pad) - np.array(header.offset)) / np.array(header.scale)
+    kind = np.dtype(dtype)
+    if np.issubdtype(kind, np.integer):
+        info = np.iinfo(kind)
+        raw = np.clip(np.rint(raw), info.min, info.max)
+    return raw.astype(kind)
+
+
+def decode(row: Row, modality: Modality) -> Sample | Problem:
+    """Read a row and check what was read; what is wrong comes back as a Problem without true names."""
+    try:
+        sample = modality.read(row.paths, row.fields)
+        if sample.array.shape != tuple(sample.header.shape):
+            raise DataError("shape", f"the reader gave shape {sample.array.shape} but announced {sample.header.shape}")
+        for name, companion in sample.fields.items():
+            if companion.shape != sample.array.shape[1:]:
+                raise DataError("shape", f"{name} has shape {companion.shape}, the image {sample.array.shape[1:]}",
+                                "Both must lie on one lattice.")
+        return sample
+    except DataError as error:
+        return Problem(row.case, error.reason, _anonymous(error.what, row), error.remedy, row.local)
+    except MemoryError:
+        return Problem(row.case, "memory", "does not fit into memory", "Use fewer workers, or a coarser spacing.", row.local)
+    except Exception as error:  # a decoder may raise anything on a broken file; it is reported, never dropped
+        message = f"cannot be decoded ({type(error).__name__}: {_anonymous(str(error), row)})"
+        return Problem(row.case, "unreadable", message, "Export the file again.", row.local)
+
+
+def _anonymous(message: str, row: Row) -> str:
+    """The message without any part of the row's true names."""
+    paths = [*row.paths, *row.fields.values()]
+    names = {str(p) for p in paths} | {str(p.parent) for p in paths} | {p.name for p in paths}
+    names |= {p.name.split(".")[0] for p in paths} | set(Path(row.local).parts)
+    for name in sorted((n for n in names if len(n) > 1), key=len, reverse=True):
+        message = re.sub(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", row.case, message)
+    return message
+
+
+def _window(stored: Any, block: Block, start: Sequence[int], size: Sequence[int], pad: np.ndarray) -> np.ndarray:
+    lead = block.shape[:len(block.shape) - len(size)]
+    inside, place = [], []
+    for a, n, whole in zip(start, size, block.shape[len(lead):], strict=True):
+        low, high = max(a, 0), min(a + n, whole)
+        inside.append(slice(low, max(low, high)))
+        place.append(slice(low - a, max(low, high) - a))
+    empty = any(s.stop <= s.start for s in inside)
+    if not empty and tuple(s.stop - s.start for s in inside) == tuple(size):
+        return np.array(stored[(slice(None),) * len(lead) + tuple(inside)])
+    out = np.empty((*lead, *size), block.dtype)
+    out[...] = pad.reshape(-1, *[1] * len(size)) if lead else pad[0]
+    if not empty:
+        out[(slice(None),) * len(lead) + tuple(place)] = stored[(slice(None),) * len(lead) + tuple(inside)]
+    return out
+
+
+# ---- building
+
+Result = Problem | tuple[Entry, dict[str, np.ndarray]]
+
+
+class _Decoding(Dataset[Result]):
+    """Row -> its entry; arrays come along only when they are small: large ones are written where they were decoded."""
+
+    def __init__(self, rows: Sequence[Row], contents: Sequence[str], keys: Sequence[str], modality: Modality,
+                 home: Path) -> None:
+        self.rows, self.contents, self.keys, self.modality, self.home = rows, contents, keys, modality, home
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Result:
+        row, key = self.rows[i], self.keys[i]
+        sample = decode(row, self.modality)
+        if isinstance(sample, Problem):
+            return sample
+        arrays = {"": np.ascontiguousarray(sample.array),
+                  **{name: np.ascontiguousarray(_smallest(x)) for name, x in sample.fields.items()}}
+        counts = {name: {int(v): int(n) for v, n in zip(*np.unique(x, return_counts=True), strict=True)}
+                  for name, x in arrays.items() if name}
+        large = arrays[""].nbytes > LARGE
+        blocks = {}
+        for name, x in arrays.items():
+            file = f"{key}{'.' + name if name else ''}.b2nd" if large else ""
+            blocks[name] = Block(file, x.dtype.str, x.shape)
+            if large:
+                _leave_room(self.home)
+                _write_chunked(self.home / file, x, len(sample.header.spacing))
+        array = blocks.pop("")
+        entry = Entry(key, self.contents[i], sample.header, array, blocks, counts)
+        if large:
+            _write_index(self.home / f"{key}.json", [entry])
+            return entry, {}
+        return entry, arrays
+
+
+def _each(decoding: _Decoding, workers: int) -> Iterator[Result]:
+    if not len(decoding):
+        return iter(())
+    # a generator of its own: DataLoader would draw a seed from the global one and shift everything after it
+    return iter(DataLoader(decoding, batch_size=None, num_workers=workers, collate_fn=_same, generator=torch.Generator()))
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+class _Shard:
+    """Small samples gathered in memory until they are written as one packed file and its index."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self._clear()
+
+    def _clear(self) -> None:
+        self.name = f"packed-{secrets.token_hex(8)}"
+        self.parts: list[bytes] = []
+        self.entries: list[Entry] = []
+        self.nbytes, self.began = 0, time.monotonic()
+
+    @property
+    def full(self) -> bool:
+        return bool(self.entries) and (self.nbytes >= SHARD_BYTES or time.monotonic() - self.began >= SHARD_SECONDS)
+
+    def add(self, entry: Entry, arrays: Mapping[str, np.ndarray]) -> Entry:
+        blocks = {name: self._append(x) for name, x in arrays.items()}
+        array = blocks.pop("")
+        entry = Entry(entry.key, entry.content, entry.header, array, blocks, entry.counts)
+        self.entries.append(entry)
+        return entry
+
+    def _append(self, x: np.ndarray) -> Block:
+        block = Block(f"{self.name}.bin", x.dtype.str, x.shape, self.nbytes)
+        data = x.tobytes()
+        data += bytes(-len(data) % 64)  # aligned to cache lines
+        self.parts.append(data)
+        self.nbytes += len(data)
+        return block
+
+    def write(self) -> None:
+        if self.entries:
+            _write(self.home / f"{self.name}.bin", self.parts)
+            _write_index(self.home / f"{self.name}.json", self.entries)
+        self._clear()
+
+
+def _write(path: Path, parts: Iterable[bytes]) -> None:
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    with temporary.open("wb") as file:
+        file.writelines(parts)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _write_index(path: Path, entries: Sequence[Entry]) -> None:
+    def plain(x: Any) -> Any:
+        return x.tolist() if hasattr(x, "tolist") else str(x)
+
+    _write(path, [json.dumps([e.dump() for e in entries], default=plain).encode()])
+
+
+def _write_chunked(path: Path, x: np.ndarray, dims: int) -> None:
+    lead = (1,) * (x.ndim - dims)  # the channel axis, where there is one
+
+    def tile(elements: int) -> tuple[int, ...]:
+        edge = 1 << round(math.log2(elements) / dims)
+        return lead + tuple(min(edge, n) for n in x.shape[len(lead):])
+
+    temporary = path.with_name(f".{secrets.token_hex(4)}-{path.name}")
+    blosc2.asarray(x, urlpath=str(temporary), mode="w", chunks=tile(CHUNK), blocks=tile(BLOCK),
+                   cparams={"codec": blosc2.Codec.ZSTD, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _smallest(x: np.ndarray) -> np.ndarray:
+    """Labels as uint8, or int16 where they do not fit. Raises DataError for values that fit neither."""
+    if x.dtype in (np.uint8, np.int16):
+        return x
+    low, high = (int(x.min()), int(x.max())) if x.size else (0, 0)
+    for kind in (np.uint8, np.int16):
+        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
+            return x.astype(kind)
+    raise DataError("label", f"label values from {low} to {high} do not fit 16 bits", "Number the classes from 0.")
+
+
+def _stored(home: Path) -> dict[str, Entry]:
+    """All entries of a folder whose data is there; leftovers of an interrupted write are cleared away."""
+    for leftover in home.glob(".*"):
+        if leftover.name != ".lock":
+            leftover.unlink(missing_ok=True)
+    sizes = {f.name: f.stat().st_size for f in home.iterdir()}
+    known = {}
+    for index in sorted(home.glob("*.json")):
+        if index.name == "digests.json":
+            continue
+        for data in json.loads(index.read_text()):
+            entry = Entry.load(data)
+            blocks = (entry.array, *entry.fields.values())
+            if all(b.file in sizes and (b.offset is None or b.offset + b.nbytes <= sizes[b.file]) for b in blocks):
+                known[entry.key] = entry
+    return known
+
+
+@contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    """One process builds, others wait and then find its entries."""
+    with (home / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _leave_room(home: Path) -> None:
+    disk = shutil.disk_usage(home)
+    if disk.free < FREE * disk.total:
+        raise MeristemError(f"the cache would fill the disk: {disk.free / 2**30:.1f} of {disk.total / 2**30:.1f} GiB are left",
+                            "Give another place with --cache, or remove old folders of the cache; what is stored stays valid.")
+
+
+# ---- contents
+
+Digest = tuple[str, tuple[str, ...]]  # of the images together, of each companion
+
+
+def contents(rows: Sequence[Row], problems: list[Problem], workers: int = 0, memory: Path | None = None) -> dict[int, Digest]:
+    """Row index -> hashes of its files; what cannot be read is added to `problems`.
+
+    memory: a file in which hashes are kept; a data file whose size and time of change are in it is not read again.
+    """
+    remembered: dict[str, str] = json.loads(memory.read_text()) if memory and memory.is_file() else {}
+    secret = user_key()
+
+    def one(path: Path) -> str:
+        element = split_element(path)
+        file = element[0] if element else path
+        state = file.stat()
+        place = f"{file}|{state.st_size}|{state.st_mtime_ns}"
+        name = pseudonym("file", f"{path}|{place}", secret)
+        if name not in remembered:
+            remembered[name] = _element_digest(place, *element) if element else _file_digest(file)
+        return remembered[name]
+
+    def all_of(row: Row) -> Digest | Problem:
+        try:
+            images = [one(p) for p in row.paths]
+            content = images[0] if len(images) == 1 else hashlib.sha256("|".join(images).encode()).hexdigest()
+            return content, tuple(f"{name}:{one(p)}" for name, p in sorted(row.fields.items()))
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            message = f"cannot be read ({type(error).__name__}: {_anonymous(getattr(error, 'strerror', None) or '', row)})"
+            return Problem(row.case, "unreadable", message, "Check the file and its permissions.", row.local)
+
+    with ThreadPoolExecutor(workers + 1) as pool:
+        found = list(pool.map(all_of, rows))
+    problems += [f for f in found if isinstance(f, Problem)]
+    if memory:
+        _write(memory, [json.dumps(remembered).encode()])
+    return {row.index: f for row, f in zip(rows, found, strict=True) if not isinstance(f, Problem)}
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _element_digest(place: str, file: Path, key: str, index: int) -> str:
+    return hashlib.sha256(_member(place, file, key)[index].tobytes()).hexdigest()
+
+
+@lru_cache(maxsize=4)
+def _member(place: str, file: Path, key: str) -> np.ndarray:
+    """A whole array of an npz; `place` changes when the file does."""
+    with np.load(file, allow_pickle=False) as archive:
+        array: np.ndarray = archive[key]
+    return array
+
+
+def distinct(rows: Sequence[Row], digests: Mapping[int, Digest], problems: list[Problem]) -> list[Row]:
+    """One row per content, the others quarantined. Test and validation sets stay whole: training loses its copies."""
+    first: dict[str, Row] = {}
+    order = {"test": 0, "val": 1}
+    for row in sorted(rows, key=lambda r: (order.get(r.split, 2), not r.labelled, r.index)):
+        content = digests[row.index][0]
+        if content in first:
+            problems.append(Problem(row.case, "duplicate", f"holds the same bytes as {first[content].case}",
+                                    "Remove one of them.", row.local))
+        else:
+            first[content] = row
+    return sorted(first.values(), key=lambda r: r.index)
+
+
+def _key(digest: Digest, made_by: str) -> str:
+    return hashlib.sha256("|".join((digest[0], *digest[1], made_by)).encode()).hexdigest()[:32]

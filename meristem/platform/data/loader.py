@@ -1,0 +1,187 @@
+"""Batches of drawn views from the cache, by a counter: any batch can be made again, alone, on any rank, in any worker."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from meristem.errors import DataError, RecipeError
+from meristem.modalities.base import Draw, Header, Modality, View, ViewSettings
+from meristem.modalities.frame import Frame
+from meristem.modalities.rng import Rng
+from meristem.platform.data.cache import Cache
+from meristem.platform.data.manifest import Row
+from meristem.platform.objectives import Items
+from meristem.platform.recipe import Recipe
+from meristem.platform.step import Batch
+
+LOOKS = 64  # of one view and sample that can be told apart: a draw's counter is cursor · 64 + look
+IGNORED = -1  # label of what has none, class or mask
+
+
+class Loader:
+    """Iterates the batches of one rank. waited: seconds spent waiting for them so far."""
+
+    def __init__(self, batches: _Batches, start: int, steps: int, workers: int) -> None:
+        self._batches, self._start, self._steps, self._workers = batches, start, steps, workers
+        self.waited = 0.0
+
+    def __len__(self) -> int:
+        return max(self._steps - self._start, 0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # a generator of its own: DataLoader would draw a seed from the global one, and a resumed run would differ
+        stream = iter(DataLoader(self._batches, batch_size=None, sampler=range(self._start, self._steps),
+                                 num_workers=self._workers, collate_fn=_same, generator=torch.Generator(),
+                                 pin_memory=torch.cuda.is_available(), prefetch_factor=4 if self._workers else None))
+        while True:
+            asked = time.perf_counter()
+            batch = next(stream, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+
+def loader(cache: Cache, rows: Sequence[Row], recipe: Recipe, *, fields: Sequence[str] = (), start: int = 0, steps: int,
+           rank: int = 0, world: int = 1, workers: int | None = None, labels: Sequence[str] | None = None) -> Loader:
+    """Batches of steps start … steps − 1: recipe.train.batch samples a step over all ranks, this rank's part of them.
+
+    rows: who is drawn from; those in quarantine are left out. Each is seen once per epoch, in an order drawn from (seed,
+    epoch). fields: companions to load with every view (mask; all −1 for a row that has none). labels: which row labels go
+    into `Items.labels` (None: all; −1 where unlabelled). workers: processes (None: recipe.train.workers; 0: this one).
+    Looks are item-major: rows item0 look0, item0 look1, …; item1 look0, ….
+    Raises RecipeError when the batch does not divide by the ranks, DataError when no row is left.
+    """
+    train = recipe.train
+    usable = [r for r in rows if r.index in cache]
+    if not usable:
+        raise DataError("empty", f"none of {len(rows)} rows can be used", "`meristem data check` names what is wrong.")
+    if train.batch % world:
+        raise RecipeError(f"train.batch={train.batch} cannot be divided among {world} processes",
+                          f"Choose a multiple of {world}.")
+    many = [name for name, view in recipe.views.items() if view.count > LOOKS]
+    if many:
+        raise RecipeError(f"view '{many[0]}' has more than {LOOKS} looks", f"Set views.{many[0]}.count to at most {LOOKS}.")
+    names = sorted({name for r in usable for name in r.labels}) if labels is None else labels
+    table = {name: torch.tensor([r.labels.get(name, IGNORED) for r in usable]) for name in names}
+    batches = _Batches(cache, [r.index for r in usable], table, recipe.modality, recipe.views, tuple(fields), train.seed,
+                       train.batch, rank, world)
+    return Loader(batches, start, steps, train.workers if workers is None else workers)
+
+
+class _PinnedBatch(Batch):
+    """A batch that DataLoader's pinning thread knows how to pin."""
+
+    def pin_memory(self) -> Batch:
+        def pin(table: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {k: v.pin_memory() for k, v in table.items()}
+
+        for view in self.views.values():
+            view.array, view.params, view.fields = view.array.pin_memory(), pin(view.params), pin(view.fields)
+            view.weight = None if view.weight is None else view.weight.pin_memory()
+        return self
+
+
+class _Batches(Dataset[Batch]):
+    """Step -> this rank's batch, collated where it is made. Holds row numbers, no paths."""
+
+    def __init__(self, cache: Cache, rows: Sequence[int], labels: Mapping[str, Tensor], modality: Modality,
+                 views: Mapping[str, ViewSettings], fields: tuple[str, ...], seed: int, batch: int, rank: int,
+                 world: int) -> None:
+        self.cache, self.rows, self.labels, self.modality, self.views = cache, list(rows), labels, modality, views
+        self.fields, self.seed, self.batch, self.rank, self.share = fields, seed, batch, rank, batch // world
+        self._epoch: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __getitem__(self, step: int) -> Batch:
+        first = step * self.batch + self.rank * self.share
+        cursors = range(first, first + self.share)
+        places = [self._place(c) for c in cursors]
+        items = Items(torch.tensor([self.rows[p] for p in places]), torch.tensor(cursors),
+                      {name: x[places] for name, x in self.labels.items()})
+        return _PinnedBatch(items, {name: self._view(name, settings, places, cursors) for name, settings in self.views.items()})
+
+    def _place(self, cursor: int) -> int:
+        epoch, at = divmod(cursor, len(self.rows))
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, Rng.of(self.seed, epoch, "epoch").permutation("rows", len(self.rows))[0])
+        return int(self._epoch[1][at])
+
+    def _view(self, name: str, settings: ViewSettings, places: Sequence[int], cursors: range) -> View:
+        looks = [(self.rows[p], c, i, look) for i, (p, c) in enumerate(zip(places, cursors, strict=True))
+                 for look in range(settings.count)]
+        arrays, affines, spacings, params, weights = [], [], [], [], []
+        fields: dict[str, list[Tensor]] = {field: [] for field in self.fields}
+        for row, cursor, _, look in looks:
+            header = self.cache.header(row)
+            draw = self.modality.draw(settings, header, Rng.of(self.seed, cursor * LOOKS + look, name))
+            arrays.append(self.modality.load(self.cache.window(row, draw.start, draw.size), draw, interpolate=True))
+            affines.append(torch.from_numpy(affine(header, draw)))
+            spacings.append(torch.tensor(header.spacing, dtype=torch.float32))
+            params.append({**draw.params, "scale": header.scale, "offset": header.offset})
+            weights.append(inside(header, draw))
+            for field, values in fields.items():
+                values.append(self._field(row, field, draw))
+        shape = tuple(arrays[0].shape[1:])
+        frame = Frame(torch.stack(affines).float(), shape, torch.stack(spacings), tuple(a.unit for a in self.modality.axes))
+        weight = None
+        if any(w is not None for w in weights):
+            weight = torch.stack([torch.ones(1, *shape) if w is None else w for w in weights])
+        return View(name, _stack(arrays), frame, torch.tensor([i for _, _, i, _ in looks]),
+                    torch.tensor([look for *_, look in looks]),
+                    {key: torch.stack([_number(p[key]) for p in params]) for key in params[0]},
+                    {field: torch.stack(values) for field, values in fields.items()}, weight)
+
+    def _field(self, row: int, name: str, draw: Draw) -> Tensor:
+        if name not in self.cache.fields(row):
+            return torch.full(draw.shape, IGNORED, dtype=torch.int64)
+        window = self.cache.field_window(row, name, draw.start, draw.size)[None]
+        return self.modality.load(window, draw, interpolate=False)[0].long()
+
+
+def affine(header: Header, draw: Draw) -> np.ndarray:
+    """(D+1, D+1) view index -> source: the header's affine after i -> (i + ½) · size / shape − ½ + start; float64."""
+    step = np.array(draw.size) / np.array(draw.shape)
+    window = np.diag([*step, 1.0])
+    window[:-1, -1] = 0.5 * step - 0.5 + np.array(draw.start)
+    product: np.ndarray = np.array(header.affine) @ window
+    return product
+
+
+def inside(header: Header, draw: Draw) -> Tensor | None:
+    """(1, *shape) 1 where a view's elements lie in the sample, else 0; None when all do."""
+    weight = torch.ones(1, *draw.shape)
+    whole = True
+    for axis, (a, n, m, stored) in enumerate(zip(draw.start, draw.size, draw.shape, header.shape[1:], strict=True)):
+        if a < 0 or a + n > stored:
+            at = (np.arange(m) + 0.5) * n / m - 0.5 + a
+            line = torch.from_numpy((at >= -0.5) & (at <= stored - 0.5))
+            weight *= line.reshape(-1, *[1] * (len(draw.shape) - axis - 1))
+            whole = False
+    return None if whole else weight
+
+
+def _stack(arrays: Sequence[Tensor]) -> Tensor:
+    """Rows of one type: a data set may hold 8 and 16 bit samples."""
+    kinds = {x.dtype for x in arrays}
+    if len(kinds) > 1:
+        kind = arrays[0].dtype
+        for other in kinds:
+            kind = torch.promote_types(kind, other)
+        arrays = [x.to(kind) for x in arrays]
+    return torch.stack(list(arrays))
+
+
+def _number(x: Any) -> Tensor:
+    tensor = torch.as_tensor(x)
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+def _same(x: Any) -> Any:
+    return x
