@@ -1,0 +1,63 @@
+"""Has the pretraining, or the labelled training, seen what is tested on? By subject and by content."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Leakage(BaseModel):
+    """What was found, as counts and as a sentence for the report.
+
+    clean: nothing of the test set was seen. transductive: test subjects or images were seen in pretraining, without their
+    labels. contaminated: test subjects or images are among the labelled training cases. unknown: what the weights were
+    pretrained on is not recorded. subjects, contents: how many of the test set were met, in pretraining or with labels.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    verdict: Literal["clean", "transductive", "contaminated", "unknown"]
+    subjects: int
+    contents: int
+    test_subjects: int
+    test_contents: int
+    sentence: str
+
+
+def audit(test_subjects: Iterable[str], test_contents: Iterable[str], seen_subjects: Iterable[str] | None,
+          seen_contents: Iterable[str] | None, labelled_subjects: Iterable[str] = (), labelled_contents: Iterable[str] = (),
+          same_key: bool = True) -> Leakage:
+    """Compare the test set with the pretraining set (`seen`; None: not recorded) and with the labelled training set.
+
+    Subjects are pseudonyms, contents are hashes. same_key: both manifests made their pseudonyms with one key; otherwise
+    subjects of pretraining cannot be compared, and only contents are.
+    """
+    subjects, contents = set(test_subjects), set(test_contents)
+    size = f"{len(subjects)} test subjects, {len(contents)} test images"
+    with_labels = subjects & set(labelled_subjects), contents & set(labelled_contents)
+
+    def result(verdict: Literal["clean", "transductive", "contaminated", "unknown"], met: tuple[set[str], set[str]],
+               sentence: str) -> Leakage:
+        return Leakage(verdict=verdict, subjects=len(met[0]), contents=len(met[1]), test_subjects=len(subjects),
+                       test_contents=len(contents), sentence=sentence)
+
+    if any(with_labels):
+        return result("contaminated", with_labels,
+                      f"Contaminated: {len(with_labels[0])} subjects and {len(with_labels[1])} images of the test set are "
+                      f"among the labelled training cases ({size}). The figures on this page do not measure generalisation.")
+    if seen_subjects is None or seen_contents is None:
+        return result("unknown", (set(), set()),
+                      f"Unknown: the weights do not record what they were pretrained on, so overlap with the test set ({size}) "
+                      "cannot be excluded.")
+    met = subjects & set(seen_subjects) if same_key else set[str](), contents & set(seen_contents)
+    basis = "by subject and by content hash" if same_key else \
+        "by content hash only: the two manifests made their pseudonyms with different keys, so subjects could not be compared"
+    if any(met):
+        return result("transductive", met,
+                      f"Transductive: {len(met[0])} subjects and {len(met[1])} images of the test set were seen in "
+                      f"pretraining, without labels ({size}; compared {basis}). The gain may not carry over to new subjects.")
+    verdict: Literal["clean", "unknown"] = "clean" if same_key else "unknown"
+    return result(verdict, met,
+                  f"{verdict.capitalize()}: none of the test set was met in pretraining ({size}; compared {basis}).")

@@ -1,0 +1,202 @@
+"""Metrics of a case (segmentation) and of a set (classification); set metrics take case weights, so resampling is one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.ndimage import binary_erosion, distance_transform_edt
+
+Array = NDArray[Any]
+SetMetric = Callable[..., Array]  # (target, probabilities, weight=None, **own settings) -> (…)
+
+BINS = 15  # of the calibration error; the usual choice since Guo et al. 2017
+
+
+def segmentation(prediction: Array, truth: Array, spacing: Sequence[float], classes: Mapping[int, str], tolerance: float
+                 ) -> dict[str, dict[str, float]]:
+    """Dice, HD95 and NSD of one case, for each class: {"dice": {class: value}, "hd95": …, "nsd": …}.
+
+    prediction, truth: (*S) integer label maps on one grid. spacing: size of a voxel per axis. classes: label value -> name.
+    tolerance: of the NSD, in the unit of `spacing`; so is HD95.
+
+    Dice = 2|A∩B| / (|A|+|B|). A surface is the set of voxels of a mask with a face neighbour outside it (or outside the
+    image); distances run between voxel centres. HD95 is the larger of the two directed 95th percentiles of surface distances.
+    NSD (Nikolov et al. 2021, voxels counted, not areas) is the share of both surfaces within `tolerance` of the other.
+
+    Empty masks, where the formulas are undefined: both empty is a perfect case (Dice 1, HD95 0, NSD 1); one empty is a
+    complete miss (Dice 0, HD95 = the diagonal of the image, NSD 0). Raises ValueError when shapes differ.
+    """
+    if prediction.shape != truth.shape:
+        raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} are not on one grid")
+    if len(spacing) != truth.ndim:
+        raise ValueError(f"spacing has {len(spacing)} axes, the label map {truth.ndim}")
+    scores: dict[str, dict[str, float]] = {"dice": {}, "hd95": {}, "nsd": {}}
+    for value, name in classes.items():
+        a, b = prediction == value, truth == value
+        size = int(a.sum()) + int(b.sum())
+        scores["dice"][name] = 2.0 * int((a & b).sum()) / size if size else 1.0
+        if not a.any() or not b.any():
+            diagonal = float(np.linalg.norm(np.multiply(truth.shape, spacing)))
+            scores["hd95"][name], scores["nsd"][name] = (diagonal, 0.0) if size else (0.0, 1.0)
+            continue
+        there, back = surface_distances(a, b, spacing)
+        scores["hd95"][name] = float(max(np.percentile(there, 95), np.percentile(back, 95)))
+        within = int((there <= tolerance).sum()) + int((back <= tolerance).sum())
+        scores["nsd"][name] = within / (there.size + back.size)
+    return scores
+
+
+def surface_distances(a: Array, b: Array, spacing: Sequence[float]) -> tuple[Array, Array]:
+    """Distances from each surface voxel of `a` to the surface of `b`, and back. a, b: (*S) bool, neither empty."""
+    joint = np.argwhere(a | b)
+    box = tuple(slice(low, high + 1) for low, high in zip(joint.min(0), joint.max(0), strict=True))
+    a, b = np.pad(a[box], 1), np.pad(b[box], 1)  # the rim keeps a mask that touches the image's edge a closed surface
+    edge_a, edge_b = a & ~binary_erosion(a), b & ~binary_erosion(b)
+    to_a, to_b = (distance_transform_edt(~edge, sampling=spacing) for edge in (edge_a, edge_b))
+    return to_b[edge_a], to_a[edge_b]
+
+
+def _ties(score: Array) -> tuple[Array, Array, Array]:
+    """Order (…, n) by falling score, and in that order the first and the last place of each element's group of equals."""
+    order = np.argsort(-score, axis=-1, kind="stable")
+    ranked = np.take_along_axis(score, order, -1)
+    n = score.shape[-1]
+    place = np.arange(n)
+    change = ranked[..., 1:] != ranked[..., :-1]
+    edge = np.ones((*score.shape[:-1], 1), dtype=bool)
+    first = np.maximum.accumulate(np.where(np.concatenate([edge, change], -1), place, 0), -1)
+    last = np.minimum.accumulate(np.where(np.concatenate([change, edge], -1), place, n - 1)[..., ::-1], -1)[..., ::-1]
+    return order, first, last
+
+
+def _ranked(positive: Array, score: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
+    """Weights of positives and negatives by falling score, with places of ties; broadcast over leading dimensions."""
+    order, first, last = _ties(score)
+    shape = np.broadcast_shapes(score.shape, weight.shape)
+    order, first, last = (np.broadcast_to(x, shape) for x in (order, first, last))
+    plus = np.take_along_axis(np.broadcast_to(weight * positive, shape), order, -1)
+    minus = np.take_along_axis(np.broadcast_to(weight * ~positive, shape), order, -1)
+    return plus, minus, first, last
+
+
+def binary_auroc(positive: Array, score: Array, weight: Array | None = None) -> Array:
+    """Area under the ROC curve, ties counted half: P(s⁺ > s⁻) + ½ P(s⁺ = s⁻); NaN when a class has no weight.
+
+    positive: (n,) bool. score: (…, n). weight: (…, n), broadcast with score. Returns (…).
+    """
+    plus, minus, first, last = _ranked(positive, score, np.ones(positive.shape) if weight is None else weight)
+    below = minus.sum(-1, keepdims=True) - np.cumsum(minus, -1)
+    half = (np.take_along_axis(below, last, -1) + np.take_along_axis(below + minus, first, -1)) / 2
+    pairs = plus.sum(-1) * minus.sum(-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(pairs > 0, (plus * half).sum(-1) / pairs, np.nan)
+
+
+def binary_auprc(positive: Array, score: Array, weight: Array | None = None) -> Array:
+    """Average precision, Σ (R_k − R_{k−1}) P_k over distinct scores; NaN without positives. Shapes as in binary_auroc."""
+    plus, minus, _, last = _ranked(positive, score, np.ones(positive.shape) if weight is None else weight)
+    true, false = np.cumsum(plus, -1), np.cumsum(minus, -1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        precision = np.nan_to_num(true / (true + false))
+        return (plus * np.take_along_axis(precision, last, -1)).sum(-1) / plus.sum(-1)
+
+
+def _macro(binary: Callable[..., Array], target: Array, probabilities: Array, weight: Array | None) -> Array:
+    """The positive class (index 1) of two; else the mean of one-vs-rest over the classes that occur."""
+    classes = probabilities.shape[-1]
+    if classes == 2:
+        return binary(target == 1, probabilities[..., 1], weight)
+    each = np.stack([binary(target == c, probabilities[..., c], weight) for c in range(classes)])
+    known = ~np.isnan(each)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, each, 0.0).sum(0) / known.sum(0)
+
+
+def _mean(value: Array, weight: Array | None) -> Array:
+    if weight is None:
+        return np.asarray(value.mean(-1))
+    return np.asarray((value * weight).sum(-1) / weight.sum(-1))
+
+
+def auroc(target: Array, probabilities: Array, weight: Array | None = None) -> Array:
+    """Area under the ROC curve; macro one-vs-rest for more than two classes. NaN when only one class occurs."""
+    return _macro(binary_auroc, target, probabilities, weight)
+
+
+def auprc(target: Array, probabilities: Array, weight: Array | None = None) -> Array:
+    """Average precision; macro one-vs-rest for more than two classes."""
+    return _macro(binary_auprc, target, probabilities, weight)
+
+
+def accuracy(target: Array, probabilities: Array, weight: Array | None = None) -> Array:
+    return _mean((probabilities.argmax(-1) == target).astype(float), weight)
+
+
+def balanced_accuracy(target: Array, probabilities: Array, weight: Array | None = None) -> Array:
+    """Mean recall over the classes that occur."""
+    hit = (probabilities.argmax(-1) == target).astype(float)
+    weight = np.ones(target.shape) if weight is None else weight
+    recalls, known = [], []
+    for c in np.unique(target):
+        mine = weight * (target == c)
+        mass = mine.sum(-1)
+        recalls.append((hit * mine).sum(-1) / np.maximum(mass, 1e-12))
+        known.append(np.broadcast_to(mass > 0, recalls[-1].shape))
+    return np.asarray(np.sum(recalls, axis=0) / np.maximum(np.sum(known, axis=0), 1))
+
+
+def ece(target: Array, probabilities: Array, weight: Array | None = None, bins: int = BINS) -> Array:
+    """Expected calibration error (Guo et al. 2017): Σ_b (n_b/n) |accuracy_b − confidence_b|.
+
+    Confidence is the largest probability; `bins` bins of equal width on (0, 1], closed above.
+    """
+    hit, confidence, place = _confidence(target, probabilities, bins)
+    weight = np.ones(target.shape) if weight is None else weight
+    gap = sum(np.abs(((hit - confidence) * weight * (place == b)).sum(-1)) for b in range(bins))
+    return np.asarray(gap / weight.sum(-1))
+
+
+def brier(target: Array, probabilities: Array, weight: Array | None = None) -> Array:
+    """Mean over cases of Σ_c (p_c − [c is the target])²: 0 is perfect, 2 the worst (Brier's own form, over all classes)."""
+    truth = np.eye(probabilities.shape[-1])[target]
+    return _mean(((probabilities - truth) ** 2).sum(-1), weight)
+
+
+def _confidence(target: Array, probabilities: Array, bins: int) -> tuple[Array, Array, Array]:
+    hit = (probabilities.argmax(-1) == target).astype(float)
+    confidence = probabilities.max(-1)
+    return hit, confidence, np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+
+
+def reliability(target: Array, probabilities: Array, bins: int = BINS) -> list[tuple[float, float, int]]:
+    """(mean confidence, accuracy, cases) of every bin of `ece` that holds cases. probabilities: (n, K)."""
+    hit, confidence, place = _confidence(target, probabilities, bins)
+    return [(float(confidence[place == b].mean()), float(hit[place == b].mean()), int((place == b).sum()))
+            for b in range(bins) if (place == b).any()]
+
+
+def confusion(target: ArrayLike, predicted: ArrayLike, classes: int) -> Array:
+    """(classes, classes) counts; rows are the truth."""
+    table = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(table, (np.asarray(target), np.asarray(predicted)), 1)
+    return table
+
+
+SET_METRICS: dict[str, SetMetric] = {"auroc": auroc, "auprc": auprc, "accuracy": accuracy,
+                                     "balanced_accuracy": balanced_accuracy, "ece": ece, "brier": brier}
+RANK_METRICS = ("auroc", "auprc")  # depend on the order of scores only
+HIGHER = {"dice": True, "hd95": False, "nsd": True, "auroc": True, "auprc": True, "accuracy": True,
+          "balanced_accuracy": True, "ece": False, "brier": False}
+LABELS = {"dice": "Dice", "hd95": "HD95", "nsd": "NSD", "auroc": "AUROC", "auprc": "AUPRC", "accuracy": "accuracy",
+          "balanced_accuracy": "balanced accuracy", "ece": "calibration error", "brier": "Brier score"}
+
+
+def classification(target: ArrayLike, probabilities: ArrayLike) -> dict[str, float]:
+    """All set metrics of a test set. target: (n,) integers; probabilities: (n, K), rows sum to 1. NaN where undefined."""
+    t, p = np.asarray(target), np.asarray(probabilities, dtype=float)
+    if p.ndim != 2 or t.shape != p.shape[:1]:
+        raise ValueError(f"target {t.shape} and probabilities {p.shape} do not fit; wanted (n,) and (n, classes)")
+    return {name: float(metric(t, p)) for name, metric in SET_METRICS.items()}

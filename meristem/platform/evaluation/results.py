@@ -1,0 +1,508 @@
+"""The one data model of an evaluation: every trained-and-tested combination, and what may be concluded from them."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, model_validator
+from scipy.stats import rankdata
+
+from meristem.errors import MeristemError
+from meristem.platform.evaluation import metrics
+from meristem.platform.evaluation.leakage import Leakage
+from meristem.platform.evaluation.statistics import (
+    REPLICATES,
+    Estimate,
+    Statistic,
+    bootstrap,
+    exchange,
+    holm,
+    mean_of,
+    per_subject,
+    sign_flip,
+)
+
+Array = NDArray[Any]
+Labels = int | Literal["all"]
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Budget(Model):
+    """What training one cell cost. trainable: parameters that got a gradient. A probe without training has steps 0."""
+
+    steps: int
+    batch: int
+    trainable: int
+    seconds: FiniteFloat
+
+
+class Case(Model):
+    """One tested case under pseudonyms: either `metrics` (name -> class -> value) or `target` and `probabilities`."""
+
+    case: str
+    subject: str
+    metrics: dict[str, dict[str, FiniteFloat]] = {}
+    target: int | None = None
+    probabilities: tuple[FiniteFloat, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if bool(self.metrics) == bool(self.probabilities) or bool(self.probabilities) != (self.target is not None):
+            raise ValueError("a case has either metrics, or target and probabilities")
+        return self
+
+
+class Cell(Model):
+    """One trained-and-tested combination.
+
+    arm: its name on the page. init: hash of the checkpoint it started from; None: random weights, the arm is a baseline.
+    protocol: finetune | linear | knn | …. labels: the budget as asked for; labelled_subjects: what it came to. chosen: what was
+    picked on validation (k, C). encoder: name of the architecture.
+    """
+
+    arm: str
+    init: str | None
+    protocol: str
+    labels: Labels
+    labelled_subjects: int
+    seed: int
+    budget: Budget
+    cases: tuple[Case, ...]
+    encoder: str = ""
+    chosen: dict[str, FiniteFloat] = {}
+
+
+class Counts(Model):
+    subjects: int
+    cases: int
+
+
+class Dataset(Model):
+    """name: without any path. splits: train | val | test -> counts. manifest: its hash. quarantined: files left out."""
+
+    name: str
+    manifest: str
+    splits: dict[str, Counts]
+    quarantined: int = 0
+
+
+class Results(Model):
+    """One task on one data set, with all its cells. The file `results.json`.
+
+    metric: the primary one, by which arms are compared. classes: those scored (segmentation: foreground; classification: all,
+    in the order of the probabilities). unit: of distances (mm | px). tolerance: of the NSD. pretraining: arm -> excerpt of its
+    card. leakage: arm -> audit. cost: anything worth printing, by name. settings: the resolved recipes, by name.
+    """
+
+    task: str
+    kind: Literal["segmentation", "classification"]
+    metric: str
+    classes: tuple[str, ...]
+    dataset: Dataset
+    cells: tuple[Cell, ...]
+    higher: dict[str, bool] = metrics.HIGHER
+    unit: str = "mm"
+    tolerance: FiniteFloat | None = None
+    pretraining: dict[str, dict[str, Any]] = {}
+    leakage: dict[str, Leakage] = {}
+    versions: dict[str, str] = {}
+    cost: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.cells:
+            raise ValueError("there is no cell")
+        if self.metric not in self.higher:
+            raise ValueError(f"whether '{self.metric}' is better high or low is not stated in `higher`")
+        keys = [(c.arm, c.protocol, c.labels, c.seed) for c in self.cells]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"two cells are {key}: arm, protocol, labels and seed must tell them apart")
+        for arm in {c.arm for c in self.cells}:
+            if len({c.init is None for c in self.cells if c.arm == arm}) > 1:
+                raise ValueError(f"arm '{arm}' starts from a checkpoint in some cells and from random weights in others")
+        for cell in self.cells:
+            if not cell.cases:
+                raise ValueError(f"the cell {cell.arm}, {cell.protocol}, {cell.labels} labels, seed {cell.seed} has no case")
+            for case in cell.cases:
+                if self.kind == "classification" and len(case.probabilities) != len(self.classes):
+                    raise ValueError(f"{case.case} has {len(case.probabilities)} probabilities for {len(self.classes)} classes")
+                for name, by_class in case.metrics.items():
+                    if set(by_class) != set(self.classes):
+                        raise ValueError(f"{case.case} has {name} of {', '.join(by_class)}, not of {', '.join(self.classes)}")
+                if self.kind == "segmentation" and self.metric not in case.metrics:
+                    raise ValueError(f"{case.case} has no {self.metric}")
+        return self
+
+    @property
+    def arms(self) -> list[str]:
+        """Baselines first, each in the order met."""
+        baselines = self.baselines
+        return sorted(dict.fromkeys(c.arm for c in self.cells), key=lambda arm: arm not in baselines)
+
+    @property
+    def baselines(self) -> frozenset[str]:
+        return frozenset(c.arm for c in self.cells if c.init is None)
+
+    def save(self, path: Path) -> Path:
+        path.write_text(self.model_dump_json(indent=1) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Raises MeristemError when the file is missing or is not a Results."""
+        if not path.is_file():
+            raise MeristemError(f"no results at {path}", "Give the directory of a `meristem evaluate` run.")
+        try:
+            return cls.model_validate_json(path.read_text())
+        except ValidationError as error:
+            raise MeristemError(f"{path} is not a results file: {error.errors()[0]['msg']}",
+                                "Evaluate again with this version.") from None
+
+
+class Row(Model):
+    """An arm at one protocol and label budget, in one metric. seeds: seed -> its own mean; seed_sd: their spread (n − 1)."""
+
+    arm: str
+    protocol: str
+    labels: Labels
+    labelled_subjects: int
+    metric: str
+    mean: Estimate
+    classes: dict[str, Estimate]
+    seeds: dict[int, float]
+    seed_sd: float | None
+    subjects: int
+
+
+class Comparison(Model):
+    """A pretrained arm minus a baseline over the same subjects and seeds. p, p_holm: primary metric only."""
+
+    arm: str
+    baseline: str
+    protocol: str
+    labels: Labels
+    labelled_subjects: int
+    metric: str
+    difference: Estimate
+    subjects: int
+    seeds: int
+    equal_budget: bool
+    p: float | None = None
+    p_holm: float | None = None
+
+
+class Summary(Model):
+    """What the page says in numbers. warnings: whatever makes a comparison less than fair. verdict: one sentence per arm."""
+
+    metric: str
+    rows: tuple[Row, ...]
+    comparisons: tuple[Comparison, ...]
+    warnings: tuple[str, ...]
+    verdict: tuple[str, ...]
+
+    def row(self, arm: str, protocol: str, labels: Labels, metric: str | None = None) -> Row | None:
+        key = (arm, protocol, labels, metric or self.metric)
+        return next((r for r in self.rows if (r.arm, r.protocol, r.labels, r.metric) == key), None)
+
+    def primary(self) -> list[Comparison]:
+        return [c for c in self.comparisons if c.metric == self.metric]
+
+
+@dataclass
+class Group:
+    """The cells of one arm × protocol × labels as arrays over the cases they share.
+
+    cases, owner: case names and, for each, the index in `subjects`. values: metric -> (seeds, classes, cases), segmentation;
+    target (cases,) and probabilities (seeds, cases, K), classification.
+    """
+
+    seeds: list[int]
+    cases: list[str]
+    subjects: list[str]
+    owner: Array
+    values: dict[str, Array]
+    target: Array | None
+    probabilities: Array | None
+
+    @classmethod
+    def of(cls, cells: Iterable[Cell], classes: Sequence[str], only: set[str] | None = None) -> Group:
+        """only: case names to keep. Cases that a seed lacks are left out."""
+        cells = sorted(cells, key=lambda c: c.seed)
+        tables = [{case.case: case for case in cell.cases} for cell in cells]
+        shared = set.intersection(*(set(t) for t in tables))
+        cases = sorted(shared if only is None else shared & only)
+        rows = [[t[name] for name in cases] for t in tables]
+        subjects = sorted({case.subject for case in rows[0]})
+        place = {name: i for i, name in enumerate(subjects)}
+        owner = np.array([place[case.subject] for case in rows[0]], dtype=int)
+        names = sorted(set.intersection(*(set(case.metrics) for row in rows for case in row))) if cases else []
+        values = {m: np.array([[[case.metrics[m][c] for case in row] for c in classes] for row in rows]) for m in names}
+        target = probabilities = None
+        if cases and rows[0][0].target is not None:
+            target = np.array([case.target for case in rows[0]])
+            probabilities = np.array([[case.probabilities for case in row] for row in rows])
+        return cls([c.seed for c in cells], cases, subjects, owner, values, target, probabilities)
+
+    @property
+    def metrics(self) -> list[str]:
+        return list(metrics.SET_METRICS) if self.target is not None else list(self.values)
+
+    def subject_values(self, metric: str, label: int | None = None) -> Array:
+        """Segmentation: one value per subject, the mean over seeds, classes (or of one class) and the subject's cases."""
+        v = self.values[metric].mean(0)
+        return per_subject(v.mean(0) if label is None else v[label], self.owner)
+
+    def statistic(self, metric: str, label: int | None = None) -> Statistic:
+        """The mean over seeds as a function of subject weights. label: of one class (segmentation, or one against the rest)."""
+        if self.target is None:
+            return mean_of(self.subject_values(metric, label))
+        target, probabilities, owner = self.target, self.probabilities, self.owner
+        assert probabilities is not None
+        if label is None:
+            function = metrics.SET_METRICS[metric]
+            return lambda w: function(target, probabilities, w[:, None, owner]).mean(1)
+        binary = {"auroc": metrics.binary_auroc, "auprc": metrics.binary_auprc}[metric]
+        return lambda w: binary(target == label, probabilities[..., label], w[:, None, owner]).mean(1)
+
+    def per_seed(self, metric: str) -> dict[int, float]:
+        if self.target is None:
+            found = [per_subject(v, self.owner).mean() for v in self.values[metric].mean(1)]
+        else:
+            found = list(metrics.SET_METRICS[metric](self.target, self.probabilities))
+        return {seed: float(v) for seed, v in zip(self.seeds, found, strict=True)}
+
+
+PROTOCOLS = {"finetune": "fine-tuned", "linear": "linear probe", "knn": "nearest neighbours"}
+
+
+def groups(results: Results) -> dict[tuple[str, str, Labels], list[Cell]]:
+    """(arm, protocol, labels) -> its cells: baselines first, few labels first."""
+    found: dict[tuple[str, str, Labels], list[Cell]] = defaultdict(list)
+    for cell in results.cells:
+        found[cell.arm, cell.protocol, cell.labels].append(cell)
+    protocols = list(dict.fromkeys(c.protocol for c in results.cells))
+    order = sorted(found, key=lambda k: (protocols.index(k[1]), _size(k[2]), results.arms.index(k[0])))
+    return {key: found[key] for key in order}
+
+
+def _size(labels: Labels) -> float:
+    return float("inf") if labels == "all" else float(labels)
+
+
+def summarise(results: Results, replicates: int = REPLICATES, seed: int = 0) -> Summary:
+    """Means with 95 % intervals per arm, paired differences to every baseline, and what limits them.
+
+    Seeds are averaged within a case first, then subjects are resampled: an interval speaks of other patients, not of other
+    seeds; the spread over seeds stands beside it. Differences are taken within a case over the seeds and subjects both arms
+    have. p by exchanging the arms within subjects (segmentation: sign flips), Holm-corrected over all comparisons in the
+    primary metric. Equality of training budgets is checked; what differs is a warning.
+    """
+    cells = groups(results)
+    made = {key: Group.of(mine, results.classes) for key, mine in cells.items()}
+    warnings: list[str] = []
+    rows: list[Row] = []
+    for key, group in made.items():
+        where = _where(*key)
+        lost = max(len(c.cases) for c in cells[key]) - len(group.cases)
+        if lost:
+            warnings.append(f"{where}: {lost} cases were not tested for every seed and are left out.")
+        if not group.cases:
+            raise MeristemError(f"{where}: the seeds share no test case", "Test all seeds of an arm on the same split.")
+        rows += [_row(results, key, cells[key], group, metric, replicates, seed) for metric in group.metrics]
+    comparisons: list[Comparison] = []
+    for (arm, protocol, labels), mine in cells.items():
+        if arm in results.baselines:
+            continue
+        rivals = [key for key in cells if key[0] in results.baselines and key[1:] == (protocol, labels)]
+        if not rivals:
+            warnings.append(f"{_where(arm, protocol, labels)}: there is no arm from random weights to compare with.")
+        for rival in rivals:
+            found, said = _compare(results, mine, cells[rival], replicates, seed)
+            comparisons += found
+            warnings += said
+    tested = [c for c in comparisons if c.p is not None]
+    corrected = dict(zip(map(id, tested), holm([c.p for c in tested if c.p is not None]), strict=True))
+    comparisons = [c.model_copy(update={"p_holm": corrected.get(id(c))}) for c in comparisons]
+    warnings += _thin(made)
+    return Summary(metric=results.metric, rows=tuple(rows), comparisons=tuple(comparisons), warnings=tuple(warnings),
+                   verdict=tuple(_verdict(results, comparisons)))
+
+
+def _where(arm: str, protocol: str, labels: Labels) -> str:
+    return f"{arm}, {protocol}, {'all labels' if labels == 'all' else f'{labels} labelled subjects'}"
+
+
+def _thin(made: Mapping[tuple[str, str, Labels], Group]) -> list[str]:
+    """Too few seeds or subjects to conclude much."""
+    said = []
+    single = [key for key, group in made.items() if len(group.seeds) < 3 and key[1] == "finetune"]
+    if single:
+        said.append(f"Fewer than three seeds in {len(single)} of {len(made)} rows: the spread between runs is not known there.")
+    fewest = min(len(group.subjects) for group in made.values())
+    if fewest < 20:
+        said.append(f"Only {fewest} test subjects: intervals are wide, and their coverage is not assured below about 20.")
+    return said
+
+
+def _row(results: Results, key: tuple[str, str, Labels], cells: Sequence[Cell], group: Group, metric: str, replicates: int,
+         seed: int) -> Row:
+    n, widen = len(group.subjects), metric not in metrics.RANK_METRICS
+
+    def interval(label: int | None = None) -> Estimate:
+        return bootstrap(group.statistic(metric, label), n, replicates=replicates, seed=seed, widen=widen)
+
+    split = results.kind == "segmentation" or (metric in metrics.RANK_METRICS and len(results.classes) > 2)
+    seeds = group.per_seed(metric)
+    return Row(arm=key[0], protocol=key[1], labels=key[2], labelled_subjects=cells[0].labelled_subjects, metric=metric,
+               mean=interval(), classes={c: interval(i) for i, c in enumerate(results.classes)} if split else {}, seeds=seeds,
+               seed_sd=float(np.std(list(seeds.values()), ddof=1)) if len(seeds) > 1 else None, subjects=n)
+
+
+def _compare(results: Results, mine: Sequence[Cell], theirs: Sequence[Cell], replicates: int, seed: int
+             ) -> tuple[list[Comparison], list[str]]:
+    a, b = mine[0], theirs[0]
+    where, warnings = f"{_where(a.arm, a.protocol, a.labels)} against {b.arm}", []
+    seeds = {c.seed for c in mine} & {c.seed for c in theirs}
+    if len(seeds) < max(len(mine), len(theirs)):
+        warnings.append(f"{where}: the arms were not run with the same seeds; the difference is over the {len(seeds)} shared.")
+    if not seeds:
+        return [], warnings
+    mine, theirs = ([c for c in cells if c.seed in seeds] for cells in (mine, theirs))
+    unequal = [f"{what} ({', '.join(map(str, sorted(x)))} against {', '.join(map(str, sorted(y)))})"
+               for what, x, y in ((what, {get(c) for c in mine}, {get(c) for c in theirs}) for what, get in _EQUAL.items())
+               if x != y]
+    if unequal:
+        warnings.append(f"{where}: unequal budgets, so the difference is not due to pretraining alone: {'; '.join(unequal)}.")
+    tested = [{case.case for case in cell.cases} for cell in (*mine, *theirs)]
+    shared = set.intersection(*tested)
+    if any(t != shared for t in tested):
+        warnings.append(f"{where}: the arms were tested on different cases; the difference is over {len(shared)} of them.")
+    if not shared:
+        return [], warnings
+    one, two = (Group.of(cells, results.classes, shared) for cells in (mine, theirs))
+    if one.subjects != two.subjects or (one.target is not None and (one.target != two.target).any()):
+        raise MeristemError(f"{where}: the same test case has another subject or target in the two arms",
+                            "The arms were tested on different data under the same names; evaluate them together.")
+    found = []
+    for metric in (m for m in one.metrics if m in two.metrics):
+        plus, minus = one.statistic(metric), two.statistic(metric)
+        difference = bootstrap(lambda w, f=plus, g=minus: f(w) - g(w), len(one.subjects),  # type: ignore[misc]
+                               replicates=replicates, seed=seed, widen=metric not in metrics.RANK_METRICS)
+        p = _test(one, two, metric, replicates, seed) if metric == results.metric else None
+        found.append(Comparison(arm=a.arm, baseline=b.arm, protocol=a.protocol, labels=a.labels, metric=metric, p=p,
+                                labelled_subjects=a.labelled_subjects, difference=difference, subjects=len(one.subjects),
+                                seeds=len(seeds), equal_budget=not unequal))
+    return found, warnings
+
+
+_EQUAL: dict[str, Callable[[Cell], int | str]] = {
+    "optimiser steps": lambda c: c.budget.steps, "batch size": lambda c: c.budget.batch,
+    "trainable parameters": lambda c: c.budget.trainable, "labelled subjects": lambda c: c.labelled_subjects,
+    "encoder": lambda c: c.encoder}
+
+
+def _test(one: Group, two: Group, metric: str, replicates: int, seed: int) -> float:
+    if one.target is None:
+        return sign_flip(one.subject_values(metric) - two.subject_values(metric), replicates, seed)
+    a, b = one.probabilities, two.probabilities
+    assert a is not None and b is not None
+    if metric in metrics.RANK_METRICS:  # only order matters within an arm; between arms scores must be made comparable first
+        a, b = rankdata(a, axis=1), rankdata(b, axis=1)
+    function, target, owner = metrics.SET_METRICS[metric], one.target, one.owner
+
+    def difference(flips: Array) -> Array:
+        swap = flips[:, None, owner, None]
+        return (function(target, np.where(swap, b, a)) - function(target, np.where(swap, a, b))).mean(1)
+
+    return exchange(difference, len(one.subjects), replicates, seed)
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """+0.031, −0.004."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _verdict(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
+    """One sentence per pretrained arm and protocol, against its fairest baseline: fewest labels first, no budget left out."""
+    told: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
+    for c in comparisons:
+        if c.metric == results.metric:
+            told[c.arm, c.protocol].append(c)
+    sentences = []
+    for (arm, protocol), mine in told.items():
+        rival = next((c.baseline for c in mine if c.equal_budget), mine[0].baseline)
+        mine = sorted((c for c in mine if c.baseline == rival), key=lambda c: _size(c.labels))
+        parts = "; ".join(_effect(results, c, first=c is mine[0]) for c in mine)
+        c = mine[0]
+        how = PROTOCOLS.get(protocol, protocol)
+        counts = f"{c.seeds} seed{'s' * (c.seeds != 1)}, {c.subjects} test subjects, 95 % intervals"
+        sentences.append(f"{parts} ({arm}, {how}; {counts}).")
+    return sentences or ["No pretrained arm was compared with one from random weights: nothing can be said about the gain."]
+
+
+def _effect(results: Results, c: Comparison, first: bool) -> str:
+    better = 1 if results.higher[c.metric] else -1
+    value, low, high = c.difference
+    size = f"{signed(value)} {metrics.LABELS.get(c.metric, c.metric)} [{signed(low)}, {signed(high)}]"
+    where = f"{'At' if first else 'at'} {c.labelled_subjects} labelled subjects{' (all)' if c.labels == 'all' else ''}"
+    if np.isnan(low) or low <= 0 <= high:
+        doubt = f"pretraining makes no clear difference to {c.baseline}" if first else "no clear difference"
+        return f"{where} {doubt}: {size}"
+    gain = value * better > 0
+    verb = ("adds" if better > 0 else "gains") if gain else "harms:"
+    text = f"{where} {'pretraining' if first else 'it'} {verb} {size}{f' over {c.baseline}' if first and gain else ''}"
+    if c.p_holm is not None and c.p_holm > 0.05:
+        text += f", which does not survive correction for several comparisons (p = {c.p_holm:.2f})"
+    return text
+
+
+def merge(several: Sequence[Results]) -> list[Results]:
+    """Results of one task on one manifest become one, so that their arms can be compared; the others stay apart.
+
+    Cells that occur in several are kept once if they agree; where they do not, the results stay apart.
+    """
+    merged: list[Results] = []
+    for new in several:
+        for i, old in enumerate(merged):
+            joined = _join(old, new)
+            if joined is not None:
+                merged[i] = joined
+                break
+        else:
+            merged.append(new)
+    return merged
+
+
+def _join(old: Results, new: Results) -> Results | None:
+    def same(r: Results) -> tuple[object, ...]:
+        return r.task, r.kind, r.metric, r.classes, r.dataset, r.unit, r.tolerance
+
+    if same(old) != same(new):
+        return None
+    cells = {(c.arm, c.protocol, c.labels, c.seed): c for c in old.cells}
+    for cell in new.cells:
+        known = cells.setdefault((cell.arm, cell.protocol, cell.labels, cell.seed), cell)
+        if known.cases != cell.cases or known.init != cell.init:
+            return None
+    tables = ("pretraining", "leakage", "versions", "cost", "settings")
+    both = {name: {**getattr(old, name), **getattr(new, name)} for name in tables}
+    return Results.model_validate({**dict(old), **both, "cells": tuple(cells.values())})
+
+
+def dump(results: Sequence[Results], summaries: Sequence[Summary]) -> str:
+    """The text of `report.json`: {"reports": [{"summary": …, "results": …}]}, undefined numbers as null."""
+    pairs = zip(summaries, results, strict=True)
+    return json.dumps({"reports": [{"summary": json.loads(s.model_dump_json()), "results": json.loads(r.model_dump_json())}
+                                   for s, r in pairs]}, indent=1)

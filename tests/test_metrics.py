@@ -1,0 +1,173 @@
+"""Metrics against brute force, MONAI and scikit-learn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from sklearn.metrics import accuracy_score, average_precision_score, balanced_accuracy_score, roc_auc_score
+
+from meristem.platform.evaluation import metrics
+
+CLASSES = {1: "anterior", 2: "posterior"}
+
+
+def blobs(rng: np.random.Generator, shape: tuple[int, ...] = (14, 12, 9)) -> np.ndarray:
+    """A label map with two boxes of labels 1 and 2, one of which may touch the border, and some specks."""
+    label = np.zeros(shape, dtype=np.int64)
+    for value in (1, 2):
+        low = [int(rng.integers(0, n // 2)) for n in shape]
+        label[tuple(slice(a, a + int(rng.integers(2, 6))) for a in low)] = value
+    label[rng.random(shape) < 0.01] = 1
+    return label
+
+
+def brute(a: np.ndarray, b: np.ndarray, spacing: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Surface distances by looking at every neighbour and every pair."""
+    def surface(mask: np.ndarray) -> np.ndarray:
+        points = []
+        for index in np.argwhere(mask):
+            for axis in range(mask.ndim):
+                for step in (-1, 1):
+                    near = index.copy()
+                    near[axis] += step
+                    if not (0 <= near[axis] < mask.shape[axis]) or not mask[tuple(near)]:
+                        points.append(tuple(index))
+        return np.array(sorted(set(points))) * np.array(spacing)
+
+    p, q = surface(a), surface(b)
+    pairs = np.linalg.norm(p[:, None] - q[None], axis=-1)
+    return pairs.min(1), pairs.min(0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.5, 1.5, 3.0)])
+def test_segmentation_equals_brute_force_and_monai(seed: int, spacing: tuple[float, ...]) -> None:
+    rng = np.random.default_rng(seed)
+    truth, prediction = blobs(rng), blobs(rng)
+    got = metrics.segmentation(prediction, truth, spacing, CLASSES, tolerance=2.0)
+    for value, name in CLASSES.items():
+        a, b = prediction == value, truth == value
+        there, back = brute(a, b, spacing)
+        assert got["dice"][name] == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+        assert got["hd95"][name] == pytest.approx(max(np.percentile(there, 95), np.percentile(back, 95)))
+        assert got["nsd"][name] == pytest.approx(((there <= 2).sum() + (back <= 2).sum()) / (len(there) + len(back)))
+        one, two = (torch.as_tensor(x)[None, None].float() for x in (a, b))
+        hd = compute_hausdorff_distance(one, two, include_background=True, percentile=95, spacing=spacing)
+        nsd = compute_surface_dice(one, two, [2.0], include_background=True, spacing=spacing)
+        assert got["hd95"][name] == pytest.approx(float(hd), abs=1e-4)
+        assert got["nsd"][name] == pytest.approx(float(nsd), abs=1e-6)
+
+
+def test_two_dimensional_closed_form() -> None:
+    truth, prediction = np.zeros((20, 20), int), np.zeros((20, 20), int)
+    truth[5:10, 5:10], prediction[8:13, 5:10] = 1, 1  # shifted by three rows
+    got = metrics.segmentation(prediction, truth, (2.0, 1.0), {1: "cell"}, tolerance=0.5)
+    assert got["dice"]["cell"] == pytest.approx(0.4)
+    assert got["hd95"]["cell"] == pytest.approx(6.0)
+
+
+def test_empty_masks_follow_the_stated_rule() -> None:
+    none, some = np.zeros((4, 6, 8), int), np.zeros((4, 6, 8), int)
+    some[1:3, 2:4, 2:4] = 1
+    spacing = (3.0, 2.0, 1.0)
+    diagonal = float(np.sqrt(12**2 + 12**2 + 8**2))
+    both = metrics.segmentation(none, none, spacing, {1: "x"}, 1.0)
+    assert (both["dice"]["x"], both["hd95"]["x"], both["nsd"]["x"]) == (1.0, 0.0, 1.0)
+    for prediction, truth in ((none, some), (some, none)):
+        one = metrics.segmentation(prediction, truth, spacing, {1: "x"}, 1.0)
+        assert (one["dice"]["x"], one["nsd"]["x"]) == (0.0, 0.0)
+        assert one["hd95"]["x"] == pytest.approx(diagonal)
+
+
+def test_shapes_that_differ_are_refused() -> None:
+    with pytest.raises(ValueError, match="one grid"):
+        metrics.segmentation(np.zeros((3, 3)), np.zeros((3, 4)), (1, 1), {1: "x"}, 1.0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_segmentation_is_symmetric_and_perfect_on_itself(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = blobs(rng, (8, 7, 6)), blobs(rng, (8, 7, 6))
+    there = metrics.segmentation(a, b, (1.0, 2.0, 0.7), CLASSES, 1.0)
+    back = metrics.segmentation(b, a, (1.0, 2.0, 0.7), CLASSES, 1.0)
+    for name in there:
+        assert there[name] == pytest.approx(back[name])
+    same = metrics.segmentation(a, a, (1.0, 2.0, 0.7), CLASSES, 0.0)
+    assert set(same["dice"].values()) == {1.0} and set(same["hd95"].values()) == {0.0} and set(same["nsd"].values()) == {1.0}
+
+
+def predictions(seed: int, n: int, classes: int, coarse: bool) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    target = np.arange(n) % classes
+    logits = rng.normal(size=(n, classes)) + 1.2 * np.eye(classes)[target]
+    if coarse:
+        logits = np.round(logits)  # many ties
+    p = np.exp(logits)
+    return target, p / p.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("coarse", [False, True])
+def test_classification_equals_sklearn(classes: int, coarse: bool) -> None:
+    target, p = predictions(3, 61, classes, coarse)
+    got = metrics.classification(target, p)
+    truth = np.eye(classes)[target]
+    if classes == 2:
+        assert got["auroc"] == pytest.approx(roc_auc_score(target, p[:, 1]))
+        assert got["auprc"] == pytest.approx(average_precision_score(target, p[:, 1]))
+    else:
+        assert got["auroc"] == pytest.approx(roc_auc_score(target, p, multi_class="ovr", average="macro"))
+        assert got["auprc"] == pytest.approx(average_precision_score(truth, p, average="macro"))
+    assert got["accuracy"] == pytest.approx(accuracy_score(target, p.argmax(1)))
+    assert got["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(target, p.argmax(1)))
+    assert got["brier"] == pytest.approx(sum((p[i, c] - (target[i] == c))**2 for i in range(61) for c in range(classes)) / 61)
+
+
+def test_calibration_error_by_hand() -> None:
+    p = np.array([[0.3, 0.7], [0.3, 0.7], [0.05, 0.95], [0.9, 0.1]])
+    target = np.array([1, 0, 1, 0])
+    # bins of width 1/10: {0.7, 0.7} accuracy 0.5; {0.95} accuracy 1; {0.9} accuracy 1
+    assert float(metrics.ece(target, p, bins=10)) == pytest.approx((2 * 0.2 + 0.05 + 0.1) / 4)
+    assert metrics.reliability(target, p, bins=10) == [(pytest.approx(0.7), 0.5, 2), (0.9, 1.0, 1), (0.95, 1.0, 1)]
+
+
+@pytest.mark.parametrize("name", metrics.SET_METRICS)
+@pytest.mark.parametrize("classes", [2, 3])
+def test_weights_mean_repetition(name: str, classes: int) -> None:
+    """A case of weight w counts as w copies: what makes a bootstrap one vectorised call."""
+    target, p = predictions(5, 30, classes, coarse=True)
+    weight = np.random.default_rng(1).integers(0, 4, (6, 30)).astype(float)
+    got = metrics.SET_METRICS[name](target, p, weight)
+    for row, w in zip(got, weight, strict=True):
+        repeated = np.repeat(np.arange(30), w.astype(int))
+        assert row == pytest.approx(float(metrics.SET_METRICS[name](target[repeated], p[repeated])))
+
+
+@pytest.mark.parametrize("name", metrics.SET_METRICS)
+def test_leading_dimensions_of_predictions(name: str) -> None:
+    target, p = predictions(6, 24, 3, coarse=True)
+    many = np.stack([p, p[:, ::-1], p**2 / (p**2).sum(1, keepdims=True)])
+    weight = np.random.default_rng(2).integers(0, 3, (5, 1, 24)).astype(float)
+    got = metrics.SET_METRICS[name](target, many, weight)
+    assert got.shape == (5, 3)
+    for i in range(5):
+        for j in range(3):
+            assert got[i, j] == pytest.approx(float(metrics.SET_METRICS[name](target, many[j], weight[i, 0])))
+
+
+def test_one_class_only_has_no_auroc() -> None:
+    assert np.isnan(metrics.classification([1, 1, 1], [[0.2, 0.8]] * 3)["auroc"])
+
+
+def test_confusion_counts() -> None:
+    assert metrics.confusion([0, 0, 1, 2], [0, 1, 1, 0], 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+
+
+def test_every_metric_has_a_direction_and_a_label() -> None:
+    names = {*metrics.SET_METRICS, "dice", "hd95", "nsd"}
+    assert names == set(metrics.HIGHER) == set(metrics.LABELS)
