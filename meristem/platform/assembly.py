@@ -51,7 +51,7 @@ class Assembly(nn.Module):
         self.encoder = recipe.encoder.build(self.tokenizer, recipe.modality.axes, recipe.modality.channels)
         self.heads = nn.ModuleDict()
         for name, head in recipe.heads.items():
-            below = self.encoder.width if head.on is None else self.head_width(head.on)
+            below = self.encoder.width if head.input is None else self.head_width(head.input)
             self.heads[name] = head.build(below)
         self.objectives = nn.ModuleDict()
         for name, settings in recipe.objectives.items():

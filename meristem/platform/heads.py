@@ -24,9 +24,9 @@ class Head(nn.Module):
 
 
 class HeadSettings(Settings):
-    """The typed entry of a head in a recipe. on: name of the head whose output comes in; null: the encoder's."""
+    """The typed entry of a head in a recipe. input: name of the head that it stands on; null: the encoder."""
 
-    on: str | None = None
+    input: str | None = None
 
     def build(self, width: int) -> Head:
         """width: of the vectors that come in."""

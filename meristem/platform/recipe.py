@@ -125,6 +125,9 @@ class Recipe(Settings):
         for name, objective in self.objectives.items():
             problems += [f"objective '{name}': {problem}" for problem in objective.check(self)]
         for i, (name, head) in enumerate(self.heads.items()):
+            if head.input is not None and head.input not in list(self.heads)[:i]:
+                problems.append(f"head '{name}' stands on '{head.input}', which is not among the heads before it")
+        for i, (name, head) in enumerate(self.heads.items()):
             if head.on is not None and head.on not in list(self.heads)[:i]:
                 problems.append(f"head '{name}' stands on '{head.on}', which is not among the heads before it")
         for name in self.teacher.of if self.teacher else ():

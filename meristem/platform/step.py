@@ -111,7 +111,7 @@ def all_ranks(x: Tensor) -> Tensor:
             if head is None:
                 self._made_units[key] = self._units(by, view, level, masked)
             else:
-                below = self.units(view, by, level, self.assembly.recipe.heads[head].on, masked)
+                below = self.units(view, by, level, self.assembly.recipe.heads[head].input, masked)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and by == "encoder"):
                     z = self.assembly.module(by, head)(below.z, below.key["view"])
                 self._made_units[key] = below.with_z(z)

@@ -66,8 +66,8 @@ class Contrastive(ObjectiveSettings):
                 problems.append(f"there is no head '{name}' (heads: {', '.join(recipe.heads) or 'none'})")
         if problems:
             return problems
-        if self.predictor is not None and recipe.heads[self.predictor].on != self.head:
-            problems.append(f"predictor '{self.predictor}' must stand on the head; set heads.{self.predictor}.….on={self.head}")
+        if self.predictor is not None and recipe.heads[self.predictor].input != self.head:
+            problems.append(f"predictor '{self.predictor}' must stand on the head: set its input to '{self.head}'")
         if self.level == "cls" and "cls" not in recipe.encoder.provides:
             problems.append("level cls needs an encoder with a class token; use level: global or mean")
         if self.by == "teacher":
@@ -75,7 +75,7 @@ class Contrastive(ObjectiveSettings):
             needs, head = ["encoder"], self.head
             while head is not None:
                 needs.append(head)
-                head = recipe.heads[head].on
+                head = recipe.heads[head].input
             problems += [f"keys come from the teacher: add '{name}' to teacher.of" for name in needs if name not in copied]
         if self.loss.needs_prototypes and not (self.head and isinstance(recipe.heads[self.head], Prototypes)):
             problems.append("this loss compares assignments to prototypes; its head must be `prototypes`")
