@@ -127,9 +127,8 @@ class Recipe(Settings):
         for i, (name, head) in enumerate(self.heads.items()):
             if head.input is not None and head.input not in list(self.heads)[:i]:
                 problems.append(f"head '{name}' stands on '{head.input}', which is not among the heads before it")
-        for i, (name, head) in enumerate(self.heads.items()):
-            if head.on is not None and head.on not in list(self.heads)[:i]:
-                problems.append(f"head '{name}' stands on '{head.on}', which is not among the heads before it")
+        for name, objective in self.objectives.items():
+            problems += [f"objective '{name}': {problem}" for problem in objective.check(self)]
         for name in self.teacher.of if self.teacher else ():
             if name != "encoder" and name not in self.heads:
                 problems.append(f"teacher.of names '{name}', which is neither the encoder nor a head")
