@@ -122,8 +122,6 @@ class Recipe(Settings):
             if masking.corruption not in self.encoder.takes:
                 problems.append(f"masking of '{name}' would {masking.corruption} tokens, but this encoder can only take "
                                 f"{' or '.join(sorted(self.encoder.takes)) or 'whole views'}; set masking.{name}.….corruption")
-        for name, objective in self.objectives.items():
-            problems += [f"objective '{name}': {problem}" for problem in objective.check(self)]
         for i, (name, head) in enumerate(self.heads.items()):
             if head.input is not None and head.input not in list(self.heads)[:i]:
                 problems.append(f"head '{name}' stands on '{head.input}', which is not among the heads before it")
