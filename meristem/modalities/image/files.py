@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import warnings
 import zlib
@@ -22,16 +23,18 @@ from meristem.modalities.image import packed
 from meristem.modalities.image.raster import Raster, check_size, dtype_limits
 
 FORMATS = ("PNG", "JPEG", "BMP", TiffImagePlugin.TiffImageFile.format)  # Pillow's other plugins stay shut
-PNG, TIFF = b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-MAGIC = (PNG, b"\xff\xd8\xff", b"BM", *TIFF)
+PNG, JPEG, TIFF = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+MAGIC = (PNG, JPEG, b"BM", *TIFF)
 MILLIMETRE = {"mm": 1.0, "cm": 10.0, "um": 1e-3, "µm": 1e-3, "μm": 1e-3, "\\u00b5m": 1e-3, "micron": 1e-3, "microns": 1e-3,
               "nm": 1e-6}
 AGAIN = "Copy or export the file again."
 
 
-def decode(path: Path, want: int, max_pixels: int) -> Raster:
-    """A picture of any supported kind, upright. want: channels, to tell channel-first from channel-last where the file does not
-    say. Raises DataError (missing, empty, truncated, unreadable, bomb, frames, multi-frame).
+def decode(path: Path, want: int, max_pixels: int, indices: bool = False) -> Raster:
+    """A picture of any supported kind, upright.
+
+    want: channels, to tell channel-first from channel-last where the file does not say. indices: palette files give their
+    indices, two-level ones 0 and 1. Raises DataError (missing, empty, truncated, unreadable, bomb, frames, multi-frame).
     """
     if packed.split(path):
         return _from_array(packed.row(path, max_pixels), want)
@@ -41,24 +44,17 @@ def decode(path: Path, want: int, max_pixels: int) -> Raster:
 
         return dicom.decode(path, max_pixels)
     if head.startswith(TIFF):
-        return _tiff(path, want, max_pixels)
+        return _tiff(path, want, max_pixels, indices)
     if head.startswith(PNG) and len(head) > 25 and head[24] == 16 and head[25] != 0:
         return _deep_png(path, max_pixels)
-    return _pillow(path, head, max_pixels)
+    return _pillow(path, head, max_pixels, indices)
 
 
 def decode_labels(path: Path, max_pixels: int) -> np.ndarray:
     """A label map (H, W) of whole numbers as stored; palette files give their indices. Raises DataError."""
-    if packed.split(path):
-        raster = _from_array(packed.row(path, max_pixels), 1)
-    else:
-        head = _head(path)
-        if head.startswith(b"\xff\xd8\xff"):
-            raise DataError("mask", "the mask is a JPEG, which changes label values", "Export masks as PNG or TIFF.")
-        if head.startswith(TIFF) or head[128:132] == b"DICM":
-            raster = decode(path, 1, max_pixels)
-        else:
-            raster = _pillow(path, head, max_pixels, indices=True)
+    if not packed.split(path) and _head(path).startswith(JPEG):
+        raise DataError("mask", "the mask is a JPEG, whose compression changes label values", "Export masks as PNG or TIFF.")
+    raster = decode(path, 1, max_pixels, indices=True)
     array = raster.array[:-1] if raster.alpha else raster.array
     if (array != array[:1]).any():
         raise DataError("mask", "the mask is colour-coded", "Give one number per class: a grey or palette PNG.")
@@ -104,11 +100,10 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _pillow(path: Path, head: bytes, max_pixels: int, indices: bool = False) -> Raster:
-    """indices: palette files give their indices, two-level ones 0 and 1."""
-    with _quiet():
+def _pillow(path: Path, head: bytes, max_pixels: int, indices: bool) -> Raster:
+    with _quiet(), path.open("rb") as handle:  # given a path, Pillow 13 maps the file and garbles turned TIFFs
         try:
-            opened = Pillow.open(path, formats=FORMATS)
+            opened = Pillow.open(handle, formats=FORMATS)
         except Pillow.DecompressionBombError:
             raise DataError("bomb", "the image claims more pixels than Pillow's own limit") from None
         except UnidentifiedImageError:
@@ -162,7 +157,7 @@ def _deep_png(path: Path, max_pixels: int) -> Raster:
     return Raster(array, limits=(0, 65535), colour=len(array) >= 3, alpha=len(array) in (2, 4)).upright(orientation)
 
 
-def _tiff(path: Path, want: int, max_pixels: int) -> Raster:
+def _tiff(path: Path, want: int, max_pixels: int, indices: bool) -> Raster:
     """One picture of one or many channels; photometric, axes, orientation and calibration as the tags say."""
     try:
         with _quiet(), path.open("rb") as handle, tifffile.TiffFile(handle, name="image") as file:  # it logs its name
@@ -171,10 +166,10 @@ def _tiff(path: Path, want: int, max_pixels: int) -> Raster:
             series, page = file.series[0], file.pages[0]
             shape, axes = _squeeze(series.shape, series.axes)
             channel = _channel_axis(shape, axes, want)
-            check_size(int(np.prod([n for i, n in enumerate(shape) if i != channel])), max_pixels)
+            check_size(math.prod(n for i, n in enumerate(shape) if i != channel), max_pixels)
             photometric, depth = page.photometric.name, series.dtype.itemsize
             if photometric not in ("MINISBLACK", "MINISWHITE", "RGB"):
-                return _pillow(path, b"II*\0", max_pixels, indices=want == 1)
+                return _pillow(path, TIFF[0], max_pixels, indices)
             try:
                 array = series.asarray().reshape(shape)
             except ValueError as error:
@@ -191,7 +186,7 @@ def _tiff(path: Path, want: int, max_pixels: int) -> Raster:
     except (tifffile.TiffFileError, OSError, ValueError, IndexError, KeyError, TypeError, struct.error, zlib.error):
         raise DataError("truncated", "the TIFF ends early or is damaged", AGAIN) from None
     if array is None:
-        return replace(_pillow(path, b"II*\0", max_pixels), spacing=spacing)  # LZW, JPEG: Pillow has libtiff
+        return replace(_pillow(path, TIFF[0], max_pixels, indices), spacing=spacing)  # LZW, JPEG: Pillow has libtiff
     array = array[None] if channel is None else np.moveaxis(array, channel, 0)
     array = array.astype(np.uint8) if array.dtype == bool else array
     return Raster(array, limits=dtype_limits(array.dtype), inverted=photometric == "MINISWHITE", spacing=spacing,
@@ -212,7 +207,7 @@ def _channel_axis(shape: tuple[int, ...], axes: str, want: int) -> int | None:
     if len(others) > 1 or axes[others[0]] not in "CSIQ":
         raise DataError("frames", f"the TIFF is a stack of planes (axes {axes}), an image is one plane",
                         "Split it, or read it as a volume.")
-    if axes[others[0]] == "Q" and shape[0] != want and shape[-1] == want:
+    if axes[others[0]] in "QI" and shape[0] != want and shape[-1] == want:
         return len(shape) - 1  # axes were guessed when it was written; the recipe says which is meant
     return others[0]
 
