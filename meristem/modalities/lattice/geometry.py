@@ -53,11 +53,15 @@ def elastic(amplitude: Tensor, key: Tensor, cells: int, size: tuple[int, ...]) -
     dims = len(size)
     points = Rng(key).uniform("points", dims, *[cells + 3] * dims, low=-1, high=1) * amplitude.reshape(-1, *[1] * (dims + 1))
     for n in size:
-        at = (torch.arange(n, device=key.device) + 0.5) / n * cells + 1  # control point k sits at k − 1 cells
-        t = (at[:, None] - torch.arange(cells + 3, device=key.device)).abs()
-        near, far = 2 / 3 - t**2 + t**3 / 2, (2 - t).clamp_min(0) ** 3 / 6
-        points = torch.tensordot(points, torch.where(t < 1, near, far), ([2], [1]))  # the next axis moves to place 2
+        points = torch.tensordot(points, spline(n, cells).to(points), ([2], [1]))  # the next axis moves to place 2
     return points
+
+
+def spline(n: int, cells: int) -> Tensor:
+    """(n, cells + 3): weights of uniform cubic B-splines at the centres of n elements over `cells` cells; rows sum to 1."""
+    at = (torch.arange(n) + 0.5) / n * cells + 1  # control point k sits at k − 1 cells
+    t = (at[:, None] - torch.arange(cells + 3)).abs()
+    return torch.where(t < 1, 2 / 3 - t**2 + t**3 / 2, (2 - t).clamp_min(0) ** 3 / 6)
 
 
 def grid(matrix: Tensor, displacement: Tensor | None, size: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:

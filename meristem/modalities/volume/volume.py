@@ -8,9 +8,6 @@ from typing import Literal, Self
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
-from monai.transforms import Orientation, Spacing
-from monai.transforms.utils import generate_spatial_bounding_box
 from pydantic import model_validator
 from scipy.ndimage import affine_transform
 
@@ -135,6 +132,9 @@ class Volume(Lattice):
 
     def _place(self, array: np.ndarray, affine: np.ndarray, mode: str) -> tuple[np.ndarray, np.ndarray, bool]:
         """(C, *S) to the wanted orientation and spacing; its affine there; whether it was resampled."""
+        from monai.data import MetaTensor  # takes seconds, and is needed only where files are decoded
+        from monai.transforms import Orientation, Spacing
+
         tensor = Orientation(axcodes=self.options.orientation, labels=None)(
             MetaTensor(torch.from_numpy(np.ascontiguousarray(array)), affine=torch.from_numpy(affine)))
         wanted = self.options.spacing
@@ -144,6 +144,8 @@ class Volume(Lattice):
         return np.asarray(tensor.as_tensor()), np.asarray(tensor.affine, np.float64).copy(), resample
 
     def _foreground(self, array: np.ndarray) -> tuple[slice, ...]:
+        from monai.transforms.utils import generate_spatial_bounding_box
+
         threshold = self.options.foreground or 0.0
         start, stop = generate_spatial_bounding_box(array, lambda x: x > threshold, margin=self.options.crop_margin,
                                                     allow_smaller=True)
