@@ -1,0 +1,9 @@
+"""Downstream tasks: one module each."""
+
+from meristem.tasks.base import TASKS, TaskObjective, TaskRecipe, TaskSettings
+from meristem.tasks.classification import Classification
+from meristem.tasks.segmentation import Segmentation
+
+TASKS.update(segmentation=Segmentation, classification=Classification)
+
+__all__ = ["TASKS", "TaskObjective", "TaskRecipe", "TaskSettings"]

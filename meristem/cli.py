@@ -1,0 +1,170 @@
+"""The command line: each command is a thin call of the Python function of the same verb."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from meristem.errors import MeristemError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Pretrain on unlabelled scans, fine-tune on few labels, and see whether it helped.")
+data_app = typer.Typer(no_args_is_help=True, help="Look at data before using it.")
+recipes_app = typer.Typer(no_args_is_help=True, help="The built-in recipes.")
+app.add_typer(data_app, name="data")
+app.add_typer(recipes_app, name="recipes")
+
+DataOption = Annotated[Path, typer.Option("--data", help="A folder, an MSD or nnU-Net dataset, a CSV or a MedMNIST .npz.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Directory for the results.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Recipe overrides, key.sub=value.", show_default=False)]
+SplitOption = Annotated[str, typer.Option(
+    "--split", help="auto (the data's own, else 60/20/20 by patient), every:5, or fractions such as 0.6,0.2,0.2.")]
+CacheOption = Annotated[Path | None, typer.Option("--cache", help="Where decoded samples are kept.", show_default="user cache")]
+Task = Annotated[str, typer.Argument(help="segmentation or classification, a recipe name or a YAML file.")]
+Run = Annotated[Path, typer.Option("--checkpoint", help="A run directory.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Init = Annotated[str, typer.Option("--init", help="A pretraining run, or scratch.")]
+Inits = Annotated[list[str] | None, typer.Option("--init", help="A pretraining run, or scratch; repeat for more arms.")]
+Labels = Annotated[str, typer.Option("--labels", help="Labelled subjects to use: a count, a fraction, or all.")]
+Budgets = Annotated[list[str] | None, typer.Option("--labels", help="Label budgets: counts, fractions or all; repeatable.")]
+Protocols = Annotated[list[str] | None, typer.Option("--protocol", help="finetune, linear or knn; repeatable.")]
+
+
+@app.command()
+def pretrain(recipe: Annotated[str, typer.Argument(help="A recipe name (volume/mae) or a YAML file.")], data: DataOption,
+             out: OutOption, overrides: Overrides = None, split: SplitOption = "auto", cache: CacheOption = None,
+             resume: Resume = False, quiet: Quiet = False) -> None:
+    """Learn an encoder from unlabelled data."""
+    from meristem import api
+    api.pretrain(recipe, data, out, overrides or (), split=split, cache=cache, resume=resume, quiet=quiet)
+
+
+@app.command()
+def finetune(task: Task, data: DataOption, out: OutOption, overrides: Overrides = None, init: Init = "scratch",
+             labels: Labels = "all", split: SplitOption = "auto", cache: CacheOption = None, resume: Resume = False,
+             quiet: Quiet = False) -> None:
+    """Grow a task head on an encoder, with labels, and score it on held-out subjects."""
+    from meristem import api
+    api.finetune(task, data, out, overrides or (), init=init, labels=labels, split=split, cache=cache, resume=resume,
+                 quiet=quiet)
+
+
+@app.command()
+def evaluate(task: Task, data: DataOption, out: OutOption, overrides: Overrides = None, init: Inits = None,
+             labels: Budgets = None, seeds: Annotated[int, typer.Option(help="Seeds per cell: label draw and training.")] = 3,
+             protocol: Protocols = None, split: SplitOption = "auto", cache: CacheOption = None,
+             quiet: Quiet = False) -> None:
+    """Compare encoders at several label budgets; write the transfer report. An interrupted grid goes on where it stopped."""
+    from meristem import api
+    page = api.evaluate(task, data, out, overrides or (), inits=init or ["scratch"], labels=labels or ["all"], seeds=seeds,
+                        protocols=protocol or ["finetune"], split=split, cache=cache, quiet=quiet)
+    if not quiet:
+        print(page)
+
+
+@app.command()
+def report(directories: Annotated[list[Path], typer.Argument(help="Directories that evaluate wrote.")],
+           out: Annotated[Path | None, typer.Option(help="Where the page goes.", show_default="first directory")] = None) -> None:
+    """Draw the transfer report of one evaluation, or of several together."""
+    from meristem import api
+    print(api.report(directories, out))
+
+
+@app.command()
+def predict(checkpoint: Run, data: DataOption, out: OutOption, quiet: Quiet = False) -> None:
+    """Predict every sample of a folder; label maps come back on the source grid."""
+    from meristem import api
+    api.predict(checkpoint, data, out, quiet=quiet)
+
+
+@app.command()
+def embed(checkpoint: Run, data: DataOption, out: OutOption, quiet: Quiet = False) -> None:
+    """Write one vector per sample."""
+    from meristem import api
+    print(api.embed(checkpoint, data, out, quiet=quiet))
+
+
+@data_app.command("check")
+def data_check(path: Path, as_json: Json = False,
+               modality: Annotated[str | None, typer.Option(help="volume, image, …", show_default="by suffix")] = None) -> None:
+    """Read every file and name each problem. Exits with 1 when a file would be refused."""
+    from meristem import api
+    found = api.check_data(path, modality)
+    if as_json:
+        print(json.dumps(found.dump(), indent=1))
+    else:
+        found.print(Console())
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@recipes_app.command("list")
+def recipes_list(as_json: Json = False) -> None:
+    """All built-in recipes with their status."""
+    from meristem import catalogue
+    rows = catalogue.rows()
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table(box=None)
+    for column in ("recipe", "status", "follows"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(row["name"], row["status"], row["follows"])
+    Console().print(table)
+
+
+@recipes_app.command("show")
+def recipes_show(name: str, overrides: Overrides = None, as_json: Json = False) -> None:
+    """A recipe with every key resolved, and the passes that one step makes."""
+    from meristem import api
+    shown = api.show_recipe(name, overrides or ())
+    if as_json:
+        print(json.dumps(shown, indent=1))
+        return
+    import yaml
+    print(yaml.safe_dump(shown["recipe"], sort_keys=False, allow_unicode=True).rstrip())
+    print(f"\n# hash {shown['hash']}, {shown['parameters']:,} parameters\n# passes of one step:")
+    for line in shown["passes"]:
+        print(f"#   {line}")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is a message and exit status 2, never a traceback."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        app(standalone_mode=False)
+    except MeristemError as error:
+        _fail(error)
+    except typer.Exit as leave:
+        sys.exit(leave.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        import click
+        if isinstance(error, click.exceptions.Exit):
+            sys.exit(error.exit_code)
+        if isinstance(error, click.ClickException):
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+
+
+def _fail(error: Any) -> None:
+    print(f"meristem: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

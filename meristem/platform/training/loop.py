@@ -1,0 +1,253 @@
+"""The training loop, read from top to bottom: it serves pretraining and fine-tuning, on one device or many."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
+from torch import Tensor
+
+from meristem.errors import MeristemError
+from meristem.platform.assembly import Assembly, Teacher
+from meristem.platform.contrastive.lights import feature_lights
+from meristem.platform.objectives import Loss
+from meristem.platform.recipe import Recipe, TrainSettings
+from meristem.platform.step import Batch
+from meristem.platform.training import checkpoint, optim
+from meristem.platform.training.progress import Reporter
+
+PATIENCE = 10  # steps in a row with a loss that is not finite before a run gives up
+
+Batches = Callable[[int, int, int], Iterator[Batch]]
+"""(first step, rank, world) -> one batch per remaining step: this rank's share."""
+
+
+@dataclass
+class Outcome:
+    """What a training run came to. weights: the ones to use (averaged if the recipe averages)."""
+
+    assembly: Assembly
+    steps: int
+    seconds: float
+    samples: int
+    skipped: int = 0
+    stopped: bool = False
+    last: dict[str, float] = field(default_factory=dict)
+    checkpoint: Path | None = None
+
+
+def launch(settings: TrainSettings, accelerator: str = "auto") -> Fabric:
+    """Fabric for this process; under torchrun it joins the group."""
+    precision = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[settings.precision]
+    if accelerator == "auto" and not torch.cuda.is_available():
+        accelerator = "cpu"
+    if settings.precision == "fp16" and accelerator == "cpu":
+        raise MeristemError("fp16 needs a GPU: gradients are scaled on the device", "Set train.precision=bf16 or fp32.")
+    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    strategy: Any = DDPStrategy(find_unused_parameters=True) if world > 1 else "auto"  # a mask token may go unused
+    fabric = Fabric(accelerator=accelerator, devices=local, num_nodes=world // local, strategy=strategy,
+                    precision=precision)  # type: ignore[arg-type]
+    fabric.launch()
+    return fabric
+
+
+class _StopSignal:
+    """Notes a request to stop; the loop then saves and leaves."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> _StopSignal:
+        self._old = {}
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            try:
+                self._old[name] = signal.signal(name, self._note)
+            except ValueError:  # not the main thread: whoever owns it decides
+                continue
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def __exit__(self, *_: object) -> None:
+        for name, old in self._old.items():
+            signal.signal(name, old)
+
+
+def prepare(batch: Batch, recipe: Recipe) -> Batch:
+    """Augment every view of a batch, on its device."""
+    return Batch(batch.items, {name: recipe.modality.augment(view, recipe.views[name]) for name, view in batch.views.items()})
+
+
+def reduce(fabric: Fabric, losses: Mapping[str, Loss]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss to back-propagate on this rank, and each objective's value over all ranks.
+
+    Data-parallel training averages gradients over ranks, so a rank's share is world · total / (sum of counts).
+    """
+    device = next(iter(losses.values())).total.device
+    table = torch.stack([torch.stack([loss.total.detach().double(), torch.as_tensor(loss.count, device=device).double()])
+                         for loss in losses.values()])
+    if fabric.world_size > 1:
+        table = fabric.all_reduce(table, reduce_op="sum")
+    shares = [loss.weight * fabric.world_size * loss.total / table[i, 1].clamp_min(1e-12).to(loss.total.dtype)
+              for i, loss in enumerate(losses.values())]
+    return torch.stack(shares).sum(), {name: table[i, 0] / table[i, 1].clamp_min(1e-12) for i, name in enumerate(losses)}
+
+
+def train(recipe: Recipe, assembly: Assembly, batches: Batches, fabric: Fabric, reporter: Reporter, *,
+          directory: Path | None = None, card: Mapping[str, Any] | None = None, resume: Path | None = None,
+          on_log: Callable[[int, Assembly], Mapping[str, float]] | None = None) -> Outcome:
+    """Train an assembly for recipe.train.steps optimiser steps.
+
+    directory: where checkpoints go (None: none are written). card: what the checkpoint's card says beside weights.
+    resume: a checkpoint to continue from, exactly. on_log: extra values for the log, e.g. a validation score.
+    """
+    settings, raw = recipe.train, assembly
+    torch.manual_seed(settings.seed + fabric.global_rank)
+    if settings.batch % (fabric.world_size * settings.accumulate):
+        raise MeristemError(f"train.batch={settings.batch} cannot be split over {fabric.world_size} processes × "
+                            f"{settings.accumulate} accumulation steps", "Choose a multiple.")
+    if fabric.world_size > 1 and fabric.device.type == "cuda":
+        raw = torch.nn.SyncBatchNorm.convert_sync_batchnorm(raw)
+    assembly = raw.to(fabric.device)
+    if settings.compile:
+        assembly.encoder.compile()
+    optimiser = optim.optimiser(assembly, settings)
+    module, optimizer = fabric.setup(assembly, optimiser)
+    average = Teacher({"assembly": raw}) if settings.ema is not None else None
+
+    start = skipped = in_a_row = 0
+    if resume is not None:
+        state = checkpoint.read_state(resume)
+        raw.load_state_dict(state["raw"] if state["raw"] else checkpoint.read_weights(resume))
+        optimiser.load_state_dict(state["optimiser"])
+        start, skipped = state["step"], state["skipped"]
+        if average is not None:
+            average.copies["assembly"].load_state_dict(checkpoint.read_weights(resume))
+        if str(fabric.global_rank) in state["generators"]:
+            torch.set_rng_state(state["generators"][str(fabric.global_rank)])
+
+    def save(step: int) -> Path | None:
+        generators = _generators(fabric)
+        if directory is None or fabric.global_rank != 0:
+            return None
+        usable = average.copies["assembly"] if average is not None else raw
+        state = {"step": step, "skipped": skipped, "optimiser": optimiser.state_dict(), "generators": generators,
+                 "raw": raw.state_dict() if average is not None else {}}
+        assert isinstance(usable, Assembly)
+        return checkpoint.save(directory, step, usable.state_dict(), {**(card or {}), **_reference(recipe, usable)}, state,
+                               settings.keep)
+
+    began = time.perf_counter()
+    step, written, last = start, None, {}
+    waited = window_began = 0.0
+    seen_since = 0
+    reporter.start(start)
+    stream = batches(start, fabric.global_rank, fabric.world_size)
+    with _StopSignal() as stop:
+        module.train()
+        window_began = time.perf_counter()
+        while step < settings.steps and not _any(fabric, stop.asked):
+            asked = time.perf_counter()
+            batch = next(stream)
+            waited += time.perf_counter() - asked
+            progress = step / settings.steps
+            rate = optim.schedule(optimiser, settings, step)
+
+            values: dict[str, Tensor] = {}
+            parts = batch.split(settings.accumulate) if settings.accumulate > 1 else [batch]
+            for i, part in enumerate(parts):
+                part = prepare(part.to(fabric.device), recipe)
+                with fabric.no_backward_sync(module, enabled=i < len(parts) - 1):
+                    losses = module(part, progress)
+                    share, named = reduce(fabric, losses)
+                    fabric.backward(share / len(parts))
+                for name, value in named.items():
+                    values[name] = values.get(name, torch.zeros_like(value)) + value / len(parts)
+            loss = sum(float(v) * losses[n].weight for n, v in values.items())  # one synchronisation a step
+
+            if math.isfinite(loss):
+                in_a_row = 0
+                optim.thaw(raw, settings, step)
+                if settings.clip > 0:
+                    fabric.clip_gradients(module, optimizer, max_norm=settings.clip, error_if_nonfinite=False)
+                optimizer.step()
+                lights = _lights(raw) if (step + 1) % settings.log_every == 0 else {}
+                raw.after(progress)
+                if average is not None and settings.ema is not None:
+                    average.follow({"assembly": raw}, min(settings.ema, (1 + step) / (10 + step)))
+            else:  # the update is skipped on every rank alike, since the value is a sum over ranks
+                skipped, in_a_row, lights = skipped + 1, in_a_row + 1, {}
+                if in_a_row >= PATIENCE:
+                    raise MeristemError(f"the loss was not finite for {PATIENCE} steps in a row, at step {step + 1}",
+                                        "Lower train.lr, or check the data with `meristem data check`. "
+                                        "The last checkpoint is intact.")
+            optimizer.zero_grad()
+            step += 1
+            seen_since += settings.batch
+            reporter.advance(step)
+
+            if step % settings.log_every == 0 or step == settings.steps:
+                elapsed = time.perf_counter() - window_began
+                last = {"loss": loss, "lr": rate, "samples_per_s": seen_since / elapsed, "data_wait": waited / elapsed,
+                        **lights,
+                        **({f"loss/{k}": float(v) for k, v in values.items()} if len(values) > 1 else {}),
+                        **({"skipped": float(skipped)} if skipped else {})}
+                usable = average.copies["assembly"] if average is not None else raw
+                if on_log is not None and isinstance(usable, Assembly):
+                    last.update(on_log(step, usable))
+                reporter.record(step, last)
+                waited, seen_since, window_began = 0.0, 0, time.perf_counter()
+            if step % settings.checkpoint_every == 0 and step < settings.steps:
+                written = save(step) or written
+        if step > start or resume is None:
+            written = save(step) or written
+    final = average.copies["assembly"] if average is not None else raw
+    assert isinstance(final, Assembly)
+    return Outcome(final, step, time.perf_counter() - began, (step - start) * settings.batch, skipped, step < settings.steps,
+                   last, written)
+
+
+def _any(fabric: Fabric, flag: bool) -> bool:
+    """Whether any rank was asked to stop: all leave together."""
+    if fabric.world_size == 1:
+        return flag
+    return bool(fabric.all_reduce(torch.tensor(float(flag), device=fabric.device), reduce_op="sum") > 0)
+
+
+def _generators(fabric: Fabric) -> dict[str, Tensor]:
+    """Every rank's generator state, so that dropout resumes exactly."""
+    mine = torch.get_rng_state()
+    if fabric.world_size == 1:
+        return {"0": mine}
+    every = fabric.all_gather(mine.to(fabric.device))
+    assert isinstance(every, Tensor)
+    return {str(rank): every[rank].cpu() for rank in range(fabric.world_size)}
+
+
+def _lights(assembly: Assembly) -> dict[str, float]:
+    """Collapse lights of this rank's own batch: effective rank and spread of the first pass's summary."""
+    assert assembly.last_step is not None
+    summary = assembly.last_step.summary()
+    return feature_lights(summary.detach().float()) if summary is not None and len(summary) > 1 else {}
+
+
+def _reference(recipe: Recipe, assembly: Assembly) -> dict[str, Any]:
+    """The card's built-in input: its size, what the encoder saw, and what came out."""
+    encoder = assembly.module(recipe.transfer, "encoder")
+    size = next(iter(recipe.views.values())).size  # type: ignore[attr-defined]
+    embedding = checkpoint.reference_embedding(encoder, recipe.modality, recipe.encoder.sees, tuple(size))  # type: ignore[arg-type]
+    return {"reference": {"size": list(size), "sees": sorted(recipe.encoder.sees), "embedding": embedding}}

@@ -1,0 +1,109 @@
+"""What a downstream task is: an objective with labels, a test on held-out rows, and predictions in files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from meristem.modalities.base import Header, Settings
+from meristem.platform.assembly import Assembly
+from meristem.platform.data.manifest import Row
+from meristem.platform.data.source import Data
+from meristem.platform.evaluation.results import Case
+from meristem.platform.objectives import Objective
+from meristem.platform.recipe import Recipe
+from meristem.platform.slots import Slot
+
+Keep = Callable[[Row, np.ndarray], None]
+"""Called with a row and its predicted label map, for whoever draws pictures."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What the data says of a task. values: label value -> class name, of all classes in the order of the logits.
+
+    scored: names of the classes that are scored. unit: of distances.
+    """
+
+    values: Mapping[int, str]
+    scored: tuple[str, ...]
+    unit: str
+
+    @property
+    def classes(self) -> int:
+        return max(self.values) + 1
+
+
+class TaskObjective(Objective):
+    """The supervised objective of an assembly."""
+
+    def test(self, assembly: Assembly, data: Data, rows: Sequence[Row], scope: Scope, keep: Keep | None = None) -> list[Case]:
+        """Predict labelled rows and score them, case by case."""
+        raise NotImplementedError
+
+    def write(self, assembly: Assembly, data: Data, rows: Sequence[Row], scope: Scope, out: Path) -> list[Path]:
+        """Predict rows into files."""
+        raise NotImplementedError
+
+
+class TaskSettings(Settings):
+    """The typed entry of a task in a recipe. fields: companions of a sample it trains on."""
+
+    kind: ClassVar[Literal["segmentation", "classification"]]
+    metric: ClassVar[str]
+    fields: ClassVar[tuple[str, ...]] = ()
+
+    def scope(self, data: Data) -> Scope:
+        """The classes of this data. Raises DataError when it has no labels for the task."""
+        raise NotImplementedError
+
+    def labelled(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows that have this task's labels."""
+        raise NotImplementedError
+
+    def build(self, assembly: Assembly, classes: int) -> TaskObjective:
+        raise NotImplementedError
+
+
+TASKS: dict[str, type[TaskSettings]] = {}
+
+
+class TaskRecipe(Recipe):
+    """A recipe with a task. probe: the encoder stays as it is and only the head learns."""
+
+    task: Annotated[TaskSettings, Slot("task", TASKS)]
+    probe: bool = False
+
+    @model_validator(mode="after")
+    def _trains_on_x(self) -> Any:
+        if "x" not in self.views:
+            raise ValueError("a task recipe trains on a view called 'x'; add it under views")
+        patch, size = getattr(self.modality.options, "patch", ()), getattr(self.views["x"], "size", ())
+        if any(n % p for n, p in zip(size, patch, strict=False)):
+            raise ValueError(f"views.x.size {list(size)} is not a multiple of the patch {list(patch)}")
+        return self
+
+    def assemble(self, classes: int) -> Assembly:
+        """The root module, task included."""
+        return Assembly(self, {"task": lambda assembly: self.task.build(assembly, classes)}, frozen=self.probe)
+
+
+def objective(assembly: Assembly) -> TaskObjective:
+    """The task of an assembly."""
+    task = assembly.objectives["task"]
+    assert isinstance(task, TaskObjective)
+    return task
+
+
+def normalised(stored: np.ndarray, header: Header, device: torch.device) -> Tensor:
+    """A stored integer array (C, *S) as an encoder sees it."""
+    each = (-1, *(1,) * (stored.ndim - 1))
+    scale, offset = (torch.tensor(x, dtype=torch.float32, device=device).reshape(each) for x in (header.scale, header.offset))
+    return torch.from_numpy(np.ascontiguousarray(stored)).to(device).float() * scale + offset

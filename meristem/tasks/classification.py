@@ -1,0 +1,114 @@
+"""Classification of whole samples: linear, attentive or mean pooling, the encoder frozen or fine-tuned."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meristem.errors import DataError
+from meristem.platform.assembly import Assembly
+from meristem.platform.data.manifest import Row
+from meristem.platform.data.source import Data
+from meristem.platform.evaluation.results import Case
+from meristem.platform.objectives import Encoded, Loss
+from meristem.platform.step import Step
+from meristem.tasks.base import Keep, Scope, TaskObjective, TaskSettings
+from meristem.tasks.embedding import encode
+
+
+class AttentivePool(nn.Module):
+    """One learned query attends to all tokens (the attentive probe of Chen et al. 2023, CAE)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
+        self.norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+
+    def forward(self, encoded: Encoded) -> Tensor:
+        tokens = self.norm(encoded.tokens)
+        pooled, _ = self.attention(self.query.expand(len(tokens), -1, -1), tokens, tokens, key_padding_mask=~encoded.valid,
+                                   need_weights=False)
+        out: Tensor = pooled[:, 0]
+        return out
+
+
+class ClassificationObjective(TaskObjective):
+    """Cross-entropy on pooled features; samples without a label (-1) do not count."""
+
+    def __init__(self, assembly: Assembly, settings: Classification, classes: int) -> None:
+        super().__init__()
+        width = assembly.encoder.width
+        self.settings = settings
+        self.pool = AttentivePool(width, max(width // 64, 1)) if settings.pool == "attention" else None
+        self.norm: nn.Module = nn.BatchNorm1d(width, affine=False) if settings.batch_norm else nn.Identity()
+        self.drop = nn.Dropout(settings.dropout)
+        self.out = nn.Linear(width, classes)
+        nn.init.trunc_normal_(self.out.weight, std=0.01)
+        nn.init.zeros_(self.out.bias)
+
+    def logits(self, encoded: Encoded) -> Tensor:
+        if self.pool is not None:
+            z = self.pool(encoded)
+        else:
+            kind = self.settings.pool if self.settings.pool != "auto" else "cls" if "cls" in encoded.summary else "mean"
+            z = encoded.summary[kind]
+        out: Tensor = self.out(self.drop(self.norm(z)))
+        return out
+
+    def forward(self, step: Step) -> dict[str, Loss]:
+        target = step.batch.items.labels["class"][step.batch.views["x"].item]
+        total = F.cross_entropy(self.logits(step.encode("x")).float(), target, ignore_index=-1, reduction="sum",
+                                label_smoothing=self.settings.smoothing)
+        return {"": Loss(total, (target >= 0).sum().clamp_min(1))}
+
+    def probabilities(self, assembly: Assembly, data: Data, rows: Sequence[Row]) -> Tensor:
+        """(n, K) of whole samples at the training view's size."""
+        return torch.cat([self.logits(encoded).float().softmax(1).cpu() for encoded in encode(assembly, data, rows)])
+
+    def test(self, assembly: Assembly, data: Data, rows: Sequence[Row], scope: Scope, keep: Keep | None = None) -> list[Case]:
+        found = self.probabilities(assembly, data, rows)
+        return [Case(case=row.case, subject=row.subject, target=row.labels["class"], probabilities=tuple(p.tolist()))
+                for row, p in zip(rows, found, strict=True)]
+
+    def write(self, assembly: Assembly, data: Data, rows: Sequence[Row], scope: Scope, out: Path) -> list[Path]:
+        """predictions.csv: file, predicted class, probability of each class."""
+        path = out / "predictions.csv"
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file", "class", *scope.values.values()])
+            for row, p in zip(rows, self.probabilities(assembly, data, rows), strict=True):
+                writer.writerow([row.local, scope.values[int(p.argmax())], *(f"{x:.6f}" for x in p.tolist())])
+        return [path]
+
+
+class Classification(TaskSettings):
+    """pool: auto is cls where the encoder has one, else mean. batch_norm: before the linear layer, without parameters (He et
+    al. 2022, linear probing). smoothing: of labels.
+    """
+
+    kind = "classification"
+    metric = "auroc"
+    pool: Literal["auto", "cls", "mean", "attention"] = "auto"
+    batch_norm: bool = False
+    dropout: float = 0.0
+    smoothing: float = 0.0
+
+    def labelled(self, rows: Sequence[Row]) -> list[Row]:
+        return [row for row in rows if "class" in row.labels]
+
+    def scope(self, data: Data) -> Scope:
+        names = data.manifest.class_names
+        if len(names) < 2:
+            raise DataError("label", f"the data has {len(names)} classes",
+                            "Give one folder per class, or a CSV with a column `class`.")
+        return Scope(dict(enumerate(names)), names, "")
+
+    def build(self, assembly: Assembly, classes: int) -> ClassificationObjective:
+        return ClassificationObjective(assembly, self, classes)

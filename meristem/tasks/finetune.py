@@ -1,0 +1,138 @@
+"""One fine-tuning: a task recipe, labelled rows, an initialisation; trained, then tested on held-out rows."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meristem.errors import DataError
+from meristem.platform.assembly import Assembly
+from meristem.platform.data.loader import loader
+from meristem.platform.data.manifest import Row
+from meristem.platform.data.source import Data
+from meristem.platform.data.splits import budget
+from meristem.platform.evaluation.results import Case
+from meristem.platform.recipe import build, override, read
+from meristem.platform.training import checkpoint
+from meristem.platform.training.loop import Outcome, launch, train
+from meristem.platform.training.pretrain import card, close_run, open_run
+from meristem.platform.training.progress import Reporter
+from meristem.tasks.base import Keep, Scope, TaskRecipe, objective
+
+SCRATCH = "scratch"
+
+
+@dataclass
+class Tuned:
+    """What came of one fine-tuning. load: what happened to the checkpoint's tensors; None from scratch."""
+
+    outcome: Outcome
+    scope: Scope
+    rows: list[Row]
+    trainable: int
+    load: checkpoint.LoadReport | None
+
+
+def resolve(task: str, modality: str, assignments: Sequence[str], like: Path | None = None) -> TaskRecipe:
+    """The recipe of a task: its own file, with the modality and encoder of a checkpoint laid over it, then overrides.
+
+    task: `segmentation` (then `<modality>/segmentation`), a recipe name, or a YAML file.
+    """
+    data = read(task if "/" in task or task.endswith((".yaml", ".yml")) else f"{modality}/{task}")
+    if like is not None:
+        pretrained = checkpoint.read_card(like)["recipe"]
+        data = {**data, "modality": pretrained["modality"], "encoder": pretrained["encoder"]}
+    return build(override(data, assignments), TaskRecipe)
+
+
+def choose(rows: Sequence[Row], labels: str | int | float, seed: int, data: Data) -> list[Row]:
+    """The labelled rows of a budget: a count of subjects, a fraction, or `all`."""
+    if labels == "all":
+        return list(rows)
+    amount = labels
+    if isinstance(labels, str):
+        try:
+            amount = int(labels) if labels.isdigit() else float(labels)
+        except ValueError:
+            raise DataError("label", f"a label budget is a count, a fraction or all; got '{labels}'", "E.g. --labels 10") from None
+    assert not isinstance(amount, str)
+    volumes = {row.index: data.cache.volume(row.index) for row in rows if "mask" in data.cache.fields(row.index)}
+    return budget(rows, amount, seed, volumes)
+
+
+def tune(recipe: TaskRecipe, data: Data, rows: Sequence[Row], scope: Scope, init: Path | None, title: str, *,
+         directory: Path | None = None, resume: bool = False, quiet: bool = False) -> Tuned:
+    """Train a task recipe on labelled rows. directory: a run directory to write; None keeps everything in memory."""
+    if not rows:
+        raise DataError("label", "there is no labelled training sample for this task", "Check --split and the labels.")
+    fabric = launch(recipe.train)
+    start = None
+    if directory is not None and fabric.global_rank == 0:
+        start = open_run(directory, recipe, data, resume)
+    fabric.seed_everything(recipe.train.seed, verbose=False)
+    assembly = recipe.assemble(scope.classes)
+    load = None
+    if init is not None:
+        load = checkpoint.load_encoder(init, assembly.encoder, recipe.modality, recipe.encoder.sees)
+        if not quiet and fabric.global_rank == 0:
+            import sys
+            print(f"{title}  {load.line()}", file=sys.stderr)
+
+    def batches(first: int, rank: int, world: int) -> Any:
+        return iter(loader(data.cache, rows, recipe, fields=recipe.task.fields, start=first, steps=recipe.train.steps, rank=rank,
+                           world=world, workers=recipe.train.workers))
+
+    own = {**card(recipe, data, data.identities(rows), "fine-tuned"), "classes": list(scope.values.values()),
+           "scored": list(scope.scored), "init": load.dump() if load else None}
+    with Reporter(title, recipe.train.steps, directory if fabric.global_rank == 0 else None, quiet) as reporter:
+        outcome = train(recipe, assembly, batches, fabric, reporter, directory=directory, card=own, resume=start)
+    trainable = sum(p.numel() for p in assembly.parameters() if p.requires_grad)
+    return Tuned(outcome, scope, list(rows), trainable, load)
+
+
+def mean_scores(cases: Sequence[Case], recipe: TaskRecipe) -> dict[str, Any]:
+    """The figures of a run's metrics.json: means over cases, or metrics of the set."""
+    import numpy as np
+
+    from meristem.platform.evaluation.metrics import SET_METRICS
+    if not cases:
+        return {}
+    if recipe.task.kind == "classification":
+        target = np.array([case.target for case in cases])
+        probabilities = np.array([case.probabilities for case in cases])
+        scores = {name: float(metric(target, probabilities)) for name, metric in SET_METRICS.items()}
+        return {name: round(v, 6) if math.isfinite(v) else None for name, v in scores.items()}
+    scores = {}
+    for name in cases[0].metrics:
+        per_class = {c: float(np.mean([case.metrics[name][c] for case in cases])) for c in cases[0].metrics[name]}
+        scores |= {name: round(float(np.mean(list(per_class.values()))), 6),
+                   **{f"{name}/{c}": round(v, 6) for c, v in per_class.items()}}
+    return scores
+
+
+def finetune(recipe: TaskRecipe, data: Data, directory: Path, *, init: Path | None, labels: str = "all", resume: bool = False,
+             quiet: bool = False, keep: Keep | None = None) -> Tuned:
+    """Fine-tune into a run directory and score the test split. Writes metrics.json and cases.json beside the checkpoint."""
+    import json
+
+    began = time.perf_counter()
+    scope = recipe.task.scope(data)
+    rows = choose(recipe.task.labelled(data.rows("train")), labels, recipe.train.seed, data)
+    test = recipe.task.labelled(data.rows("test"))
+    tuned = tune(recipe, data, rows, scope, init, f"{recipe.name} {recipe.modality.name}", directory=directory, resume=resume,
+                 quiet=quiet)
+    cases = score(tuned.outcome.assembly, data, test, scope, keep)
+    checkpoint.write_text(directory / "cases.json", json.dumps([case.model_dump() for case in cases], indent=1))
+    close_run(directory, tuned.outcome, {"labelled_subjects": len({row.subject for row in rows}), "test_cases": len(cases),
+                                         "init": str(init.name) if init else SCRATCH, "test": mean_scores(cases, recipe),
+                                         "wall_seconds": round(time.perf_counter() - began, 2)})
+    return tuned
+
+
+def score(assembly: Assembly, data: Data, rows: Sequence[Row], scope: Scope, keep: Keep | None = None) -> list[Case]:
+    """Test an assembly on rows; nothing to test gives nothing."""
+    return objective(assembly).test(assembly, data, rows, scope, keep) if rows else []

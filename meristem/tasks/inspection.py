@@ -1,0 +1,53 @@
+"""What a recipe comes to: every key, its size, and the passes of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from meristem.modalities.base import View
+from meristem.modalities.frame import Frame
+from meristem.modalities.rng import Rng
+from meristem.platform.assembly import Assembly
+from meristem.platform.objectives import Items
+from meristem.platform.recipe import Recipe, build, override, read
+from meristem.platform.step import Batch
+from meristem.tasks.base import TaskRecipe
+
+SAMPLES, CLASSES = 2, 2  # of the made batch: enough for contrast and for batch norm
+
+
+def noise(recipe: Recipe) -> Batch:
+    """A batch of noise in the shape of a recipe's views, with labels of two classes."""
+    items = Items(torch.arange(SAMPLES), torch.arange(SAMPLES), {"class": torch.arange(SAMPLES) % CLASSES})
+    views = {}
+    for name, options in recipe.views.items():
+        size: tuple[int, ...] = tuple(options.size)  # type: ignore[attr-defined]
+        rows, dims = SAMPLES * options.count, len(size)
+        rng = Rng.of(0, torch.arange(rows), name)
+        frame = Frame(torch.eye(dims + 1).expand(rows, -1, -1), size, torch.ones(rows, dims),
+                      tuple(a.unit for a in recipe.modality.axes))
+        views[name] = View(name, rng.normal("array", recipe.modality.channels, *size), frame,
+                           torch.arange(SAMPLES).repeat_interleave(options.count), torch.arange(options.count).repeat(SAMPLES),
+                           fields={"mask": rng.integers("mask", CLASSES, *size)})
+    return Batch(items, views)
+
+
+def inspect(name: str, assignments: Sequence[str] = ()) -> dict[str, Any]:
+    """recipe: plain data with every key. hash. parameters: of the student. passes: of one step, in the order they are made."""
+    data = override(read(name), assignments)
+    recipe: Recipe
+    if "task" in data:
+        recipe = task = build(data, TaskRecipe)
+        assembly = task.assemble(CLASSES)
+    else:
+        recipe = build(data, Recipe)
+        assembly = Assembly(recipe)
+    with torch.no_grad():
+        assembly(noise(recipe), 0.0)
+    step = assembly.last_step
+    assert step is not None
+    return {"recipe": recipe.dump(), "hash": recipe.hash, "passes": step.passes,
+            "parameters": sum(p.numel() for n, p in assembly.named_parameters() if not n.startswith("teacher."))}

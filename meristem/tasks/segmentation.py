@@ -1,0 +1,140 @@
+"""Semantic segmentation of images and volumes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain, combinations
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from monai.inferers import sliding_window_inference
+from monai.losses import DiceCELoss
+from torch import Tensor
+
+from meristem.errors import DataError
+from meristem.modalities.base import Header, View
+from meristem.modalities.frame import Frame
+from meristem.modalities.stream import LatticeStream
+from meristem.platform.assembly import Assembly
+from meristem.platform.data.manifest import Row
+from meristem.platform.data.source import Data
+from meristem.platform.evaluation.metrics import segmentation
+from meristem.platform.evaluation.results import Case
+from meristem.platform.objectives import Loss
+from meristem.platform.step import Step
+from meristem.tasks.base import Keep, Scope, TaskObjective, TaskSettings, normalised
+from meristem.tasks.decoders import decoder
+
+WINDOWS = 4  # predicted at once
+
+
+class SegmentationObjective(TaskObjective):
+    """Soft Dice + cross-entropy on a decoder's logits; predicts by overlapping windows."""
+
+    def __init__(self, assembly: Assembly, settings: Segmentation, classes: int) -> None:
+        super().__init__()
+        self.settings, self.classes = settings, classes
+        self.decoder = decoder(assembly, settings.decoder, settings.width, classes)
+        self.loss = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False, batch=settings.batch_dice)
+
+    def forward(self, step: Step) -> dict[str, Loss]:
+        view, stream = step.batch.views["x"], step.stream("x")
+        assert isinstance(stream, LatticeStream)
+        logits = self.decoder(step.encode("x", want=self.decoder.want), stream)
+        total = self.loss(logits.float(), view.fields["mask"][:, None]) * len(view)
+        return {"": Loss(total, len(view))}
+
+    @torch.no_grad()
+    def predict(self, assembly: Assembly, array: Tensor, header: Header) -> Tensor:
+        """Class probabilities (K, *S) of a whole normalised sample (C, *S).
+
+        Windows of the training view's size, blended with Gaussian weights, averaged over flips.
+        """
+        recipe = assembly.recipe
+        size, unit = recipe.views["x"].size, tuple(a.unit for a in recipe.modality.axes)  # type: ignore[attr-defined]
+        spacing = torch.tensor(header.spacing, device=array.device, dtype=torch.float32)[None]
+
+        def logits(window: Tensor) -> Tensor:
+            n, dims = len(window), window.ndim - 2
+            frame = Frame(torch.eye(dims + 1, device=window.device).expand(n, -1, -1), tuple(window.shape[2:]),
+                          spacing.expand(n, -1), unit)
+            rows = torch.arange(n, device=window.device)
+            stream = assembly.tokenizer.stream(View("x", window, frame, rows, torch.zeros_like(rows)))
+            assert isinstance(stream, LatticeStream)
+            encoded = assembly.encoder(stream.seen(recipe.encoder.sees), want=self.decoder.want)
+            out: Tensor = self.decoder(encoded, stream).float()
+            return out
+
+        mirrors = list(chain.from_iterable(combinations(self.settings.flips, k) for k in range(len(self.settings.flips) + 1)))
+        total = torch.zeros((), device=array.device)
+        for axes in mirrors:
+            dims = [axis + 2 for axis in axes]
+            turned = torch.flip(array[None], dims)
+            out = sliding_window_inference(turned, size, WINDOWS, logits, self.settings.overlap, "gaussian")
+            assert isinstance(out, Tensor)
+            total = total + torch.flip(out, dims).softmax(1)
+        return total[0] / len(mirrors)
+
+    def _labels(self, assembly: Assembly, data: Data, row: Row) -> np.ndarray:
+        """The predicted label map (*S) of a row, on its stored lattice."""
+        header, device = data.cache.header(row.index), next(assembly.parameters()).device
+        probabilities = self.predict(assembly, normalised(data.cache.array(row.index), header, device), header)
+        return probabilities.argmax(0).to(torch.uint8).cpu().numpy()
+
+    def test(self, assembly: Assembly, data: Data, rows: Sequence[Row], scope: Scope, keep: Keep | None = None) -> list[Case]:
+        """Dice, HD95 and NSD of each row, on the stored lattice (the recipe's orientation and spacing)."""
+        assembly.eval()
+        cases = []
+        foreground = {value: name for value, name in scope.values.items() if name in scope.scored}
+        for row in rows:
+            labels = self._labels(assembly, data, row)
+            scores = segmentation(labels, data.cache.field(row.index, "mask"), data.cache.header(row.index).spacing, foreground,
+                                  self.settings.tolerance)
+            cases.append(Case(case=row.case, subject=row.subject, metrics=scores))
+            if keep is not None:
+                keep(row, labels)
+        return cases
+
+    def write(self, assembly: Assembly, data: Data, rows: Sequence[Row], scope: Scope, out: Path) -> list[Path]:
+        """One label file per row, on the source file's grid, under the source file's name."""
+        assembly.eval()
+        written = []
+        for row in rows:
+            path = out / Path(row.local).name
+            written.append(data.modality.write(self._labels(assembly, data, row), data.cache.header(row.index), path))
+        return written
+
+
+class Segmentation(TaskSettings):
+    """decoder: auto takes the encoder's own dense map, or its pyramid, or UNETR; light is one block. width: channels at full
+    resolution. overlap: of neighbouring windows at prediction. flips: axes mirrored and averaged at prediction (only where the
+    training flips them too). batch_dice: Dice over the whole batch instead of per sample. tolerance: of the NSD, in the
+    modality's unit.
+    """
+
+    kind = "segmentation"
+    metric = "dice"
+    fields: ClassVar[tuple[str, ...]] = ("mask",)
+    decoder: Literal["auto", "light", "unetr"] = "auto"
+    width: int = 24
+    overlap: float = 0.5
+    flips: tuple[int, ...] = ()
+    batch_dice: bool = False
+    tolerance: float = 1.0
+
+    def labelled(self, rows: Sequence[Row]) -> list[Row]:
+        return [row for row in rows if "mask" in row.fields]
+
+    def scope(self, data: Data) -> Scope:
+        rows = [row for row in self.labelled(data.rows()) if "mask" in data.cache.fields(row.index)]
+        if not rows:
+            raise DataError("label", "no sample has a label mask", "Put them in a folder `labels` beside `images`, same names.")
+        top = max(max(data.cache.counts(row.index), default=0) for row in rows)
+        names = data.manifest.mask_names
+        values = {v: (names[v] if v < len(names) and names[v] else f"class {v}") for v in range(top + 1)}
+        return Scope(values, tuple(name for v, name in values.items() if v > 0), data.modality.axes[0].unit)
+
+    def build(self, assembly: Assembly, classes: int) -> SegmentationObjective:
+        return SegmentationObjective(assembly, self, classes)

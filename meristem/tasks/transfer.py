@@ -1,0 +1,203 @@
+"""Transfer evaluation: arms × label budgets × protocols × seeds, each cell trained and tested once, the rest resumed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from meristem.errors import MeristemError, RecipeError
+from meristem.platform.assembly import Assembly
+from meristem.platform.data.manifest import Row
+from meristem.platform.data.source import Data
+from meristem.platform.evaluation.leakage import audit
+from meristem.platform.evaluation.probes import KNN, Linear, Split
+from meristem.platform.evaluation.results import Budget, Case, Cell, Counts, Dataset, Results
+from meristem.platform.recipe import build
+from meristem.platform.training import checkpoint
+from meristem.tasks.base import Scope, TaskRecipe
+from meristem.tasks.embedding import embed
+from meristem.tasks.finetune import SCRATCH, choose, mean_scores, score, tune
+
+PROTOCOLS = ("finetune", "linear", "knn")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """name: on the page. init: a pretraining run, or None for random weights."""
+
+    name: str
+    init: Path | None
+
+    @property
+    def hash(self) -> str | None:
+        if self.init is None:
+            return None
+        found = checkpoint.read_card(self.init)
+        return f"{found['recipe_hash']}-{found['step']}"
+
+
+def arms(inits: Sequence[str]) -> list[Arm]:
+    """Arms with distinct names; a pretrained arm without a scratch arm gets one, because a claim needs it."""
+    found = []
+    for init in dict.fromkeys(inits):
+        if init == SCRATCH:
+            found.append(Arm(SCRATCH, None))
+            continue
+        path = Path(init)
+        name = checkpoint.read_card(path)["recipe"]["name"]
+        if name in {arm.name for arm in found}:
+            name = f"{name} ({path.name})"
+        found.append(Arm(name, path))
+    if all(arm.init is not None for arm in found):
+        found.append(Arm(SCRATCH, None))
+    return found
+
+
+def _seeded(recipe: TaskRecipe, seed: int) -> TaskRecipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": seed})})
+
+
+def _cell_file(directory: Path, arm: Arm, protocol: str, labels: str, seed: int, recipe: TaskRecipe, data: Data) -> Path:
+    """The name of a cell's file holds all that decides its content, so a changed recipe or data set is a new cell."""
+    digest = checkpoint.digest([arm.name, arm.hash, protocol, labels, seed, recipe.hash, data.manifest.hash,
+                                [row.split for row in data.manifest.rows]])
+    return directory / "cells" / f"{protocol}-{labels}-{seed}-{digest}.json"
+
+
+def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[str], labels: Sequence[str], seeds: int,
+             protocols: Sequence[str], quiet: bool = False) -> Results:
+    """Run the grid. Finished cells are kept in `directory`/cells and not run again.
+
+    A seed draws the labelled subjects and trains; all arms share the draw. The label maps of the first seed's fine-tuned cells
+    are kept for the report's pictures.
+    """
+    unknown = [p for p in protocols if p not in PROTOCOLS]
+    if unknown:
+        raise RecipeError(f"no protocol called '{unknown[0]}'", f"Choose of {', '.join(PROTOCOLS)}.")
+    if recipe.task.kind != "classification" and set(protocols) != {"finetune"}:
+        raise RecipeError("kNN and linear probes are for classification", "Use --protocol finetune.")
+    began = time.perf_counter()
+    scope = recipe.task.scope(data)
+    pool, test = recipe.task.labelled(data.rows("train")), recipe.task.labelled(data.rows("test"))
+    if not test:
+        raise MeristemError("there is no labelled test sample", "Check --split.")
+    (directory / "cells").mkdir(parents=True, exist_ok=True)
+    contestants = arms(inits)
+    cells: list[Cell] = []
+    total = len(contestants) * len(protocols) * len(labels) * seeds
+    for seed in range(seeds):  # seed by seed: an early stop leaves complete, comparable grids
+        for budget in labels:
+            rows = choose(pool, budget, seed, data)
+            for protocol in protocols:
+                for arm in contestants:
+                    file = _cell_file(directory, arm, protocol, budget, seed, recipe, data)
+                    title = f"[{len(cells) + 1}/{total}] {arm.name}, {protocol}, {len({r.subject for r in rows})} labels, seed {seed}"
+                    if file.exists():
+                        cell = Cell.model_validate_json(file.read_text())
+                    else:
+                        cell = _run(_seeded(recipe, seed), data, arm, protocol, budget, rows, test, scope, seed, title,
+                                    directory / "pictures" / file.stem if seed == 0 else None, quiet)
+                        checkpoint.write_text(file, cell.model_dump_json())
+                    cells.append(cell)
+                    if not quiet:
+                        shown = mean_scores(cell.cases, recipe)
+                        print(f"{title}: {recipe.task.metric} {shown[recipe.task.metric]:.4f}", file=sys.stderr, flush=True)
+    results = _results(recipe, data, scope, contestants, cells, test, pool)
+    results = results.model_copy(update={"cost": {**results.cost, "wall seconds of this call": round(time.perf_counter() - began)}})
+    results.save(directory / "results.json")
+    return results
+
+
+def _run(recipe: TaskRecipe, data: Data, arm: Arm, protocol: str, labels: str, rows: list[Row], test: list[Row], scope: Scope,
+         seed: int, title: str, pictures: Path | None, quiet: bool) -> Cell:
+    began = time.perf_counter()
+    chosen: dict[str, float] = {}
+    if protocol == "finetune":
+        maps: dict[str, np.ndarray] = {}
+        tuned = tune(recipe, data, rows, scope, arm.init, title, quiet=quiet)
+        cases = score(tuned.outcome.assembly, data, test, scope, lambda row, map_: maps.__setitem__(row.case, map_))
+        cost = Budget(steps=tuned.outcome.steps, batch=recipe.train.batch, trainable=tuned.trainable,
+                      seconds=round(time.perf_counter() - began, 2))
+        if maps and pictures is not None:
+            pictures.parent.mkdir(exist_ok=True)
+            np.savez_compressed(pictures.with_suffix(".npz"), **maps)  # type: ignore[arg-type]
+    else:
+        cases, chosen = _probe(recipe, data, arm, protocol, rows, test, scope)
+        cost = Budget(steps=0, batch=0, trainable=0, seconds=round(time.perf_counter() - began, 2))
+    return Cell(arm=arm.name, init=arm.hash, protocol=protocol, labels=int(labels) if labels.isdigit() else
+                "all" if labels == "all" else len({row.subject for row in rows}), labelled_subjects=len({r.subject for r in rows}),
+                seed=seed, budget=cost, cases=tuple(cases), encoder=next(iter(recipe.dump()["encoder"])), chosen=chosen)
+
+
+def _probe(recipe: TaskRecipe, data: Data, arm: Arm, protocol: str, rows: list[Row], test: list[Row], scope: Scope
+           ) -> tuple[list[Case], dict[str, float]]:
+    """Frozen embeddings with kNN or logistic regression; what is tuned is tuned on the validation split."""
+    torch.manual_seed(recipe.train.seed)
+    assembly = Assembly(recipe)
+    if arm.init is not None:
+        checkpoint.load_encoder(arm.init, assembly.encoder, recipe.modality, recipe.encoder.sees)
+    if torch.cuda.is_available():
+        assembly = assembly.cuda()
+    validation = recipe.task.labelled(data.rows("val")) or rows
+
+    def split(part: list[Row]) -> Split:
+        return Split(embed(assembly, data, part), np.array([row.labels["class"] for row in part]))
+
+    probe = KNN() if protocol == "knn" else Linear()
+    found = probe(split(rows), split(validation), embed(assembly, data, test), scope.classes)
+    cases = [Case(case=row.case, subject=row.subject, target=row.labels["class"], probabilities=tuple(p.tolist()))
+             for row, p in zip(test, found.probabilities, strict=True)]
+    return cases, {"k" if protocol == "knn" else "C": found.chosen}
+
+
+def _results(recipe: TaskRecipe, data: Data, scope: Scope, contestants: Sequence[Arm], cells: Sequence[Cell], test: Sequence[Row],
+             pool: Sequence[Row]) -> Results:
+    tested, trained = data.identities(test), data.identities(pool)
+    leakage, pretraining = {}, {}
+    for arm in contestants:
+        if arm.init is None:
+            continue
+        found = checkpoint.read_card(arm.init)
+        seen = found["seen"]
+        leakage[arm.name] = audit(tested["subjects"], tested["contents"], seen["subjects"], seen["contents"],
+                                  trained["subjects"], trained["contents"], seen["key_id"] == tested["key_id"])
+        pretraining[arm.name] = {"recipe": found["recipe"]["name"], "follows": found["recipe"]["follows"],
+                                 "recipe hash": found["recipe_hash"], "steps": found["step"], "samples": len(seen["contents"]),
+                                 "subjects": len(seen["subjects"]), "data manifest": found["manifest"]}
+    splits = {name: Counts(subjects=len({r.subject for r in data.rows(name)}), cases=len(data.rows(name)))
+              for name in ("train", "val", "test")}
+    settings: dict[str, Any] = {f"{recipe.name} (task)": recipe.dump()}
+    settings |= {f"{arm.name} (pretraining)": checkpoint.read_card(arm.init)["recipe"] for arm in contestants if arm.init}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return Results(task=recipe.name, kind=recipe.task.kind, metric=recipe.task.metric, classes=scope.scored,
+                   dataset=Dataset(name="the given data", manifest=data.manifest.hash, splits=splits,
+                                   quarantined=len(data.cache.quarantine)),
+                   cells=tuple(cells), unit=scope.unit or "mm", tolerance=getattr(recipe.task, "tolerance", None),
+                   pretraining=pretraining, leakage=leakage, versions=checkpoint.versions(), settings=settings,
+                   cost={"device": device, "fine-tuning hours": round(sum(c.budget.seconds for c in cells) / 3600, 3)})
+
+
+def reload(run: Path) -> tuple[Assembly, TaskRecipe, Scope]:
+    """A fine-tuned assembly from its run directory, with its classes."""
+    found = checkpoint.read_card(run)
+    if found["kind"] != "fine-tuned":
+        raise MeristemError(f"{run} is a pretraining run: it has no task head", "Fine-tune it first.")
+    recipe = build(found["recipe"], TaskRecipe)
+    scope = Scope(dict(enumerate(found["classes"])), tuple(found["scored"]), found["axes"][0]["unit"])
+    assembly = recipe.assemble(scope.classes)
+    assembly.load_state_dict(checkpoint.read_weights(run))
+    return assembly.eval(), recipe, scope
+
+
+def read_records(run: Path) -> list[dict[str, float]]:
+    """The log of a run: one record per line of metrics.jsonl."""
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
