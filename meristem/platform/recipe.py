@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import SerializeAsAny, ValidationError, ValidationInfo, field_serializer, field_validator, model_validator
 
+from meristem.catalogue import CONFIGS, names
 from meristem.errors import RecipeError
 from meristem.modalities.base import Modality, Settings, ViewSettings, modality_class
 from meristem.platform.contrastive.objective import Contrastive
@@ -22,10 +23,10 @@ from meristem.platform.masked.masking import MASKINGS, Masking
 from meristem.platform.masked.objective import Masked
 from meristem.platform.objectives import ObjectiveSettings
 from meristem.platform.schedules import Scalar
-from meristem.platform.slots import Slot
+from meristem.platform.slots import Slot, validated
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-NAMED = ("views", "masking", "heads", "objectives", "readouts")  # maps of the user's own names; elsewhere one key names a part
+PARTS = ("modality", "encoder", "predictor", "target", "loss", "task")  # keys that hold a part, `name: {arguments}`
+NAMED = {"views": "names", "readouts": "names", "masking": "parts", "heads": "parts", "objectives": "parts"}  # the user's names
 OBJECTIVES: dict[str, type[ObjectiveSettings]] = {"masked": Masked, "contrastive": Contrastive}
 
 
@@ -72,7 +73,8 @@ class TrainSettings(Settings):
 class Recipe(Settings):
     """Everything a run needs but the data. See `configs/` for examples.
 
-    follows: what it implements; departs: where it differs. status: verified | tested | expressible.
+    follows: what it implements; departs: where it differs. status: verified | tested | expressible. transfer: whose encoder
+    is taken downstream.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Recipe(Settings):
     encoder: Annotated[EncoderSettings, Slot("encoder", ENCODERS)]
     heads: dict[str, Annotated[HeadSettings, Slot("head", HEADS)]] = {}
     teacher: TeacherSettings | None = None
+    transfer: Literal["encoder", "teacher"] = "encoder"
     objectives: dict[str, Annotated[ObjectiveSettings, Slot("objective", OBJECTIVES)]] = {}
     train: TrainSettings = TrainSettings()
 
@@ -99,8 +102,8 @@ class Recipe(Settings):
         try:
             kind = modality_class(name)
         except RecipeError as error:
-            raise ValueError(str(error)) from None
-        return kind(kind.Options.model_validate(options or {}))
+            raise ValueError(f"{error.what}. {error.remedy}") from None
+        return kind(validated(kind.Options, options or {}, name))
 
     @field_serializer("modality")
     def _dump_modality(self, modality: Any) -> dict[str, Any]:
@@ -110,9 +113,11 @@ class Recipe(Settings):
     @classmethod
     def _views(cls, value: Any, info: ValidationInfo) -> Any:
         modality: Modality | None = info.data.get("modality")
-        if modality is None or not isinstance(value, Mapping):
+        if modality is None:
+            return {}  # its own error is enough
+        if not isinstance(value, Mapping):
             return value
-        return {name: modality.ViewOptions.model_validate(options or {}) for name, options in value.items()}
+        return {name: validated(modality.ViewOptions, options or {}, name) for name, options in value.items()}
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -147,16 +152,21 @@ class Recipe(Settings):
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any], named: bool = False) -> dict[str, Any]:
-    """`over` laid on `base`. A part (one key that names it) is replaced by another part; null removes a key."""
-    if not named and len(base) == len(over) == 1 and base.keys() != over.keys():
+def merge(base: Mapping[str, Any], over: Mapping[str, Any], level: str = "keys") -> dict[str, Any]:
+    """`over` laid on `base`. A part is replaced by another part, and its arguments merged with its own; null removes a key.
+
+    level: what the keys of these mappings are: keys; a part (its one key is its name); names or parts (the user's names, of
+    mappings or of parts).
+    """
+    if level == "part" and base.keys() != over.keys():
         return dict(over)
     result = dict(base)
     for key, value in over.items():
         if value is None:
             result.pop(key, None)
         elif isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
-            result[key] = merge(result[key], value, named=key in NAMED)
+            below = "part" if level == "parts" or (level == "keys" and key in PARTS) else "keys"
+            result[key] = merge(result[key], value, NAMED.get(key, below) if level == "keys" else below)
         else:
             result[key] = value
     return result
@@ -174,12 +184,6 @@ def find(name: str | Path) -> Path:
         return built_in
     near = get_close_matches(str(name), names()) or [n for n in names() if str(name) in n] or names()
     raise RecipeError(f"no recipe called '{name}'", f"Did you mean {' or '.join(near[:6])}? `meristem recipes list` shows all.")
-
-
-def names() -> list[str]:
-    """All built-in recipes that are whole (a base or a method part is not)."""
-    found = (p.relative_to(CONFIGS).with_suffix("").as_posix() for p in CONFIGS.glob("*/*.yaml"))
-    return sorted(n for n in found if not n.startswith("method/") and not n.endswith("/base"))
 
 
 def read(name: str | Path) -> dict[str, Any]:
@@ -218,30 +222,11 @@ def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, A
 def build(data: Mapping[str, Any], kind: type[AnyRecipe]) -> AnyRecipe:
     """Validate plain data. Raises RecipeError that names each wrong key."""
     try:
-        return kind.model_validate(data)
+        return validated(kind, data)
     except ValidationError as error:
-        lines = []
-        for e in error.errors():
-            where = ".".join(str(part) for part in e["loc"])
-            line = f"{where}: {e['msg'].removeprefix('Value error, ')}" if where else e["msg"].removeprefix("Value error, ")
-            if e["type"] == "extra_forbidden":
-                parent = _fields(kind, e["loc"][:-1])
-                near = get_close_matches(str(e["loc"][-1]), parent)
-                line = f"{where}: no such key" + (f"; did you mean {' or '.join(near)}?" if near else "")
-            lines.append(line)
-        name = data.get("name", "recipe")
-        what = f"recipe '{name}' is wrong: " + "\n  ".join(lines)
+        lines = [": ".join(filter(None, (".".join(map(str, e["loc"])), e["msg"]))) for e in error.errors()]
+        what = f"recipe '{data.get('name', 'recipe')}' is wrong: " + "\n  ".join(lines)
         raise RecipeError(what, "`meristem recipes show NAME` lists every key.") from None
-
-
-def _fields(kind: type[Settings], loc: tuple[int | str, ...]) -> list[str]:
-    """Names of the keys allowed at a place in a settings model, as far as they can be told."""
-    for part in loc:
-        field = kind.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Settings)):
-            return []
-        kind = field.annotation
-    return list(kind.model_fields)
 
 
 def load(name: str | Path, assignments: Sequence[str] = ()) -> Recipe:
