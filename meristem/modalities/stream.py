@@ -148,9 +148,14 @@ class LatticeStream(TokenStream):
             weight=self._cut(self.weight_array, index) if self.weight_array is not None and self._may("weight") else None)
 
     def seen(self, sees: frozenset[str]) -> LatticeStream:
-        return LatticeStream(self.array, self.patch, self.frame if sees & {"position", "source"} else None,
-                             self.item if "item" in sees else None, self.weight_array if "weight" in sees else None,
-                             self.aux if "aux" in sees else None, sees)
+        if self._visible is not None:
+            sees &= self._visible  # what is gone stays gone
+        frame = self.frame if sees & {"position", "source"} else None
+        if frame is not None and "source" not in sees:
+            own = torch.cat([frame.spacing, torch.ones_like(frame.spacing[:, :1])], 1)
+            frame = replace(frame, affine=torch.diag_embed(own))
+        return LatticeStream(self.array, self.patch, frame, self.item if "item" in sees else None,
+                             self.weight_array if "weight" in sees else None, self.aux if "aux" in sees else None, sees)
 
     def with_array(self, array: Tensor) -> LatticeStream:
         """The same tokens with other content (a corrupted copy)."""
