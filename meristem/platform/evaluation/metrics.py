@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import binary_erosion, distance_transform_edt
 
 Array = NDArray[Any]
+Read = Callable[[Array], Array]
 SetMetric = Callable[..., Array]  # (target, probabilities, weight=None, **own settings) -> (…)
 
 BINS = 15  # of the calibration error; the usual choice since Guo et al. 2017
@@ -59,6 +60,9 @@ def surface_distances(a: Array, b: Array, spacing: Sequence[float]) -> tuple[Arr
     return to_b[edge_a], to_a[edge_b]
 
 
+# Set metrics: target (n,) integers; probabilities (n, K) with optional weights (…, n) of the cases, as a bootstrap needs, or
+# (…, n, K) without weights, as a permutation test needs. All return (…).
+
 def _ties(score: Array) -> tuple[Array, Array, Array]:
     """Order (…, n) by falling score, and in that order the first and the last place of each element's group of equals."""
     order = np.argsort(-score, axis=-1, kind="stable")
@@ -72,36 +76,40 @@ def _ties(score: Array) -> tuple[Array, Array, Array]:
     return order, first, last
 
 
-def _ranked(positive: Array, score: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
-    """Weights of positives and negatives by falling score, with places of ties; broadcast over leading dimensions."""
+def _ranked(positive: Array, score: Array, weight: Array | None) -> tuple[Array, Array, Read, Read]:
+    """Weights of positives and negatives by falling score, and how to read a running sum at each group of ties' ends."""
     order, first, last = _ties(score)
-    shape = np.broadcast_shapes(score.shape, weight.shape)
-    order, first, last = (np.broadcast_to(x, shape) for x in (order, first, last))
-    plus = np.take_along_axis(np.broadcast_to(weight * positive, shape), order, -1)
-    minus = np.take_along_axis(np.broadcast_to(weight * ~positive, shape), order, -1)
-    return plus, minus, first, last
+    if weight is None:
+        sign = positive[order]
+        plus, minus = sign.astype(float), (~sign).astype(float)
+    else:
+        ordered = weight[..., order]
+        plus, minus = ordered * positive[order], ordered * ~positive[order]
+    if score.ndim == 1:
+        return plus, minus, lambda x: x[..., first], lambda x: x[..., last]
+    return plus, minus, lambda x: np.take_along_axis(x, first, -1), lambda x: np.take_along_axis(x, last, -1)
 
 
 def binary_auroc(positive: Array, score: Array, weight: Array | None = None) -> Array:
     """Area under the ROC curve, ties counted half: P(s⁺ > s⁻) + ½ P(s⁺ = s⁻); NaN when a class has no weight.
 
-    positive: (n,) bool. score: (…, n). weight: (…, n), broadcast with score. Returns (…).
+    positive: (n,) bool. score: (n,), with weight (…, n) or without; or (…, n) without. Returns (…).
     """
-    plus, minus, first, last = _ranked(positive, score, np.ones(positive.shape) if weight is None else weight)
-    below = minus.sum(-1, keepdims=True) - np.cumsum(minus, -1)
-    half = (np.take_along_axis(below, last, -1) + np.take_along_axis(below + minus, first, -1)) / 2
+    plus, minus, before, after = _ranked(positive, score, weight)
+    above = np.cumsum(minus, -1)
+    beaten = minus.sum(-1, keepdims=True) - (after(above) + before(above - minus)) / 2
     pairs = plus.sum(-1) * minus.sum(-1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(pairs > 0, (plus * half).sum(-1) / pairs, np.nan)
+        return np.where(pairs > 0, (plus * beaten).sum(-1) / pairs, np.nan)
 
 
 def binary_auprc(positive: Array, score: Array, weight: Array | None = None) -> Array:
     """Average precision, Σ (R_k − R_{k−1}) P_k over distinct scores; NaN without positives. Shapes as in binary_auroc."""
-    plus, minus, _, last = _ranked(positive, score, np.ones(positive.shape) if weight is None else weight)
-    true, false = np.cumsum(plus, -1), np.cumsum(minus, -1)
+    plus, minus, _, after = _ranked(positive, score, weight)
+    true = np.cumsum(plus, -1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        precision = np.nan_to_num(true / (true + false))
-        return (plus * np.take_along_axis(precision, last, -1)).sum(-1) / plus.sum(-1)
+        precision = np.nan_to_num(true / (true + np.cumsum(minus, -1)))
+        return np.asarray((plus * after(precision)).sum(-1) / plus.sum(-1))
 
 
 def _macro(binary: Callable[..., Array], target: Array, probabilities: Array, weight: Array | None) -> Array:
@@ -112,13 +120,11 @@ def _macro(binary: Callable[..., Array], target: Array, probabilities: Array, we
     each = np.stack([binary(target == c, probabilities[..., c], weight) for c in range(classes)])
     known = ~np.isnan(each)
     with np.errstate(invalid="ignore"):
-        return np.where(known, each, 0.0).sum(0) / known.sum(0)
+        return np.asarray(np.where(known, each, 0.0).sum(0) / known.sum(0))
 
 
 def _mean(value: Array, weight: Array | None) -> Array:
-    if weight is None:
-        return np.asarray(value.mean(-1))
-    return np.asarray((value * weight).sum(-1) / weight.sum(-1))
+    return np.asarray(value.mean(-1) if weight is None else weight @ value / weight.sum(-1))
 
 
 def auroc(target: Array, probabilities: Array, weight: Array | None = None) -> Array:
@@ -138,14 +144,10 @@ def accuracy(target: Array, probabilities: Array, weight: Array | None = None) -
 def balanced_accuracy(target: Array, probabilities: Array, weight: Array | None = None) -> Array:
     """Mean recall over the classes that occur."""
     hit = (probabilities.argmax(-1) == target).astype(float)
-    weight = np.ones(target.shape) if weight is None else weight
-    recalls, known = [], []
-    for c in np.unique(target):
-        mine = weight * (target == c)
-        mass = mine.sum(-1)
-        recalls.append((hit * mine).sum(-1) / np.maximum(mass, 1e-12))
-        known.append(np.broadcast_to(mass > 0, recalls[-1].shape))
-    return np.asarray(np.sum(recalls, axis=0) / np.maximum(np.sum(known, axis=0), 1))
+    member = np.eye(probabilities.shape[-1])[target]
+    right = hit @ member if weight is None else weight @ (hit[:, None] * member)
+    mass = member.sum(0) if weight is None else weight @ member
+    return np.asarray((right / np.where(mass > 0, mass, 1)).sum(-1) / (mass > 0).sum(-1))
 
 
 def ece(target: Array, probabilities: Array, weight: Array | None = None, bins: int = BINS) -> Array:
@@ -154,9 +156,10 @@ def ece(target: Array, probabilities: Array, weight: Array | None = None, bins: 
     Confidence is the largest probability; `bins` bins of equal width on (0, 1], closed above.
     """
     hit, confidence, place = _confidence(target, probabilities, bins)
-    weight = np.ones(target.shape) if weight is None else weight
-    gap = sum(np.abs(((hit - confidence) * weight * (place == b)).sum(-1)) for b in range(bins))
-    return np.asarray(gap / weight.sum(-1))
+    gap = hit - confidence
+    if weight is None:
+        return np.asarray(sum(np.abs((gap * (place == b)).sum(-1)) for b in range(bins)) / len(target))
+    return np.asarray(np.abs(weight @ (gap[:, None] * np.eye(bins)[place])).sum(-1) / weight.sum(-1))
 
 
 def brier(target: Array, probabilities: Array, weight: Array | None = None) -> Array:

@@ -272,9 +272,9 @@ class Group:
         assert probabilities is not None
         if label is None:
             function = metrics.SET_METRICS[metric]
-            return lambda w: function(target, probabilities, w[:, None, owner]).mean(1)
+            return lambda w: np.mean([function(target, p, w[:, owner]) for p in probabilities], axis=0)
         binary = {"auroc": metrics.binary_auroc, "auprc": metrics.binary_auprc}[metric]
-        return lambda w: binary(target == label, probabilities[..., label], w[:, None, owner]).mean(1)
+        return lambda w: np.mean([binary(target == label, p[:, label], w[:, owner]) for p in probabilities], axis=0)
 
     def per_seed(self, metric: str) -> dict[int, float]:
         if self.target is None:

@@ -70,7 +70,9 @@ def bootstrap(statistic: Statistic, n: int, level: float = 0.95, replicates: int
 def _resamples(rng: np.random.Generator, n: int, replicates: int) -> Iterator[Array]:
     chunk = max(1, _CHUNK // n)
     for start in range(0, replicates, chunk):
-        yield rng.multinomial(n, np.full(n, 1 / n), size=min(chunk, replicates - start)).astype(float)
+        rows = min(chunk, replicates - start)
+        drawn = rng.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(float)
 
 
 def _acceleration(statistic: Statistic, n: int) -> float:
