@@ -18,7 +18,6 @@ from meristem.modalities.base import modalities, modality_class
 from meristem.platform import recipe as recipes
 from meristem.platform.assembly import Assembly
 from meristem.platform.data import check as checking
-from meristem.platform.data.manifest import Manifest
 from meristem.platform.data.source import open_data
 from meristem.platform.training import checkpoint
 from meristem.platform.training.loop import Outcome
@@ -46,8 +45,8 @@ def guess_modality(path: Pathlike) -> str:
     if root.suffix.lower() == ".csv":
         files = root.read_text(errors="replace").lower().replace("\n", ",").split(",")
     else:
-        files = [f.name.lower() for f in (root.parent if root.suffix == ".json" else root).rglob("*")] if not root.is_file() or \
-            root.suffix == ".json" else [root.name.lower()]
+        folder = root.parent if root.suffix == ".json" else root
+        files = [f.name.lower() for f in folder.rglob("*")] if folder.is_dir() else [root.name.lower()]
     counts = Counter({name: sum(f.strip().strip('"').endswith(tuple(modality_class(name).suffixes)) for f in files)
                       for name in modalities()})
     if not files or counts.most_common(1)[0][1] == 0:
@@ -69,7 +68,8 @@ def pretrain(recipe: str, data: Pathlike, out: Pathlike, overrides: Sequence[str
     settings = recipes.load(recipe, overrides)
     if not settings.objectives:
         raise MeristemError(f"'{recipe}' has no objective to pretrain by", "Choose one of `meristem recipes list`.")
-    return _pretrain(settings, open_data(Path(data), settings.modality, split, cache, quiet), Path(out), resume=resume, quiet=quiet)
+    found = open_data(Path(data), settings.modality, split, cache, quiet)
+    return _pretrain(settings, found, Path(out), resume=resume, quiet=quiet)
 
 
 def finetune(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] = (), *, init: str = tuning.SCRATCH,
@@ -128,7 +128,8 @@ def embed(checkpoint_: Pathlike, data: Pathlike, out: Pathlike, *, quiet: bool =
     rows = found.rows()
     path = Path(out) / "embeddings.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, embedding=_embed(assembly, found, rows), case=[r.case for r in rows], subject=[r.subject for r in rows])
+    vectors = _embed(assembly, found, rows)
+    np.savez_compressed(path, embedding=vectors, case=[r.case for r in rows], subject=[r.subject for r in rows])
     return path
 
 

@@ -74,7 +74,7 @@ def evaluate(task: Task, data: DataOption, out: OutOption, overrides: Overrides 
 
 @app.command()
 def report(directories: Annotated[list[Path], typer.Argument(help="Directories that evaluate wrote.")],
-           out: Annotated[Path | None, typer.Option(help="Where the page goes.", show_default="first directory")] = None) -> None:
+           out: Annotated[Path | None, typer.Option(help="For the page.", show_default="first directory")] = None) -> None:
     """Draw the transfer report of one evaluation, or of several together."""
     from meristem import api
     print(api.report(directories, out))

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -140,6 +140,10 @@ class ViewSettings(Settings):
 
     count: int = 1
 
+    def plain(self) -> Self:
+        """The view of a whole sample as evaluation shows it: one look, nothing random, of the same size."""
+        raise NotImplementedError
+
 
 @runtime_checkable
 class Modality(Protocol):
@@ -152,6 +156,7 @@ class Modality(Protocol):
     suffixes: tuple[str, ...]
     Options: type[Settings]
     ViewOptions: type[ViewSettings]
+    options: Any
     axes: tuple[Axis, ...]
     channels: int
 

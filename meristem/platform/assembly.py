@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +41,17 @@ class Teacher(nn.Module):
 class Assembly(nn.Module):
     """Encoder, heads, objectives and teacher of a recipe, under one root.
 
-    forward(batch, progress) -> named losses. `task` objectives may be added by fine-tuning.
+    forward(batch, progress) -> named losses. extra: objectives that are not in the recipe's own table (a task with labels).
+    frozen: the encoder stays as it is, statistics included (a probe).
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, extra: Mapping[str, Callable[[Assembly], Objective]] = {}, frozen: bool = False) -> None:
         super().__init__()
+        self.frozen = frozen
         self.recipe = recipe
         self.tokenizer = recipe.modality.tokenizer()
         self.encoder = recipe.encoder.build(self.tokenizer, recipe.modality.axes, recipe.modality.channels)
+        self.encoder.requires_grad_(not frozen)
         self.heads = nn.ModuleDict()
         for name, head in recipe.heads.items():
             below = self.encoder.width if head.input is None else self.head_width(head.input)
@@ -56,6 +59,8 @@ class Assembly(nn.Module):
         self.objectives = nn.ModuleDict()
         for name, settings in recipe.objectives.items():
             self.objectives[name] = settings.build(self)
+        for name, make in extra.items():
+            self.objectives[name] = make(self)
         self.teacher: Teacher | None = None
         if recipe.teacher is not None:
             self.teacher = Teacher({name: self.module("encoder", name) for name in recipe.teacher.of})
@@ -65,14 +70,14 @@ class Assembly(nn.Module):
             total += view.count
         self.last_step: Step | None = None
 
-    def module(self, by: str, name: str) -> nn.Module:
-        """The module `name` (encoder or a head) of the student (`by` = encoder) or of the teacher."""
     def head_width(self, name: str) -> int:
         """Width of the vectors that come out of a head."""
         head = self.heads[name]
         assert isinstance(head, Head)
         return head.width
 
+    def module(self, by: str, name: str) -> nn.Module:
+        """The module `name` (encoder or a head) of the student (`by` = encoder) or of the teacher."""
         if by != "encoder":
             if self.teacher is None:
                 raise RecipeError(f"an objective encodes by '{by}' but the recipe has no teacher", "Add a `teacher:` entry.")
@@ -81,6 +86,12 @@ class Assembly(nn.Module):
                 raise RecipeError(f"the teacher has no copy of '{name}'", f"Add it to teacher.of (now: {has}).")
             return self.teacher.copies[name]
         return self.encoder if name == "encoder" else self.heads[name]
+
+    def train(self, mode: bool = True) -> Assembly:
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Loss]:
         step = Step(self, batch, progress, self.recipe.train.seed)

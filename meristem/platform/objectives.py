@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,12 +87,11 @@ class Pairs:
     neg: Tensor
 
 
-@dataclass(frozen=True)
-class Loss:
-    """A sum and a count; both are reduced over ranks before the division."""
+class Loss(NamedTuple):
+    """A sum and a count; the count is reduced over ranks before the division. (A tuple, so that DDP finds the tensors.)"""
 
     total: Tensor
-    count: Tensor | float
+    count: Tensor | float  # type: ignore[assignment]  # nobody counts in a loss
     weight: float = 1.0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,17 +18,31 @@ if TYPE_CHECKING:
     from meristem.platform.assembly import Assembly
 
 
-@dataclass
 class Batch:
     """Everything one step may use: who, and the drawn views by name."""
 
-    items: Items
-    views: dict[str, View]
+    def __init__(self, items: Items, views: dict[str, View]) -> None:
+        self.items, self.views = items, views
 
     def to(self, device: torch.device | str) -> Batch:
         items = Items(self.items.row.to(device), self.items.cursor.to(device),
                       {k: v.to(device) for k, v in self.items.labels.items()})
         return Batch(items, {k: v.to(device) for k, v in self.views.items()})
+
+    def split(self, parts: int) -> list[Batch]:
+        """Micro-batches of equal size, in order."""
+        size = len(self.items.row) // parts
+        result = []
+        for start in range(0, size * parts, size):
+            rows = slice(start, start + size)
+            items = Items(self.items.row[rows], self.items.cursor[rows], {k: v[rows] for k, v in self.items.labels.items()})
+            views = {}
+            for name, view in self.views.items():
+                chosen = view.select(torch.nonzero((view.item >= start) & (view.item < start + size)).squeeze(1))
+                chosen.item = chosen.item - start
+                views[name] = chosen
+            result.append(Batch(items, views))
+        return result
 
 
 class _Gather(torch.autograd.Function):
@@ -48,6 +61,14 @@ class _Gather(torch.autograd.Function):
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
+def all_ranks(x: Tensor) -> Tensor:
+    """Rows (M, …) of every rank in rank order, differentiable; every rank must hold as many. One process: x itself."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return x
+    gathered: Tensor = _Gather.apply(x)
+    return gathered
+
+
 class Step:
     """What an objective reads. A pass is keyed by (who encodes, view, masked) and made once, whoever asks first.
 
@@ -61,14 +82,6 @@ class Step:
         self._plans: dict[str, Plan] = {}
         self._encoded: dict[tuple[str, str, bool, frozenset[str]], Encoded] = {}
         self._made_units: dict[tuple[str, str, str, str | None, bool], Units] = {}
-def all_ranks(x: Tensor) -> Tensor:
-    """Rows (M, …) of every rank in rank order, differentiable; every rank must hold as many. One process: x itself."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return x
-    gathered: Tensor = _Gather.apply(x)
-    return gathered
-
-
 
     def value(self, x: float | schedules.Ramp) -> float:
         return schedules.value(x, self.progress)
@@ -99,6 +112,10 @@ def all_ranks(x: Tensor) -> Tensor:
             with torch.set_grad_enabled(torch.is_grad_enabled() and by == "encoder"):
                 self._encoded[key] = encoder(stream, self.plan(view) if masked else None, want=want)
         return self._encoded[key]
+
+    def summary(self) -> Tensor | None:
+        """The mean vectors (B, D) of the first pass of the student, if it made one."""
+        return next((e.summary["mean"] for (by, *_), e in self._encoded.items() if by == "encoder"), None)
 
     def units(self, view: str, by: str = "encoder", level: str = "global", head: str | None = None,
               masked: bool = False) -> Units:

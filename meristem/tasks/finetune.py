@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meristem.errors import DataError
+import numpy as np
+
+from meristem.errors import DataError, RecipeError
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.loader import loader
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
 from meristem.platform.data.splits import budget
+from meristem.platform.evaluation.metrics import SET_METRICS
 from meristem.platform.evaluation.results import Case
 from meristem.platform.recipe import build, override, read
 from meristem.platform.training import checkpoint
@@ -58,7 +63,7 @@ def choose(rows: Sequence[Row], labels: str | int | float, seed: int, data: Data
         try:
             amount = int(labels) if labels.isdigit() else float(labels)
         except ValueError:
-            raise DataError("label", f"a label budget is a count, a fraction or all; got '{labels}'", "E.g. --labels 10") from None
+            raise RecipeError(f"a label budget is a count, a fraction or all; got '{labels}'", "E.g. --labels 10") from None
     assert not isinstance(amount, str)
     volumes = {row.index: data.cache.volume(row.index) for row in rows if "mask" in data.cache.fields(row.index)}
     return budget(rows, amount, seed, volumes)
@@ -79,12 +84,11 @@ def tune(recipe: TaskRecipe, data: Data, rows: Sequence[Row], scope: Scope, init
     if init is not None:
         load = checkpoint.load_encoder(init, assembly.encoder, recipe.modality, recipe.encoder.sees)
         if not quiet and fabric.global_rank == 0:
-            import sys
             print(f"{title}  {load.line()}", file=sys.stderr)
 
     def batches(first: int, rank: int, world: int) -> Any:
-        return iter(loader(data.cache, rows, recipe, fields=recipe.task.fields, start=first, steps=recipe.train.steps, rank=rank,
-                           world=world, workers=recipe.train.workers))
+        return iter(loader(data.cache, rows, recipe, fields=recipe.task.fields, start=first, steps=recipe.train.steps,
+                           rank=rank, world=world, workers=recipe.train.workers))
 
     own = {**card(recipe, data, data.identities(rows), "fine-tuned"), "classes": list(scope.values.values()),
            "scored": list(scope.scored), "init": load.dump() if load else None}
@@ -96,9 +100,6 @@ def tune(recipe: TaskRecipe, data: Data, rows: Sequence[Row], scope: Scope, init
 
 def mean_scores(cases: Sequence[Case], recipe: TaskRecipe) -> dict[str, Any]:
     """The figures of a run's metrics.json: means over cases, or metrics of the set."""
-    import numpy as np
-
-    from meristem.platform.evaluation.metrics import SET_METRICS
     if not cases:
         return {}
     if recipe.task.kind == "classification":
@@ -117,8 +118,6 @@ def mean_scores(cases: Sequence[Case], recipe: TaskRecipe) -> dict[str, Any]:
 def finetune(recipe: TaskRecipe, data: Data, directory: Path, *, init: Path | None, labels: str = "all", resume: bool = False,
              quiet: bool = False, keep: Keep | None = None) -> Tuned:
     """Fine-tune into a run directory and score the test split. Writes metrics.json and cases.json beside the checkpoint."""
-    import json
-
     began = time.perf_counter()
     scope = recipe.task.scope(data)
     rows = choose(recipe.task.labelled(data.rows("train")), labels, recipe.train.seed, data)

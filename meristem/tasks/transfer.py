@@ -84,7 +84,6 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
         raise RecipeError(f"no protocol called '{unknown[0]}'", f"Choose of {', '.join(PROTOCOLS)}.")
     if recipe.task.kind != "classification" and set(protocols) != {"finetune"}:
         raise RecipeError("kNN and linear probes are for classification", "Use --protocol finetune.")
-    began = time.perf_counter()
     scope = recipe.task.scope(data)
     pool, test = recipe.task.labelled(data.rows("train")), recipe.task.labelled(data.rows("test"))
     if not test:
@@ -99,7 +98,8 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
             for protocol in protocols:
                 for arm in contestants:
                     file = _cell_file(directory, arm, protocol, budget, seed, recipe, data)
-                    title = f"[{len(cells) + 1}/{total}] {arm.name}, {protocol}, {len({r.subject for r in rows})} labels, seed {seed}"
+                    subjects = len({row.subject for row in rows})
+                    title = f"[{len(cells) + 1}/{total}] {arm.name}, {protocol}, {subjects} labelled subjects, seed {seed}"
                     if file.exists():
                         cell = Cell.model_validate_json(file.read_text())
                     else:
@@ -111,7 +111,6 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
                         shown = mean_scores(cell.cases, recipe)
                         print(f"{title}: {recipe.task.metric} {shown[recipe.task.metric]:.4f}", file=sys.stderr, flush=True)
     results = _results(recipe, data, scope, contestants, cells, test, pool)
-    results = results.model_copy(update={"cost": {**results.cost, "wall seconds of this call": round(time.perf_counter() - began)}})
     results.save(directory / "results.json")
     return results
 
@@ -132,9 +131,10 @@ def _run(recipe: TaskRecipe, data: Data, arm: Arm, protocol: str, labels: str, r
     else:
         cases, chosen = _probe(recipe, data, arm, protocol, rows, test, scope)
         cost = Budget(steps=0, batch=0, trainable=0, seconds=round(time.perf_counter() - began, 2))
-    return Cell(arm=arm.name, init=arm.hash, protocol=protocol, labels=int(labels) if labels.isdigit() else
-                "all" if labels == "all" else len({row.subject for row in rows}), labelled_subjects=len({r.subject for r in rows}),
-                seed=seed, budget=cost, cases=tuple(cases), encoder=next(iter(recipe.dump()["encoder"])), chosen=chosen)
+    subjects = len({row.subject for row in rows})
+    return Cell(arm=arm.name, init=arm.hash, protocol=protocol, labels="all" if labels == "all" else subjects,
+                labelled_subjects=subjects, seed=seed, budget=cost, cases=tuple(cases),
+                encoder=next(iter(recipe.dump()["encoder"])), chosen=chosen)
 
 
 def _probe(recipe: TaskRecipe, data: Data, arm: Arm, protocol: str, rows: list[Row], test: list[Row], scope: Scope
@@ -158,8 +158,8 @@ def _probe(recipe: TaskRecipe, data: Data, arm: Arm, protocol: str, rows: list[R
     return cases, {"k" if protocol == "knn" else "C": found.chosen}
 
 
-def _results(recipe: TaskRecipe, data: Data, scope: Scope, contestants: Sequence[Arm], cells: Sequence[Cell], test: Sequence[Row],
-             pool: Sequence[Row]) -> Results:
+def _results(recipe: TaskRecipe, data: Data, scope: Scope, contestants: Sequence[Arm], cells: Sequence[Cell],
+             test: Sequence[Row], pool: Sequence[Row]) -> Results:
     tested, trained = data.identities(test), data.identities(pool)
     leakage, pretraining = {}, {}
     for arm in contestants:

@@ -83,6 +83,11 @@ class LatticeViewOptions(ViewSettings):
     solarise: Chance | None = None
     noise: Chance | None = None
 
+    def plain(self) -> Self:
+        """The whole sample: covered where training draws areas of it, else its centre at the sample's own scale."""
+        window = {"area": "cover", "crop": "whole"}.get(self.window, self.window)
+        return type(self).model_validate({"size": self.size, "window": window})
+
     @model_validator(mode="after")
     def _axes(self) -> Self:
         dims = len(self.size)

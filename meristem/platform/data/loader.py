@@ -116,6 +116,10 @@ class _Batches(Dataset[Batch]):
     def _view(self, name: str, settings: ViewSettings, places: Sequence[int], cursors: range) -> View:
         looks = [(self.rows[p], c, i, look) for i, (p, c) in enumerate(zip(places, cursors, strict=True))
                  for look in range(settings.count)]
+        return self.collate(name, settings, looks)
+
+    def collate(self, name: str, settings: ViewSettings, looks: Sequence[tuple[int, int, int, int]]) -> View:
+        """The view of some looks, each (manifest row, cursor, place in the batch, look)."""
         arrays, affines, spacings, params, weights = [], [], [], [], []
         fields: dict[str, list[Tensor]] = {field: [] for field in self.fields}
         for row, cursor, _, look in looks:
@@ -143,6 +147,12 @@ class _Batches(Dataset[Batch]):
             return torch.full(draw.shape, IGNORED, dtype=torch.int64)
         window = self.cache.field_window(row, name, draw.start, draw.size)[None]
         return self.modality.load(window, draw, interpolate=False)[0].long()
+
+
+def whole(cache: Cache, rows: Sequence[Row], modality: Modality, options: ViewSettings) -> View:
+    """One look at each row in order, as evaluation needs them; options should draw nothing at random."""
+    batches = _Batches(cache, [r.index for r in rows], {}, modality, {"x": options}, (), 0, len(rows), 0, 1)
+    return batches.collate("x", options, [(r.index, i, i, 0) for i, r in enumerate(rows)])
 
 
 def affine(header: Header, draw: Draw) -> np.ndarray:

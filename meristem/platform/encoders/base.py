@@ -18,7 +18,7 @@ class Encoder(nn.Module):
     {cls, mean, pyramid, dense, layers, attention}. Both are its settings'. mask_unit: grain, in tokens of the stream, at which
     it can be masked.
     pyramid_widths, pyramid_strides: channels and stride (array elements) of each pyramid level, fine to coarse.
-    dense_width: channels of `dense`.
+    dense_width: channels of `dense`. depth: how many `layers` there are.
     """
 
     width: int
@@ -28,6 +28,7 @@ class Encoder(nn.Module):
     pyramid_widths: tuple[int, ...] = ()
     pyramid_strides: tuple[tuple[int, ...], ...] = ()
     dense_width: int = 0
+    depth: int = 0
 
     def forward(self, stream: TokenStream, plan: Plan | None = None, *, want: frozenset[str] = frozenset()) -> Encoded:
         """stream: already reduced to what the recipe's `sees` allows. want: of {pyramid, dense, layers, attention}."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import model_validator
@@ -69,7 +69,7 @@ class Blocks(nn.Module):
         return self.norm(x), layers if "layers" in want else None, attention
 
 
-def _attention(block: nn.Module, x: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
+def _attention(block: Any, x: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
     """Attention weights (B, H, N, N) of a block given its input; its fused attention does not return them."""
     from timm.layers import apply_rot_embed_cat
 
@@ -126,9 +126,9 @@ class Transformer(Encoder):
     def __init__(self, settings: TransformerSettings, tokenizer: Tokenizer, axes: tuple[Axis, ...]) -> None:
         super().__init__()
         self.takes, self.provides = settings.takes, settings.provides
-        self.width, depth, heads = settings.shape
+        self.width, self.depth, heads = settings.shape
         self.embed = tokenizer.embedding(self.width)
-        self.blocks = Blocks(self.width, depth, heads, axes, settings.drop_path, settings.mlp_ratio)
+        self.blocks = Blocks(self.width, self.depth, heads, axes, settings.drop_path, settings.mlp_ratio)
         self.mask_token = nn.Parameter(torch.randn(self.width) * 0.02)
         self.cls = nn.Parameter(torch.randn(1, 1, self.width) * 0.02) if settings.cls else None
 

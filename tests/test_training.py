@@ -1,0 +1,178 @@
+"""The loop: exact resume, accumulation, averaging, schedules, stopping, and two processes against one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import meristem
+from meristem.errors import MeristemError
+from meristem.platform import recipe as recipes
+from meristem.platform.assembly import Assembly
+from meristem.platform.training import checkpoint, optim
+from meristem.platform.training.loop import launch
+
+TINY = ["encoder.transformer.width=32", "encoder.transformer.depth=2", "encoder.transformer.heads=2", "views.x.size=[16,16,16]",
+        "objectives.pixels.masked.predictor.decoder={depth: 1, width: 32, heads: 2}", "train.batch=4", "train.workers=0",
+        "train.log_every=2", "train.checkpoint_every=3"]
+
+
+def run(folder: Path, out: Path, *more: str, steps: int = 6, recipe: str = "volume/mae", tiny: list[str] = TINY,
+        resume: bool = False) -> dict[str, torch.Tensor]:
+    """Pretrain a few steps; the weights."""
+    meristem.pretrain(recipe, folder, out, [*tiny, f"train.steps={steps}", *more], cache=folder.parent / "cache", quiet=True,
+                      resume=resume)
+    return checkpoint.read_weights(out)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(volume_folder: Path, tmp_path: Path) -> None:
+    """2k steps = k, SIGTERM, k more: weights and averages alike, dropout included."""
+    more = ("train.ema=0.9", "encoder.transformer.drop_path=0.2")
+    whole = run(volume_folder, tmp_path / "whole", *more)
+    script = ("import os, signal, sys, meristem\n"
+              "from meristem.platform.training import loop\n"
+              "step = loop.Reporter.advance\n"
+              "def advance(self, n):\n"
+              "    step(self, n)\n"
+              "    if n == 4: os.kill(os.getpid(), signal.SIGTERM)\n"
+              "loop.Reporter.advance = advance\n"
+              f"meristem.pretrain('volume/mae', {str(volume_folder)!r}, {str(tmp_path / 'cut')!r}, {[*TINY, 'train.steps=6', *more]!r},"
+              f" cache=__import__('pathlib').Path({str(volume_folder.parent / 'cache')!r}), quiet=True)\n")
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    assert json.loads((tmp_path / "cut" / "metrics.json").read_text())["stopped_early"]
+    assert checkpoint.read_card(tmp_path / "cut")["step"] == 4
+    assert same(whole, run(volume_folder, tmp_path / "cut", *more, resume=True))
+
+
+def test_another_seed_gives_other_weights(volume_folder: Path, tmp_path: Path) -> None:
+    assert not same(run(volume_folder, tmp_path / "a", steps=2), run(volume_folder, tmp_path / "b", "train.seed=1", steps=2))
+
+
+def test_resuming_with_another_recipe_is_refused(volume_folder: Path, tmp_path: Path) -> None:
+    run(volume_folder, tmp_path / "a", steps=2)
+    with pytest.raises(MeristemError, match="recipe differs"):
+        run(volume_folder, tmp_path / "a", "train.lr=1e-4", steps=2, resume=True)
+    with pytest.raises(MeristemError, match="already holds a run"):
+        run(volume_folder, tmp_path / "a", steps=2)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(volume_folder: Path, tmp_path: Path) -> None:
+    """Each row hides as many tokens, so the mean of the parts' means is the mean."""
+    plain = ("views.x={size: [16,16,16], window: whole, flip: []}",)
+    whole = run(volume_folder, tmp_path / "a", *plain, steps=2)
+    parts = run(volume_folder, tmp_path / "b", *plain, "train.accumulate=2", steps=2)
+    assert all(torch.allclose(whole[k], parts[k], atol=2e-5) for k in whole)
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_then_given_up(volume_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(MeristemError, match="not finite"):
+        run(volume_folder, tmp_path / "a", "train.lr=1e30", "train.clip=0", "train.warmup=0", steps=40)
+    card = checkpoint.read_card(tmp_path / "a") if list((tmp_path / "a").glob("checkpoints/step-*")) else None
+    if card is not None:  # whatever was written before is whole
+        checkpoint.read_weights(tmp_path / "a")
+
+
+def test_log_lines_carry_pace_wait_and_lights(volume_folder: Path, tmp_path: Path) -> None:
+    run(volume_folder, tmp_path / "a")
+    records = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [2, 4, 6]
+    assert all(r["samples_per_s"] > 0 and 0 <= r["data_wait"] <= 1 and 0 < r["rank"] <= r["dims"] for r in records)
+    assert list((tmp_path / "a" / "tensorboard").glob("events*"))
+
+
+def test_two_processes_give_the_weights_of_one(volume_folder: Path, tmp_path: Path) -> None:
+    """torchrun, gloo, the same global batch: MAE + SimCLR, so that counts and gathered keys are both reduced."""
+    tiny = [t for t in TINY if "size" not in t] + ["views.x={count: 2, size: [16,16,16]}",
+                                                 "heads.projector.mlp={layers: 2, hidden: 32, out: 16, norm: layer}"]
+    run(volume_folder, tmp_path / "one", steps=3, recipe="volume/mae+simclr", tiny=tiny)
+    script = tmp_path / "two.py"
+    script.write_text("import meristem, pathlib\n"
+                      f"meristem.pretrain('volume/mae+simclr', {str(volume_folder)!r}, {str(tmp_path / 'two')!r}, "
+                      f"{[*tiny, 'train.steps=3']!r}, cache=pathlib.Path({str(volume_folder.parent / 'cache')!r}), quiet=True)\n")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)], check=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300)
+    losses = [json.loads((tmp_path / name / "metrics.json").read_text())["loss"] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+    one, two = (checkpoint.read_weights(tmp_path / name) for name in ("one", "two"))
+    assert all(torch.allclose(one[k], two[k], atol=1e-4) for k in one)
+
+
+def settings(**more: object) -> recipes.TrainSettings:
+    return recipes.TrainSettings.model_validate({"steps": 100, "warmup": 0.1, "floor": 0.0, **more})
+
+
+def test_cosine_schedule_by_its_formula() -> None:
+    s = settings()
+    assert optim.factor(s, 4, "head") == pytest.approx(0.5)  # half of the warm-up
+    assert optim.factor(s, 9, "head") == pytest.approx(1.0)
+    assert optim.factor(s, 54, "encoder") == pytest.approx((1 + math.cos(math.pi * 0.5)) / 2)
+    assert optim.factor(s, 99, "encoder") == pytest.approx(0.0, abs=1e-9)
+
+
+def test_sawtooth_trains_the_head_first_then_everything() -> None:
+    s = settings(schedule="sawtooth", head_first=0.2)
+    assert [optim.factor(s, step, "encoder") for step in range(20)] == [0.0] * 20
+    assert optim.factor(s, 1, "head") == pytest.approx(1.0)
+    assert optim.factor(s, 27, "encoder") == optim.factor(s, 27, "head") == pytest.approx(1.0)
+    assert optim.factor(s, 99, "head") == pytest.approx(0.0, abs=1e-9)
+
+
+def test_layer_decay_and_weight_decay_by_parameter() -> None:
+    assembly = Assembly(recipes.load("volume/mae", [*TINY, "train.layer_decay=0.5"]))
+    found = {id(p): g for g in optim.groups(assembly, assembly.recipe.train) for p in g["params"]}  # type: ignore[attr-defined]
+    assert len(found) == sum(p.requires_grad for p in assembly.parameters())
+    layers = assembly.encoder.layer_groups()
+    for depth, layer in enumerate(layers):
+        assert {found[id(p)]["scale"] for p in layer if p.requires_grad} == {0.5 ** (len(layers) - depth)}
+    for name, p in assembly.named_parameters():
+        group = found[id(p)]
+        assert group["part"] == ("encoder" if name.startswith("encoder.") else "head")
+        if p.ndim <= 1:
+            assert group["weight_decay"] == 0.0
+
+
+def test_frozen_modules_do_not_move_until_they_thaw() -> None:
+    assembly = Assembly(recipes.load("volume/mae", TINY))
+    for p in assembly.parameters():
+        p.grad = torch.ones_like(p)
+    optim.thaw(assembly, settings(freeze={"encoder.embed": 0.5}), 10)
+    assert all((p.grad is None) == name.startswith("encoder.embed") for name, p in assembly.named_parameters())
+    for p in assembly.parameters():
+        p.grad = torch.ones_like(p)
+    optim.thaw(assembly, settings(freeze={"encoder.embed": 0.5}), 60)
+    assert all(p.grad is not None for p in assembly.parameters())
+
+
+def test_fp16_on_a_cpu_is_refused_with_the_remedy() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(MeristemError, match="bf16"):
+        launch(settings(precision="fp16"))
+
+
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_to_stop_saves_first(name: signal.Signals, volume_folder: Path, tmp_path: Path) -> None:
+    code = (f"import meristem, pathlib; meristem.pretrain('volume/mae', {str(volume_folder)!r}, {str(tmp_path / 'run')!r}, "
+            f"{[*TINY, 'train.steps=100000', 'train.checkpoint_every=100000']!r}, quiet=True, "
+            f"cache=pathlib.Path({str(volume_folder.parent / 'cache')!r}))")
+    process = subprocess.Popen([sys.executable, "-c", code])
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(name)
+    assert process.wait(timeout=60) == 0
+    assert checkpoint.read_card(tmp_path / "run")["step"] >= 2
