@@ -111,14 +111,15 @@ class Cache:
         the disk would run full, DataError when nothing can be read.
         """
         base = directory or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meristem"
-        home = base / f"{modality.name}-{fingerprint(modality)}"
+        made_by = fingerprint(modality)
+        home = base / f"{modality.name}-{made_by}"
         home.mkdir(parents=True, exist_ok=True)
         with _locked(home):
             known = _stored(home)
             problems = list(manifest.problems)
             digests = contents(manifest.rows, problems, workers, home / "digests.json")
             kept = distinct([r for r in manifest.rows if r.index in digests], digests, problems)
-            keys = {r.index: _key(digests[r.index], fingerprint(modality)) for r in kept}
+            keys = {r.index: _key(digests[r.index], made_by) for r in kept}
             todo = [r for r in kept if keys[r.index] not in known]
             done, reused = len(manifest) - len(todo), len(kept) - len(todo)
             if progress:
@@ -259,6 +260,7 @@ def decode(row: Row, modality: Modality) -> Sample | Problem:
             if companion.shape != sample.array.shape[1:]:
                 raise DataError("shape", f"{name} has shape {companion.shape}, the image {sample.array.shape[1:]}",
                                 "Both must lie on one lattice.")
+            sample.fields[name] = _smallest(companion)
         return sample
     except DataError as error:
         return Problem(row.case, error.reason, _anonymous(error.what, row), error.remedy, row.local)
@@ -317,7 +319,7 @@ class _Decoding(Dataset[Result]):
         if isinstance(sample, Problem):
             return sample
         arrays = {"": np.ascontiguousarray(sample.array),
-                  **{name: np.ascontiguousarray(_smallest(x)) for name, x in sample.fields.items()}}
+                  **{name: np.ascontiguousarray(x) for name, x in sample.fields.items()}}
         counts = {name: {int(v): int(n) for v, n in zip(*np.unique(x, return_counts=True), strict=True)}
                   for name, x in arrays.items() if name}
         large = arrays[""].nbytes > LARGE
@@ -421,6 +423,8 @@ def _smallest(x: np.ndarray) -> np.ndarray:
     """Labels as uint8, or int16 where they do not fit. Raises DataError for values that fit neither."""
     if x.dtype in (np.uint8, np.int16):
         return x
+    if not np.array_equal(x, np.rint(x)):
+        raise DataError("label", "label values are not whole numbers", "Export the labels without interpolation.")
     low, high = (int(x.min()), int(x.max())) if x.size else (0, 0)
     for kind in (np.uint8, np.int16):
         if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:

@@ -232,12 +232,11 @@ class _Search:
         for mask in masks.values():
             self.lost.append(("label", mask.as_posix(), "a label without an image", "Add the image, or remove the label."))
         classes: dict[Path, str] = {}
+        patients = False
         if not matched:
-            self.layout = "folder"
-            classes = self._classes(list(images))
-            if classes:
-                self.layout = "one folder per class"
-        subjects = self._subjects(list(images), bool(classes))
+            classes, patients = self._folders(list(images))
+            self.layout = "one folder per class" if classes else "one folder per subject" if patients else "folder"
+        subjects = self._subjects(list(images), bool(classes), patients)
         for image in images:
             self.add((root / image,), image.as_posix(), subjects[image], label=classes.get(image), split=_split_of(image),
                      mask=root / matched[image] if image in matched else None)
@@ -281,33 +280,39 @@ class _Search:
                     images[f] = (*folder.parts, self.stem(f.name) if mask_suffix else f.name)
         return images, masks
 
-    def _classes(self, files: list[Path]) -> dict[Path, str]:
-        """Class by folder, when every file lies exactly one folder deep (split folders aside) and folders are no patients."""
+    def _folders(self, files: list[Path]) -> tuple[dict[Path, str], bool]:
+        """Where every file lies exactly one folder deep (split folders aside): class by folder, or that folders are patients.
+
+        Patients' folders hold one file each, or the same few names in each of many; a wrong guess would lose labels, or split
+        patients and show their names as classes.
+        """
         above = {f: [p for p in f.parts[:-1] if p.lower() not in SPLITS] for f in files}
-        if any(len(a) != 1 or a[0].lower().startswith("sub-") for a in above.values()):
-            return {}
+        if any(len(a) != 1 for a in above.values()):
+            return {}, False
         inside: dict[str, list[str]] = defaultdict(list)
         for f, (folder,) in above.items():
             inside[folder].append(f.name.replace(folder, ""))
+        if len(inside) < 2:
+            return {}, False
         sizes = [len(names) for names in inside.values()]
-        # patients: one file each, or the same few names in each of many folders
         alike = len({frozenset(names) for names in inside.values()}) == 1 and len(inside) > sizes[0]
-        return {} if len(inside) < 2 or min(sizes) < 2 or alike else {f: a[0] for f, a in above.items()}
+        patients = alike or min(sizes) < 2 or any(folder.lower().startswith("sub-") for folder in inside)
+        return ({} if patients else {f: a[0] for f, a in above.items()}), patients
 
-    def _subjects(self, files: list[Path], classes: bool) -> dict[Path, str]:
-        """`sub-*` of the path; else, in a tree of folders that are no classes, the folder; else the stem, made unique."""
+    def _subjects(self, files: list[Path], classes: bool, patients: bool) -> dict[Path, str]:
+        """`sub-*` of the path; else the folder of a patient; else the stem, made unique."""
         subjects: dict[Path, str] = {}
         stems = Counter(self.stem(f.name) for f in files)
         for f in files:
             named = next((p for p in f.parts[:-1] if p.lower().startswith("sub-")), None)
-            in_name = re.match(r"(sub-[a-zA-Z0-9]+)_", f.name)
+            in_name = re.match(r"sub-[a-zA-Z0-9]+(?=_)", f.name)
             stem = self.stem(f.name)
-            plain = [p for p in f.parts[:-1] if p.lower() not in SPLITS and p.lower() not in MASK_FOLDERS]
             shared = stems[stem] > 1
+            above = [p for p in f.parts[:-1] if p.lower() not in SPLITS and p.lower() not in MASK_FOLDERS]
             if named or in_name:
-                subjects[f] = named or in_name.group(1)  # type: ignore[union-attr]
-            elif plain and not classes and shared:
-                subjects[f] = plain[0]
+                subjects[f] = named or f.name[:in_name.end()]  # type: ignore[union-attr]
+            elif above and (patients or (shared and not classes)):
+                subjects[f] = above[0]
             else:
                 subjects[f] = f.with_name(stem).as_posix() if shared else stem
         return subjects
