@@ -79,10 +79,11 @@ class Lattice:
             return torch.from_numpy(np.ascontiguousarray(window))
         x = torch.from_numpy(np.ascontiguousarray(window, np.float32))
         for axis, (n, m) in enumerate(zip(draw.size, draw.shape, strict=True), first):
-            if n != m:  # torch averages in 2D only: one axis at a time is the same separable filter
-                lead, rest = x.shape[:axis], x.shape[axis + 1:]
-                x = F.interpolate(x.reshape(1, lead.numel(), n, -1), (m, rest.numel()), mode="bilinear", antialias=True)
-                x = x.reshape(*lead, m, *rest)
+            if n != m:  # torch averages in 2D only, and wrongly in columns one element wide: axis by axis, along rows
+                rows = x.movedim(axis, -1)
+                flat = F.interpolate(rows.reshape(1, 1, -1, n), (rows.numel() // n, m), mode="bilinear", antialias=True)
+                x = flat.reshape(*rows.shape[:-1], m).movedim(-1, axis)
+        x = x.contiguous()
         if np.issubdtype(window.dtype, np.integer):
             x = x.round_().to(torch.from_numpy(np.empty(0, window.dtype)).dtype)
         return x
