@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,12 @@ def visible_array(stream: TokenStream, plan: Plan | None) -> Tensor:
     return stream.array.masked_fill(F.pad(hidden, [p for n in reversed(rest) for p in (0, n)]), 0)
 
 
+def _crop(x: Tensor, size: Sequence[int]) -> Tensor:
+    """The first `size` elements of each axis of a map (B, D, *S); not a copy."""
+    index: tuple[Any, ...] = (..., *map(slice, size))
+    return x[index]
+
+
 class MapEncoder(Encoder):
     """Base of the array encoders; a subclass writes `maps`.
 
@@ -51,9 +58,9 @@ class MapEncoder(Encoder):
         if any(short):
             x = F.pad(x, [p for n in reversed(short) for p in (0, n)], mode="replicate")
         pyramid, dense = self.maps(x, "dense" in want)
-        pyramid = [level[(..., *(slice(-(-n // s)) for n, s in zip(size, strides, strict=True)))]
+        pyramid = [_crop(level, [-(-n // s) for n, s in zip(size, strides, strict=True)])
                    for level, strides in zip(pyramid, self.pyramid_strides, strict=True)]
         tokens = pyramid[-1].flatten(2).transpose(1, 2)
         return Encoded(tokens, {"mean": tokens.mean(1)}, torch.ones(tokens.shape[:2], dtype=torch.bool, device=x.device),
                        lattice=tuple(pyramid[-1].shape[2:]), pyramid=pyramid if "pyramid" in want else None,
-                       dense=None if dense is None else dense[(..., *map(slice, size))])
+                       dense=None if dense is None else _crop(dense, size))

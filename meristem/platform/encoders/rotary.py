@@ -25,8 +25,8 @@ class Rotary(nn.Module):
 
     def __init__(self, head_dim: int, axes: Sequence[Axis]) -> None:
         super().__init__()
-        self.half = head_dim // 2
-        pairs = self.half // max(len(axes), 1)
+        self.pairs = head_dim // 2
+        pairs = self.pairs // max(len(axes), 1)
         if head_dim % 2 or not pairs:
             raise RecipeError(f"{head_dim} channels per head cannot hold rotary positions of {len(axes)} axes",
                               f"Choose encoder width and heads so that width / heads is even and at least {2 * len(axes)}.")
@@ -40,5 +40,5 @@ class Rotary(nn.Module):
         The `prefix` tokens in front have no position and are not rotated.
         """
         angle = (position.float()[..., None] / self.scale).flatten(2)
-        angle = F.pad(angle, (0, self.half - angle.shape[-1], prefix, 0))
+        angle = F.pad(angle, (0, self.pairs - angle.shape[-1], prefix, 0))
         return torch.cat([angle.sin().repeat_interleave(2, -1), angle.cos().repeat_interleave(2, -1)], -1)[:, None]

@@ -22,7 +22,7 @@ from meristem.platform.objectives import Encoded, Plan
 
 
 @cache
-def _skeleton(model: str) -> nn.Module:
+def _skeleton(model: str) -> Any:
     """The model without memory for its weights: enough to tell what it is."""
     import timm
 
@@ -74,21 +74,27 @@ class TimmSettings(EncoderSettings):
                               "Choose encoder: transformer, unet, segresnet or swin.")
         return TimmViT(self, tokenizer, channels) if _is_vit(self.model) else TimmPyramid(self, channels)
 
-    def create(self, channels: int, **options: Any) -> nn.Module:
+    def create(self, channels: int, **options: Any) -> Any:
         """timm's model with its weights, adapted by timm to the channels and size. Raises CheckpointError."""
         import timm
 
-        if self.pretrained:
-            if not self.pretrained.is_file():
-                raise CheckpointError(f"no weights file {self.pretrained}", "Give a local file, or encoder.pretrained=false.")
-            options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(self.pretrained), "custom_load": False}}
+        options |= {"in_chans": channels, "drop_path_rate": self.drop_path, "num_classes": 0}
+        if not self.pretrained:
+            return timm.create_model(self.model, **options)
+        if not self.pretrained.is_file():
+            raise CheckpointError(f"no weights file {self.pretrained}", "Give a local file, or encoder.pretrained=false.")
         try:
-            return timm.create_model(self.model, in_chans=channels, drop_path_rate=self.drop_path, **options)
-        except RuntimeError as error:
-            if not self.pretrained:
-                raise
+            weights = timm.models.load_state_dict(str(self.pretrained), weights_only=True)
+            classifier = timm.get_pretrained_cfg(self.model).classifier or ()
+            heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+            # timm leaves strict loading, and with it every warning that nothing fitted, as soon as it drops a classifier itself
+            overlay = {"state_dict": {k: v for k, v in weights.items() if not k.startswith(heads)}, "classifier": None}
+            net = timm.create_model(self.model, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+        except (RuntimeError, KeyError) as error:
             raise CheckpointError(f"{self.pretrained} does not fit '{self.model}': {error}",
                                   "Give weights saved from this model, as safetensors or a plain state dict.") from None
+        net.pretrained_cfg.pop("state_dict")
+        return net
 
 
 class TimmViT(Encoder):
@@ -101,12 +107,12 @@ class TimmViT(Encoder):
         super().__init__()
         self.takes, self.provides = settings.takes, settings.provides
         options = {} if settings.size is None else {"img_size": settings.size}
-        self.net: Any = settings.create(channels, num_classes=0, dynamic_img_size=True, **options)
+        self.net = settings.create(channels, dynamic_img_size=True, **options)
         self.net.attn_pool = None  # pooling belongs to the tasks
-        self.patch = tuple(self.net.patch_embed.feat_ratio(as_scalar=False))
+        self.patch: tuple[int, ...] = tuple(self.net.patch_embed.feat_ratio(as_scalar=False))
         if tokenizer.token_size != channels * math.prod(self.patch):
             self._refuse(settings.model, f"{tokenizer.token_size} values")
-        self.width = self.net.embed_dim
+        self.width, self.depth = self.net.embed_dim, len(self.net.blocks)
         self.mask_token = nn.Parameter(torch.randn(self.width) * 0.02)
         self.name = settings.model
 
@@ -153,7 +159,7 @@ class TimmPyramid(MapEncoder):
     def __init__(self, settings: TimmSettings, channels: int) -> None:
         super().__init__()
         self.takes, self.provides = settings.takes, settings.provides
-        self.net: Any = settings.create(channels, features_only=True)
+        self.net = settings.create(channels, features_only=True)
         info = self.net.feature_info
         reductions = info.reduction()
         if sorted(set(reductions)) != reductions or str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC"):

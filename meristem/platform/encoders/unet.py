@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from pydantic import model_validator
@@ -16,6 +16,9 @@ from meristem.modalities.base import Axis, Tokenizer
 from meristem.platform.encoders.base import EncoderSettings
 from meristem.platform.encoders.maps import MapEncoder
 
+CONV: dict[int, type[Any]] = {2: nn.Conv2d, 3: nn.Conv3d}
+UNCONV: dict[int, type[Any]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+POOL: dict[int, type[Any]] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
 SLOPE = 0.01
 
 
@@ -32,7 +35,7 @@ class Residual(nn.Module):
 
     def __init__(self, dims: int, width_in: int, width: int, stride: tuple[int, ...] = ()) -> None:
         super().__init__()
-        conv, pool = ((nn.Conv2d, nn.AvgPool2d), (nn.Conv3d, nn.AvgPool3d))[dims - 2]
+        conv, pool = CONV[dims], POOL[dims]
         # one group per channel is instance normalisation; torch's kernel for it takes half the time of nn.InstanceNorm
         self.conv1, self.norm1 = conv(width_in, width, 3, stride or 1, 1, bias=False), nn.GroupNorm(width, width)
         self.conv2, self.norm2 = conv(width, width, 3, 1, 1, bias=False), nn.GroupNorm(width, width)
@@ -101,12 +104,11 @@ class ResidualUNet(MapEncoder):
         self.ups, self.merges = nn.ModuleList(), nn.ModuleList()
         if settings.decoder:
             self.dense_width = widths[0]
-            transposed = (nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 2]
             for fine, coarse, stride in zip(widths, widths[1:], strides, strict=False):
-                self.ups.append(transposed(coarse, fine, stride, stride, bias=False))
+                self.ups.append(UNCONV[dims](coarse, fine, stride, stride, bias=False))
                 self.merges.append(Residual(dims, 2 * fine, fine))
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+            if isinstance(module, (CONV[dims], UNCONV[dims])):
                 nn.init.kaiming_normal_(module.weight, a=SLOPE)
 
     def maps(self, x: Tensor, dense: bool) -> tuple[Sequence[Tensor], Tensor | None]:

@@ -1,0 +1,101 @@
+"""Time and peak memory of an MAE encoder pass at 75 % masking against 0 %: only visible tokens are embedded and encoded.
+
+Forward and backward of the transformer `small` on one channel of 64³ voxels, patches of 8³ (512 tokens). Each arm is a process
+of its own, so that its peak is its own. Prints one JSON line; `ratio` is masked / whole: 0.25 is what tokens alone would give,
+attention pulls it down, weights and their gradients, which no masking spares, up.
+
+    python benchmarks/visible_only.py [--batch 8] [--repeats 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from meristem.modalities.base import Axis
+from meristem.modalities.frame import Frame
+from meristem.modalities.lattice import LatticeTokenizer
+from meristem.modalities.rng import Rng
+from meristem.modalities.stream import LatticeStream
+from meristem.platform.encoders.transformer import TransformerSettings
+from meristem.platform.masked.masking import Random
+
+SIZE, PATCH = (64, 64, 64), (8, 8, 8)
+
+
+def _peak() -> float:
+    """MiB held at most so far: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _median(job: Callable[[], None], repeats: int) -> float:
+    """Milliseconds of a call."""
+    times = []
+    for _ in range(repeats + 1):  # the first warms up
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        job()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return sorted(times[1:])[repeats // 2]
+
+
+def arm(ratio: float, batch: int, repeats: int) -> dict[str, float]:
+    """Figures of one masking ratio; 0: no masking at all."""
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    axes = tuple(Axis(name, "mm", 8.0, 256.0) for name in "zyx")
+    tokenizer = LatticeTokenizer(1, PATCH)
+    encoder = TransformerSettings(size="small").build(tokenizer, axes, 1).to(device)
+    frame = Frame(torch.eye(4).expand(batch, -1, -1), SIZE, torch.ones(batch, 3), ("mm",) * 3).to(device)
+    stream = LatticeStream(torch.randn(batch, 1, *SIZE, device=device), PATCH, frame, torch.arange(batch, device=device))
+    rng = Rng.of(0, torch.arange(batch, device=device))
+    plan = Random(ratio=ratio).plan(stream, rng, tokenizer.mask_unit) if ratio else None
+    embedded = []
+
+    def embed() -> None:
+        fresh = stream.with_array(stream.array)  # nothing cut before is kept
+        embedded.append(encoder.embed(fresh if plan is None else fresh.take(plan.keep)).shape[1])
+
+    def whole() -> None:
+        encoder.zero_grad()
+        encoder(stream.with_array(stream.array), plan).tokens.square().mean().backward()
+
+    before = _peak()
+    embedding, step = _median(embed, repeats), _median(whole, repeats)
+    return {"tokens": embedded[0], "embed_ms": round(embedding, 1), "pass_ms": round(step, 1),
+            "peak_mib": round(_peak() - before, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--arm", type=float, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.arm is not None:
+        print(json.dumps(arm(options.arm, options.batch, options.repeats)))
+        return
+    arms = []
+    for ratio in (0.0, 0.75):
+        given = ["--arm", ratio, "--batch", options.batch, "--repeats", options.repeats]
+        done = subprocess.run([sys.executable, __file__, *map(str, given)], check=True, stdout=subprocess.PIPE, text=True)
+        arms.append(json.loads(done.stdout.splitlines()[-1]))
+    whole, masked = arms
+    print(json.dumps({"benchmark": "visible_only", "batch": options.batch, "whole": whole, "masked": masked,
+                      "ratio": {name: round(masked[name] / whole[name], 3) for name in whole}}))
+
+
+if __name__ == "__main__":
+    main()
