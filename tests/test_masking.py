@@ -194,3 +194,8 @@ def test_what_cannot_be_masked_is_refused_with_the_reason() -> None:
         Random(ratio=0.75).plan(lattice((4, 4)), rng(3), (4, 4))
     with pytest.raises(ValidationError):
         Random(ratio=1.0)
+
+
+def test_a_range_from_high_to_low_is_refused() -> None:
+    with pytest.raises(ValidationError, match="from low to high"):
+        Block(ratio=(0.5, 0.1), corruption="replace")

@@ -41,9 +41,8 @@ def informative(stream: TokenStream) -> Tensor:
     return stream.valid if weight is None else stream.valid & (weight > 0).any(-1)
 
 
-def _rounded(count: Tensor | int, ratio: Tensor | float) -> Tensor:
-    """ratio·count to the nearest integer, in double precision so that every device rounds alike."""
-    return (torch.as_tensor(count, dtype=torch.float64) * ratio + 0.5).floor().long()
+def _rounded(count: int, ratio: float) -> int:
+    return math.floor(count * ratio + 0.5)
 
 
 def _grain(stream: TokenStream, *units: int | tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -110,14 +109,14 @@ class Random(Masking):
         live = informative(stream)
         live_cell = _to_cells(live, cells, grain)
         batch, m = live_cell.shape
-        hide = int(_rounded(m, self.ratio))
+        hide = _rounded(m, self.ratio)
         _feasible(hide, m, self.ratio)
         # rank of each cell: the informative ones first, in random order; then the others, in random order
         draw = rng.uniform("cells", m) + (~live_cell).float()
         order = draw.argsort(dim=1, stable=True)
         rank = torch.zeros_like(order).scatter_(1, order, torch.arange(m, device=order.device).expand(batch, m))
         n_live = live_cell.sum(1, keepdim=True)
-        hide_live = _rounded(n_live, self.ratio)
+        hide_live = (n_live.double() * self.ratio + 0.5).floor().long()  # rounds as `hide` does
         hidden_cell = torch.where(live_cell, rank < hide_live, rank - n_live < hide - hide_live)
         hidden = _to_tokens(hidden_cell, cells, grain)
         return self._finish(hidden, live, (m - hide) * math.prod(grain))
@@ -140,6 +139,8 @@ class Block(Masking):
 
     @model_validator(mode="after")
     def _same_count(self) -> Self:
+        if isinstance(self.ratio, tuple) and self.ratio[0] > self.ratio[1]:
+            raise ValueError(f"ratio: a range goes from low to high, got {list(self.ratio)}")
         if self.corruption == "drop" and (isinstance(self.ratio, tuple) or self.prob < 1):
             raise ValueError("a range of ratios, or prob < 1, hides a different number of tokens in each row, which cannot be "
                              "dropped; set corruption: replace, or one ratio and prob: 1")
@@ -154,11 +155,11 @@ class Block(Masking):
             raise RecipeError("block masking needs tokens on a lattice, and these lie on none", "Use `random` masking.")
         grain, cells = _grain(stream, self.unit, unit)
         m = math.prod(cells)
-        most = int(_rounded(m, self._top))
+        most = _rounded(m, self._top)
         _feasible(most, m, self._top)
         hide = torch.full_like(rng.key, most)
         if isinstance(self.ratio, tuple):
-            hide = _rounded(m, rng.uniform("ratio", low=self.ratio[0], high=self._top).double())
+            hide = (m * rng.uniform("ratio", low=self.ratio[0], high=self._top) + 0.5).floor().long()
         when = self._first_covered(rng, cells, hide)
         order = when.argsort(dim=1, stable=True)
         rank = torch.zeros_like(order).scatter_(1, order, torch.arange(m, device=order.device).expand_as(order))
