@@ -23,11 +23,10 @@ from meristem.platform.training import checkpoint
 from meristem.platform.training.loop import Outcome
 from meristem.platform.training.pretrain import pretrain as _pretrain
 from meristem.tasks import finetune as tuning
-from meristem.tasks import transfer
+from meristem.tasks import pages, transfer
 from meristem.tasks.base import objective
 from meristem.tasks.embedding import embed as _embed
 from meristem.tasks.inspection import inspect
-from meristem.tasks.pages import draw
 
 __all__ = ["check_data", "embed", "evaluate", "finetune", "guess_modality", "predict", "pretrain", "recipe_names", "report",
            "show_recipe"]
@@ -90,13 +89,14 @@ def evaluate(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
     settings = tuning.resolve(task, guess_modality(data), overrides, first)
     found = open_data(Path(data), settings.modality, split, cache, quiet)
     transfer.evaluate(settings, found, Path(out), inits, labels, seeds, protocols, quiet)
-    return draw([Path(out)], Path(out), found, [Path(i) for i in inits if i != tuning.SCRATCH])
+    pages.gather(Path(out), found, [Path(i) for i in inits if i != tuning.SCRATCH])
+    return pages.report([Path(out)], Path(out))
 
 
 def report(directories: Sequence[Pathlike], out: Pathlike | None = None) -> Path:
     """The transfer report of one or several evaluations."""
     paths = [Path(d) for d in directories]
-    return draw(paths, Path(out) if out else paths[0])
+    return pages.report(paths, Path(out) if out else paths[0])
 
 
 def predict(checkpoint_: Pathlike, data: Pathlike, out: Pathlike, *, quiet: bool = False) -> list[Path]:

@@ -70,8 +70,11 @@ def choose(rows: Sequence[Row], labels: str | int | float, seed: int, data: Data
 
 
 def tune(recipe: TaskRecipe, data: Data, rows: Sequence[Row], scope: Scope, init: Path | None, title: str, *,
-         directory: Path | None = None, resume: bool = False, quiet: bool = False) -> Tuned:
-    """Train a task recipe on labelled rows. directory: a run directory to write; None keeps everything in memory."""
+         directory: Path | None = None, log: Path | None = None, resume: bool = False, quiet: bool = False) -> Tuned:
+    """Train a task recipe on labelled rows.
+
+    directory: a run directory to write; None keeps the weights in memory. log: where metrics.jsonl goes then, if anywhere.
+    """
     if not rows:
         raise DataError("label", "there is no labelled training sample for this task", "Check --split and the labels.")
     fabric = launch(recipe.train)
@@ -92,7 +95,7 @@ def tune(recipe: TaskRecipe, data: Data, rows: Sequence[Row], scope: Scope, init
 
     own = {**card(recipe, data, data.identities(rows), "fine-tuned"), "classes": list(scope.values.values()),
            "scored": list(scope.scored), "init": load.dump() if load else None}
-    with Reporter(title, recipe.train.steps, directory if fabric.global_rank == 0 else None, quiet) as reporter:
+    with Reporter(title, recipe.train.steps, (directory or log) if fabric.global_rank == 0 else None, quiet) as reporter:
         outcome = train(recipe, assembly, batches, fabric, reporter, directory=directory, card=own, resume=start)
     trainable = sum(p.numel() for p in assembly.parameters() if p.requires_grad)
     return Tuned(outcome, scope, list(rows), trainable, load)

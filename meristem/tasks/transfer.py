@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,8 +77,8 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
              protocols: Sequence[str], quiet: bool = False) -> Results:
     """Run the grid. Finished cells are kept in `directory`/cells and not run again.
 
-    A seed draws the labelled subjects and trains; all arms share the draw. The label maps of the first seed's fine-tuned cells
-    are kept for the report's pictures.
+    A seed draws the labelled subjects and trains; all arms share the draw. Label maps and logs of the first seed's fine-tuned
+    cells are kept for the report.
     """
     unknown = [p for p in protocols if p not in PROTOCOLS]
     if unknown:
@@ -104,7 +105,7 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
                         cell = Cell.model_validate_json(file.read_text())
                     else:
                         cell = _run(_seeded(recipe, seed), data, arm, protocol, budget, rows, test, scope, seed, title,
-                                    directory / "pictures" / file.stem if seed == 0 else None, quiet)
+                                    directory if seed == 0 else None, quiet)
                         checkpoint.write_text(file, cell.model_dump_json())
                     cells.append(cell)
                     if not quiet:
@@ -116,22 +117,27 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
 
 
 def _run(recipe: TaskRecipe, data: Data, arm: Arm, protocol: str, labels: str, rows: list[Row], test: list[Row], scope: Scope,
-         seed: int, title: str, pictures: Path | None, quiet: bool) -> Cell:
+         seed: int, title: str, keep: Path | None, quiet: bool) -> Cell:
     began = time.perf_counter()
     chosen: dict[str, float] = {}
+    subjects = len({row.subject for row in rows})
+    name = f"{arm.name}, {'all' if labels == 'all' else subjects} labels"
     if protocol == "finetune":
         maps: dict[str, np.ndarray] = {}
-        tuned = tune(recipe, data, rows, scope, arm.init, title, quiet=quiet)
+        with tempfile.TemporaryDirectory() as folder:
+            tuned = tune(recipe, data, rows, scope, arm.init, title, log=Path(folder), quiet=quiet)
+            if keep is not None:
+                (keep / "logs").mkdir(exist_ok=True)
+                shutil.copyfile(Path(folder) / "metrics.jsonl", keep / "logs" / f"fine-tuning {name}.jsonl")
         cases = score(tuned.outcome.assembly, data, test, scope, lambda row, map_: maps.__setitem__(row.case, map_))
         cost = Budget(steps=tuned.outcome.steps, batch=recipe.train.batch, trainable=tuned.trainable,
                       seconds=round(time.perf_counter() - began, 2))
-        if maps and pictures is not None:
-            pictures.parent.mkdir(exist_ok=True)
-            np.savez_compressed(pictures.with_suffix(".npz"), **maps)  # type: ignore[arg-type]
+        if maps and keep is not None:
+            (keep / "pictures").mkdir(exist_ok=True)
+            np.savez_compressed(keep / "pictures" / f"{name}.npz", **maps)  # type: ignore[arg-type]
     else:
         cases, chosen = _probe(recipe, data, arm, protocol, rows, test, scope)
         cost = Budget(steps=0, batch=0, trainable=0, seconds=round(time.perf_counter() - began, 2))
-    subjects = len({row.subject for row in rows})
     return Cell(arm=arm.name, init=arm.hash, protocol=protocol, labels="all" if labels == "all" else subjects,
                 labelled_subjects=subjects, seed=seed, budget=cost, cases=tuple(cases),
                 encoder=next(iter(recipe.dump()["encoder"])), chosen=chosen)
@@ -196,8 +202,3 @@ def reload(run: Path) -> tuple[Assembly, TaskRecipe, Scope]:
     assembly.load_state_dict(checkpoint.read_weights(run))
     return assembly.eval(), recipe, scope
 
-
-def read_records(run: Path) -> list[dict[str, float]]:
-    """The log of a run: one record per line of metrics.jsonl."""
-    file = run / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []

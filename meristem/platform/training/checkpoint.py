@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import shutil
 import zipfile
 from collections.abc import Mapping
@@ -125,7 +126,7 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         return state
-    except (OSError, RuntimeError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, RuntimeError, zipfile.BadZipFile, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{folder.name}/state.pt cannot be read: {error}", "Use an older checkpoint.") from None
 
 
