@@ -5,6 +5,7 @@ Messages name the role of a file, never its path: the caller knows the case's ps
 
 from __future__ import annotations
 
+import gzip
 import math
 import zlib
 from collections.abc import Mapping
@@ -34,9 +35,9 @@ def open_nifti(path: Path, what: str, assume: Literal["identity"] | None, most: 
         bytes_claimed = math.prod(shape) * image.get_data_dtype().itemsize
     except FileNotFoundError:
         raise DataError("unreadable", f"{what} does not exist", "Restore the file, or remove the case.") from None
-    except (EOFError, zlib.error):
-        raise DataError("truncated", f"{what} ends before its header does", "Copy or download it again.") from None
-    except (ImageFileError, HeaderDataError, OSError, ValueError):
+    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error):
+        if _headless(path):
+            raise DataError("truncated", f"{what} ends before its header does", "Copy or download it again.") from None
         raise DataError("unreadable", f"{what} is not a NIfTI file", "Export it again as .nii or .nii.gz.") from None
     if not isinstance(image, nib.Nifti1Image):
         raise DataError("unreadable", f"{what} is not a NIfTI file", "Export it again as .nii or .nii.gz.")
@@ -53,6 +54,17 @@ def open_nifti(path: Path, what: str, assume: Literal["identity"] | None, most: 
         raise DataError("truncated", f"{what} is too small for the {bytes_claimed:,} bytes of voxels its header claims",
                         "Copy or download it again.")
     return image, _affine(image, what, assume)
+
+
+def _headless(path: Path) -> bool:
+    """Whether a file is shorter than a NIfTI-1 header."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return len(file.read(348)) < 348
+    except EOFError:
+        return True
+    except (OSError, zlib.error):
+        return False
 
 
 def _affine(image: Any, what: str, assume: Literal["identity"] | None) -> np.ndarray:
