@@ -101,7 +101,7 @@ class MaskedObjective(Objective):
     def reconstruct(self, step: Step) -> dict[str, Tensor]:
         """Pictures of what the first readout of content makes of the view, as arrays (B, C, *S) of whole tokens.
 
-        original; masked: hidden tokens are 0; prediction: hidden tokens as predicted (a normalised one is given the true
+        original; masked: hidden tokens are NaN; prediction: hidden tokens as predicted (a normalised one is given the true
         token's mean and deviation back), visible ones as they are. Empty when no readout predicts content.
         """
         stream, plan = step.stream(self.settings.encode), step.plan(self.settings.encode)
@@ -114,7 +114,7 @@ class MaskedObjective(Objective):
                 if prediction.index is not None:
                     value = content.scatter(1, prediction.index[..., None].expand_as(value), value)
                 value = torch.where(hidden, value * std + mean, content)
-                pictures = {"original": content, "masked": content.masked_fill(hidden, 0), "prediction": value}
+                pictures = {"original": content, "masked": content.masked_fill(hidden, torch.nan), "prediction": value}
                 return {key: step.assembly.tokenizer.fold(x, stream.lattice) for key, x in pictures.items()}
         return {}
 
