@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import itertools
 import json
+import re
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from meristem.errors import MeristemError
 from meristem.platform.evaluation.leakage import audit
-from meristem.platform.evaluation.results import Budget, Case, Cell, Counts, Dataset, Group, Results, Summary, merge, summarise
+from meristem.platform.evaluation.results import Budget, Case, Cell, Counts, Dataset, Group, Results, Summary, join, summarise
 from meristem.platform.evaluation.statistics import bootstrap, mean_of
+from meristem.platform.report import figures
+from meristem.platform.report.figures import Curve
+from meristem.platform.report.page import write_report
+from meristem.platform.report.pictures import Overlay, Pictures, Reconstruction, pick_cases, pick_slice
 
 CLASSES = ("anterior", "posterior")
 BUDGETS: dict[int | str, int] = {5: 5, 10: 10, "all": 160}
@@ -238,11 +247,292 @@ def test_inconsistent_results_are_refused(study: Results, tmp_path: Path, damage
         Results.load(tmp_path / "nowhere.json")
 
 
-def test_merge_joins_arms_of_one_study_only(study: Results) -> None:
+def test_join_takes_arms_of_one_study_only(study: Results) -> None:
     mae = edited(study, lambda c: c if c.arm != "simclr" else None)
     simclr = edited(study, lambda c: c if c.arm != "mae" else None)  # scratch occurs in both and agrees
-    (joined,) = merge([mae, simclr])
-    assert joined.arms == ["scratch", "mae", "simclr"] and len(joined.cells) == len(study.cells)
+    joined = join(mae, simclr)
+    assert joined is not None and joined.arms == ["scratch", "mae", "simclr"] and len(joined.cells) == len(study.cells)
     other = edited(simclr, lambda c: c.model_copy(update={"cases": c.cases[::-1]}) if c.arm == "scratch" else c)
-    assert len(merge([mae, other])) == 2  # another scratch under the same name: not to be mixed
-    assert len(merge([study, classification()])) == 2
+    assert join(mae, other) is None  # another scratch under the same name: not to be mixed
+    assert join(study, classification()) is None
+
+
+# ---- pictures and curves
+
+def brain(seed: int, shape: tuple[int, int, int] = (36, 48, 32)) -> tuple[np.ndarray, np.ndarray]:
+    """A smooth volume with two bright neighbouring ellipsoids, and their labels."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
+
+    def inside(centre: tuple[float, ...], radius: tuple[float, ...]) -> np.ndarray:
+        return sum(((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radius, strict=True)) < 1
+
+    label = np.zeros(shape, dtype=np.int64)
+    label[inside((0.1, 0.35, 0), (0.35, 0.35, 0.4))] = 1
+    label[inside((0.0, -0.3, 0.05), (0.3, 0.4, 0.35)) & (label == 0)] = 2
+    image = 0.5 + 0.2 * np.sin(3 * grid[0] + seed) * np.cos(4 * grid[1]) + 0.3 * (label > 0) + 0.05 * rng.normal(size=shape)
+    return image, label
+
+
+def pictures() -> Pictures:
+    shown, overlays = [], []
+    for i in range(2):
+        image, label = brain(i)
+        plane = pick_slice(label, (1, 1, 1)).of(image)
+        hidden = np.kron(np.random.default_rng(i).random((6, 6)) < 0.7, np.ones((8, 6))).astype(bool)
+        smooth = np.where(hidden, 0.6 * plane + 0.4 * plane.mean(), plane)
+        shown.append(Reconstruction(plane, np.where(hidden, np.nan, plane), smooth, label="mae"))
+    for rank, shift in (("worst", 4), ("median", 2), ("best", 1)):
+        image, label = brain(7 + shift)
+        cut = pick_slice(label, (1.0, 1.0, 1.2), axis=2)
+        guesses = {arm: cut.of(np.roll(label, by, axis=1)) for arm, by in (("scratch", shift), ("mae", shift // 2))}
+        overlays.append(Overlay(f"case-{shift:03d}", rank, cut.of(image), cut.of(label), guesses,  # type: ignore[arg-type]
+                                {"scratch": 0.7, "mae": 0.8}, cut.aspect))
+    return Pictures(shown, overlays)
+
+
+def curves() -> list[Curve]:
+    def records(seed: int, steps: int, floor: float, lights: bool) -> list[dict[str, float]]:
+        rng = np.random.default_rng(seed)
+        return [{"step": i, "loss": floor + 0.6 * np.exp(-i / steps * 5) + 0.01 * rng.normal(),
+                 "samples_per_s": 110 + rng.normal(), "data_wait": 0.03 + 0.01 * rng.random(),
+                 "lr": 1e-3 * np.cos(i / steps * 1.5), **({"rank": 40 + 20 * i / steps, "std": 0.9, "dims": 192.0} if lights else {})}
+                for i in range(20, steps + 1, max(20, steps // 60))]
+
+    return [Curve("pretraining", "mae", records(0, 5000, 0.31, True)),
+            *(Curve("fine-tuning", arm, records(seed, 1200, floor, False))
+              for arm, floor in (("scratch", 0.3), ("mae", 0.2)) for seed in range(3))]
+
+
+class Page(HTMLParser):
+    """What the tests ask of a page: tags with attributes, tables as text, all text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: list[tuple[str, list[list[str]]]] = []
+        self.text, self._cell, self._open = "", None, []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert self._open == [], f"unclosed: {self._open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self._open.append(tag)
+        if tag == "table":
+            self.tables.append((dict(attrs).get("class") or "", []))
+        if tag == "tr":
+            self.tables[-1][1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][1][-1].append("")
+            self._cell = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+        if tag == self._cell:
+            self._cell = None
+
+    def handle_data(self, data: str) -> None:
+        if self._open[-1:] != ["style"]:
+            self.text += data
+        if self._cell:
+            self.tables[-1][1][-1][-1] += data.strip()
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+    def table(self, kind: str) -> list[list[str]]:
+        return next(rows for name, rows in self.tables if name == kind)
+
+
+@pytest.fixture(scope="module")
+def written(study: Results, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(study, pictures(), curves(), tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def page(written: Path) -> Page:
+    return Page(written)
+
+
+def test_page_needs_nothing_but_itself(page: Page, written: Path) -> None:
+    text = written.read_text()
+    for _, attrs in page.tags:
+        for name in ("src", "srcset", "action", "data", "poster"):
+            assert (attrs.get(name) or "data:").startswith("data:")
+        assert (attrs.get("href") or "#").startswith("#")
+    style = text[text.index("<style>"):text.index("</style>")]
+    assert "url(" not in style and "@import" not in style
+    assert not page.of("script") and not page.of("link") and not page.of("iframe")
+    assert len(text) < 5_000_000
+
+
+def test_drawings_load_nothing(page: Page) -> None:
+    """No reference out of the inlined drawings either; namespaces are names, not addresses to load."""
+    drawings = [src for img in page.of("img") if (src := img["src"] or "").startswith("data:image/svg+xml;base64,")]
+    assert len(drawings) > 8
+    for src in drawings:
+        root = ElementTree.fromstring(base64.b64decode(src.split(",", 1)[1]))
+        for element in root.iter():
+            for name, value in element.attrib.items():
+                if name.endswith(("href", "src")):
+                    assert value.startswith(("#", "data:")), (element.tag, value)
+
+
+def test_page_reads_well_to_machines(page: Page) -> None:
+    for img in page.of("img"):
+        assert len(img["alt"] or "") > 20
+    levels = [int(tag[1]) for tag, _ in page.tags if tag in ("h1", "h2", "h3")]
+    assert levels[0] == 1 and all(b - a <= 1 for a, b in itertools.pairwise(levels))
+    assert ("html", {"lang": "en"}) in page.tags
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+
+
+def test_numbers_on_the_page_are_the_summarys(page: Page, summary: Summary) -> None:
+    rows, labels = {}, ""
+    for row in page.table("arms")[1:]:
+        labels = row[0] or labels
+        rows[labels, row[1]] = row
+    names: dict[int | str, str] = {5: "5", 10: "10", "all": "160 (all)"}
+    assert len(rows) == 9
+    for r in (r for r in summary.rows if r.metric == "dice"):
+        row = rows[names[r.labels], r.arm]
+        assert row[2] == f"{r.mean.value:.3f} [{r.mean.low:.3f}, {r.mean.high:.3f}]"
+        assert r.seed_sd is not None and row[3] == f"{r.seed_sd:.3f}"
+    for c in summary.primary():
+        row = rows[names[c.labels], c.arm]
+        assert [float(x.replace("−", "-")) for x in re.findall(r"[+−][\d.]+", row[4])] == pytest.approx(c.difference, abs=6e-4)
+        assert row[5] == "scratch" and c.p_holm is not None
+        assert row[6] == ("<0.001" if c.p_holm < 0.001 else f"{c.p_holm:.3f}")
+    for sentence in summary.verdict:
+        assert sentence in page.text
+    details = page.table("metrics")
+    column = details[0].index("HD95 (mm), posterior")
+    r = summary.row("mae", "finetune", 10, "hd95")
+    assert r is not None
+    shown = next(row for row in details[1:] if row[:2] == ["10", "mae"])
+    assert shown[column].startswith(f"{r.classes['posterior'].value:.3f} [")
+
+
+def test_everything_asked_for_is_on_the_page_in_order(page: Page) -> None:
+    headings = ["does pretraining help?", "At 5 labelled subjects", "Label efficiency", "Arms compared", "Cases",
+                "Training curves", "Reconstructions", "Segmentations", "Data, split and leakage", "Settings",
+                "Cost and versions", "Limits and intended use"]
+    places = [page.text.index(h) for h in headings]
+    assert places == sorted(places)
+    for words in ("random: 0.75", "2.15.0", "11.2 min on 2 CPU cores", "b31f90ac22d4", "not a medical device", "4,812,300",
+                  "1 unusable file left out"):
+        assert words in page.text
+    assert ["test", "42", "48"] in page.table("facts split")
+    alts = " ".join(img["alt"] or "" for img in page.of("img"))
+    for words in ("effective rank", "share of time waiting", "learning rate", "worst case", "median case", "best case",
+                  "masked", "posterior", "samples per second"):
+        assert words in alts
+    assert "dims" not in alts
+
+
+def test_leakage_is_said_at_the_top_and_in_its_place(page: Page) -> None:
+    top = page.text[:page.text.index("Label efficiency")]
+    assert "simclr: Transductive: 1 subjects" in top
+    assert "mae: Clean" not in top and "Clean:" in page.text
+
+
+def test_json_beside_the_page_holds_the_same(written: Path, study: Results, summary: Summary) -> None:
+    (report,) = json.loads((written.parent / "report.json").read_text())["reports"]
+    assert Results.model_validate(report["results"]) == study
+    assert Summary.model_validate(report["summary"]) == summary
+
+
+def test_markup_in_names_is_text(tmp_path: Path) -> None:
+    small = segmentation(subjects=8, seeds=(0,))
+    odd = edited(small, lambda c: c.model_copy(update={"arm": "<script>x</script>"}) if c.arm == "mae" else None
+                 if c.arm == "simclr" or c.labels != 5 else c)
+    odd = odd.model_copy(update={"cells": tuple(c for c in odd.cells if c.labels == 5), "leakage": {}, "settings": {}})
+    page = Page(write_report(odd, Pictures(), [], tmp_path))
+    assert not page.of("script") and "<script>x</script>" in page.text
+    assert "overlap of pretraining data and test data was not checked" in page.text
+    assert "Only 8 test subjects" in page.text
+    for absent in ("Training curves", "Reconstructions", "Segmentations"):
+        assert absent not in page.text
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_classification_page(tmp_path: Path, classes: int) -> None:
+    results = classification(classes=classes)
+    page = Page(write_report(results, Pictures(), [], tmp_path))
+    report = json.loads((tmp_path / "report.json").read_text())["reports"][0]
+    row = next(r for r in report["summary"]["rows"] if (r["arm"], r["labels"], r["metric"]) == ("dino", 20, "auroc"))
+    alts = [img["alt"] or "" for img in page.of("img")]
+    roc = next(a for a in alts if a.startswith("ROC"))
+    assert f"dino AUROC {row['mean'][0]:.3f} [{row['mean'][1]:.3f}, {row['mean'][2]:.3f}]" in roc
+    assert sum(a.startswith("Confusion matrix") for a in alts) == 2
+    cells = [c for c in results.cells if (c.arm, c.labels) == ("dino", 20)]
+    hits = [np.mean([np.argmax(k.probabilities) == 0 for k in c.cases if k.target == 0]) for c in cells]
+    assert f"Confusion matrix of dino: {np.mean(hits):.0%} of normal recognised" in " ".join(alts)
+    assert any(a.startswith("Calibration") for a in alts)
+    assert "C = 0.1" in page.text and "Unknown:" in page.text
+
+
+def test_several_runs_are_joined_where_they_belong_together(study: Results, tmp_path: Path) -> None:
+    mae = edited(study, lambda c: c if c.arm != "simclr" else None)
+    simclr = edited(study, lambda c: c if c.arm != "mae" else None)
+    other = classification()
+    page = Page(write_report([mae, other, simclr], [Pictures(), Pictures(), pictures()], [[], [], curves()], tmp_path))
+    assert len(page.of("article")) == 2
+    assert {a["href"] for a in page.of("a")} == {"#study-1", "#study-2"}
+    assert {row[1] for row in page.table("arms")[1:]} == {"scratch", "mae", "simclr"}
+    assert len(json.loads((tmp_path / "report.json").read_text())["reports"]) == 2
+
+
+def test_pictures_survive_the_file_and_others_are_refused(tmp_path: Path) -> None:
+    kept = Pictures.load(pictures().save(tmp_path / "pictures.npz"))
+    for a, b in zip(kept.overlays, pictures().overlays, strict=True):
+        assert (a.case, a.rank, a.scores, a.aspect) == (b.case, b.rank, b.scores, b.aspect)
+        assert np.array_equal(a.truth, b.truth) and np.array_equal(a.predictions["mae"], b.predictions["mae"])
+    assert np.array_equal(kept.reconstructions[1].masked, pictures().reconstructions[1].masked, equal_nan=True)
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    with pytest.raises(MeristemError, match="pictures"):
+        Pictures.load(tmp_path / "other.npz")
+
+
+@pytest.mark.parametrize("axis, best, aspect", [(0, 2, 3.0 / 2.0), (1, 4, 3.0 / 1.0), (2, 1, 2.0 / 1.0)])
+def test_slice_of_largest_area_and_anisotropic_spacing(axis: int, best: int, aspect: float) -> None:
+    label = np.zeros((5, 6, 7), int)
+    label[tuple(best if a == axis else slice(1, 4) for a in range(3))] = 1
+    label[tuple(best - 1 if a == axis else 2 for a in range(3))] = 1
+    cut = pick_slice(label, (1.0, 2.0, 3.0), axis)
+    assert (cut.index, cut.aspect) == (best, pytest.approx(aspect))
+    rest = [a for a in range(3) if a != axis]
+    plane = cut.of(np.arange(label.size).reshape(label.shape))
+    assert plane.shape == (label.shape[rest[1]], label.shape[rest[0]])
+    origin = [0, 0, 0]
+    origin[axis] = best
+    assert plane[-1, 0] == np.ravel_multi_index(origin, label.shape)  # the origin lies at the bottom left
+
+
+def test_slice_of_plane_and_of_empty_volume() -> None:
+    flat = np.zeros((4, 9), int)
+    assert pick_slice(flat, (2.0, 1.0)).of(flat) is flat
+    assert pick_slice(np.zeros((4, 5, 6), int), (1, 1, 1)).index == 3
+
+
+def test_overlay_shows_what_differs_and_no_window_hides_a_bad_reconstruction() -> None:
+    image, label = brain(1)
+    cut = pick_slice(label, (1, 1, 1))
+    same = Overlay("case-1", "best", cut.of(image), cut.of(label), {"a": cut.of(label), "b": np.zeros_like(cut.of(label))})
+    ((_, (right, empty)),) = figures.overlays([same], "Dice")
+    assert right.source != empty.source
+    plane = cut.of(image)
+    ((original, _, bad),) = figures.reconstructions([Reconstruction(plane, plane, 3 * plane)])
+    assert original.source != bad.source  # one window for the row: a wrong scale is seen
+
+
+def test_cases_are_picked_by_the_mean_over_arms(study: Results) -> None:
+    picked = pick_cases(study, "finetune", 5)
+    score: dict[str, list[float]] = {}
+    for cell in (c for c in study.cells if c.labels == 5):
+        for case in cell.cases:
+            score.setdefault(case.case, []).append(sum(case.metrics["dice"].values()))
+    order = sorted(score, key=lambda k: np.mean(score[k]))
+    assert picked == {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}

@@ -468,24 +468,11 @@ def _effect(results: Results, c: Comparison, first: bool) -> str:
     return text
 
 
-def merge(several: Sequence[Results]) -> list[Results]:
-    """Results of one task on one manifest become one, so that their arms can be compared; the others stay apart.
+def join(old: Results, new: Results) -> Results | None:
+    """Results of one task on one data set made one, so that their arms can be compared; None where they cannot be.
 
-    Cells that occur in several are kept once if they agree; where they do not, the results stay apart.
+    Cells that occur in both are kept once if they agree; if they disagree, the two are not joined.
     """
-    merged: list[Results] = []
-    for new in several:
-        for i, old in enumerate(merged):
-            joined = _join(old, new)
-            if joined is not None:
-                merged[i] = joined
-                break
-        else:
-            merged.append(new)
-    return merged
-
-
-def _join(old: Results, new: Results) -> Results | None:
     def same(r: Results) -> tuple[object, ...]:
         return r.task, r.kind, r.metric, r.classes, r.dataset, r.unit, r.tolerance
 

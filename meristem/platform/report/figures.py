@@ -1,0 +1,432 @@
+"""The report's figures: matplotlib drawings as data URIs, each with the words that say what it shows.
+
+Every figure is one panel of phone width; the page lays panels side by side where there is room.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+from numpy.typing import NDArray
+
+from meristem.platform.evaluation import metrics
+from meristem.platform.evaluation.results import PROTOCOLS, Group, Labels, Results, Summary, groups, signed
+from meristem.platform.evaluation.statistics import Estimate
+from meristem.platform.report.pictures import Overlay, Reconstruction
+
+Array = NDArray[Any]
+
+BASELINE = ("#6b7280", "#a16207", "#475569")                       # greys: arms from random weights
+PRETRAINED = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")  # Okabe and Ito: told apart by the colour-blind
+CONTOURS = ("#ffd166", "#4cc9f0", "#f78fb3", "#80ed99", "#ff9f1c")   # on grey images, one per class
+STYLE = {"font.family": "sans-serif", "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False,
+         "axes.edgecolor": "#9ca3af", "axes.labelcolor": "#374151", "text.color": "#1f2937", "xtick.color": "#4b5563",
+         "ytick.color": "#4b5563", "axes.grid": True, "grid.color": "#e5e7eb", "grid.linewidth": 0.7, "axes.axisbelow": True,
+         "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titleweight": "bold", "legend.frameon": False,
+         "svg.hashsalt": "meristem", "figure.facecolor": "white", "lines.linewidth": 1.5}
+
+
+_MANY = 300  # points beyond which a cloud is stored as pixels
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One image of the page. source: a data URI. alt: what a reader who cannot see it needs. caption: plain text."""
+
+    source: str
+    alt: str
+    caption: str = ""
+
+
+def draw(paint: Callable[[Axes], None], alt: str, caption: str = "", size: tuple[float, float] = (4.3, 3.1)) -> Plot:
+    """A vector drawing of one axes."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        paint(figure.add_subplot())
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return Plot("data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode(), alt, caption)
+
+
+def palette(results: Results) -> dict[str, str]:
+    """arm -> colour: greys for baselines, hues for pretrained arms."""
+    baselines = [a for a in results.arms if a in results.baselines]
+    pretrained = [a for a in results.arms if a not in results.baselines]
+    return {arm: colours[i % len(colours)] for arms, colours in ((baselines, BASELINE), (pretrained, PRETRAINED))
+            for i, arm in enumerate(arms)}
+
+
+def interval(e: Estimate, sign: bool = False) -> str:
+    """0.812 [0.795, 0.828]."""
+    show = signed if sign else "{:.3f}".format
+    return f"{show(e.value)} [{show(e.low)}, {show(e.high)}]"
+
+
+def metric_label(results: Results, name: str) -> str:
+    label = metrics.LABELS.get(name, name)
+    if name == "hd95":
+        label += f" ({results.unit})"
+    if name == "nsd" and results.tolerance is not None:
+        label += f" at {results.tolerance:g} {results.unit}"
+    return label
+
+
+def _chosen(results: Results, protocol: str, labels: Labels) -> dict[str, Group]:
+    return {a: Group.of(cells, results.classes) for (a, p, n), cells in groups(results).items() if (p, n) == (protocol, labels)}
+
+
+def _probabilities(group: Group) -> Array:
+    assert group.probabilities is not None
+    return group.probabilities
+
+
+def label_efficiency(results: Results, summary: Summary, protocol: str) -> Plot:
+    """The primary metric against the number of labelled subjects: means, intervals, and each seed as a dot."""
+    rows = [r for r in summary.rows if r.protocol == protocol and r.metric == summary.metric]
+    arms = [a for a in results.arms if any(r.arm == a for r in rows)]
+    colours = palette(results)
+    ticks = sorted({r.labelled_subjects: r.labels for r in rows}.items())
+
+    def paint(ax: Axes) -> None:
+        ax.set_xscale("log")
+        for i, arm in enumerate(arms):
+            mine = sorted((r for r in rows if r.arm == arm), key=lambda r: r.labelled_subjects)
+            x = np.array([r.labelled_subjects for r in mine]) * 1.035 ** (i - (len(arms) - 1) / 2)  # no bar hides another
+            mean, low, high = (np.array([r.mean[k] for r in mine]) for k in range(3))
+            ax.errorbar(x, mean, [mean - low, high - mean], color=colours[arm], marker="o", markersize=4.5, capsize=3,
+                        linestyle="--" if arm in results.baselines else "-", label=arm)
+            for place, r in zip(x, mine, strict=True):
+                ax.plot([place] * len(r.seeds), list(r.seeds.values()), ".", color=colours[arm], alpha=0.35, markersize=5)
+        ax.xaxis.set_major_locator(FixedLocator([n for n, _ in ticks]))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xticklabels([f"{n}\n(all)" if labels == "all" else str(n) for n, labels in ticks])
+        ax.set_xlabel("labelled subjects in training")
+        ax.set_ylabel(metric_label(results, summary.metric))
+        ax.legend()
+
+    told = "; ".join(f"{r.arm} at {r.labelled_subjects}: {r.mean.value:.3f}" for r in rows)
+    how = PROTOCOLS.get(protocol, protocol)
+    return draw(paint, f"{metric_label(results, summary.metric)} against labelled subjects, {how}. {told}.",
+                f"{how.capitalize()}. Points: mean over subjects and seeds. Bars: 95 % interval over test subjects. Faint "
+                "dots: single seeds.", size=(5.4, 3.5))
+
+
+def per_class(results: Results, protocol: str, labels: Labels) -> list[Plot]:
+    """For each class, the values of the primary metric over cases (mean over seeds), one box and its points per arm."""
+    made, colours = _chosen(results, protocol, labels), palette(results)
+    plots = []
+    for i, name in enumerate(results.classes):
+        values = {arm: group.values[results.metric][:, i].mean(0) for arm, group in made.items()}
+
+        def paint(ax: Axes, values: Mapping[str, Array] = values, name: str = name) -> None:
+            _boxes(ax, values, colours)
+            ax.set_ylabel(metric_label(results, results.metric))
+            ax.set_title(name)
+
+        told = "; ".join(f"{arm} median {np.median(v):.3f}, lowest {v.min():.3f}" for arm, v in values.items())
+        plots.append(draw(paint, f"Distribution of {metric_label(results, results.metric)} over cases, {name}: {told}."))
+    return plots
+
+
+def true_class(results: Results, protocol: str, labels: Labels) -> list[Plot]:
+    """For each class, the probability given to the true class over its cases (mean over seeds), per arm."""
+    made, colours = _chosen(results, protocol, labels), palette(results)
+    plots = []
+    for i, name in enumerate(results.classes):
+        values = {arm: _probabilities(group)[:, group.target == i, i].mean(0) for arm, group in made.items()}
+        values = {arm: v for arm, v in values.items() if len(v)}
+        if not values:
+            continue
+
+        def paint(ax: Axes, values: Mapping[str, Array] = values, name: str = name) -> None:
+            _boxes(ax, values, colours)
+            ax.set_ylim(-0.02, 1.02)
+            ax.set_ylabel("probability given to the true class")
+            ax.set_title(name)
+
+        told = "; ".join(f"{arm} median {np.median(v):.3f}" for arm, v in values.items())
+        plots.append(draw(paint, f"Probability given to the true class over cases of {name}: {told}."))
+    return plots
+
+
+def _boxes(ax: Axes, values: Mapping[str, Array], colours: Mapping[str, str]) -> None:
+    jitter = np.random.default_rng(0)
+    for i, (arm, v) in enumerate(values.items()):
+        ax.plot(i + jitter.uniform(-0.16, 0.16, len(v)), v, ".", color=colours[arm], alpha=0.45, markersize=4, zorder=2,
+                rasterized=len(v) > _MANY)
+        box = ax.boxplot(v, positions=[i], widths=0.5, showfliers=False, patch_artist=True, manage_ticks=False)
+        for part in (*box["boxes"], *box["whiskers"], *box["caps"], *box["medians"]):
+            part.set_color(colours[arm])
+        for patch in box["boxes"]:
+            patch.set_facecolor("none")
+    ax.set_xticks(range(len(values)), list(values))
+    ax.set_xlim(-0.6, len(values) - 0.4)
+    ax.grid(axis="x", visible=False)
+
+
+def paired(results: Results, summary: Summary, protocol: str, labels: Labels) -> list[Plot]:
+    """Each test subject's own difference to the baseline, in order: how many gain, and whether some lose much."""
+    if results.kind != "segmentation":
+        return []
+    cells = groups(results)
+    colours = palette(results)
+    plots = []
+    for c in (c for c in summary.primary() if (c.protocol, c.labels) == (protocol, labels)):
+        mine, theirs = cells[c.arm, protocol, labels], cells[c.baseline, protocol, labels]
+        seeds = {x.seed for x in mine} & {x.seed for x in theirs}
+        shared = {case.case for case in mine[0].cases}.intersection(*({k.case for k in x.cases} for x in (*mine, *theirs)))
+        a, b = (Group.of([x for x in some if x.seed in seeds], results.classes, shared) for some in (mine, theirs))
+        d = np.sort(a.subject_values(results.metric) - b.subject_values(results.metric))
+        gains = int(((d > 0) if results.higher[results.metric] else (d < 0)).sum())
+
+        def paint(ax: Axes, d: Array = d, c: Any = c) -> None:
+            ax.bar(range(1, len(d) + 1), d, color=colours[c.arm], width=0.8)
+            ax.axhspan(c.difference.low, c.difference.high, color=colours[c.arm], alpha=0.18, linewidth=0)
+            ax.axhline(c.difference.value, color=colours[c.arm], linestyle="--", linewidth=1)
+            ax.axhline(0, color="#374151", linewidth=0.8)
+            ax.set_xlabel("test subjects, in order of difference")
+            ax.set_ylabel(f"difference in {metric_label(results, results.metric)}")
+            ax.set_title(f"{c.arm} − {c.baseline}")
+            ax.grid(axis="x", visible=False)
+
+        plots.append(draw(paint, f"Difference in {metric_label(results, results.metric)} of each test subject, {c.arm} minus "
+                          f"{c.baseline}: {gains} of {len(d)} subjects are better with pretraining; mean "
+                          f"{signed(c.difference.value)}, band its 95 % interval."))
+    return plots
+
+
+# ---- training
+
+@dataclass(frozen=True)
+class Curve:
+    """The records of one run's metrics.jsonl. stage: its heading (pretraining, fine-tuning). arm: for colour and legend."""
+
+    stage: str
+    arm: str
+    records: Sequence[Mapping[str, Any]]
+
+
+AXES = {"lr": "learning rate", "samples_per_s": "samples per second", "data_wait": "share of time waiting for data",
+        "rank": "effective rank of features", "std": "standard deviation of features", "skipped": "skipped steps"}
+_SKIP = {"step", "dims"}
+
+
+def curves(results: Results, several: Sequence[Curve]) -> dict[str, list[Plot]]:
+    """stage -> one panel per quantity that its records hold, against the step; the loss first."""
+    colours = palette(results)
+    found: dict[str, list[Plot]] = {}
+    for stage in dict.fromkeys(c.stage for c in several):
+        mine = [c for c in several if c.stage == stage and c.records]
+        names = dict.fromkeys(k for c in mine for r in c.records for k, v in r.items()
+                              if k not in _SKIP and isinstance(v, int | float) and not isinstance(v, bool))
+        order = sorted(names, key=lambda k: (not k.startswith("loss"), k in AXES, list(names).index(k)))
+        plots = [p for p in (_curve(mine, name, stage, colours) for name in order) if p is not None]
+        if plots:
+            found[stage] = plots
+    return found
+
+
+def _curve(several: Sequence[Curve], name: str, stage: str, colours: Mapping[str, str]) -> Plot | None:
+    lines = []
+    for c in several:
+        points = [(r["step"], r[name]) for r in c.records if "step" in r and isinstance(r.get(name), int | float)]
+        points = [(x, y) for x, y in points if np.isfinite(y)]
+        if points:
+            lines.append((c.arm, np.array(points, dtype=float)))
+    if not lines:
+        return None
+    label = AXES.get(name, name.replace("_", " "))
+    spare = iter(PRETRAINED)
+    shown = {arm: colours.get(arm) or next(spare, "#374151") for arm in dict.fromkeys(arm for arm, _ in lines)}
+
+    def paint(ax: Axes) -> None:
+        labelled = set[str]()
+        for arm, points in lines:
+            ax.plot(points[:, 0], points[:, 1], color=shown[arm], linewidth=1.1, alpha=0.85,
+                    label=None if arm in labelled else arm, marker="." if len(points) == 1 else None)
+            labelled.add(arm)
+        ax.set_xlabel("step")
+        ax.set_title(label)
+        if len(labelled) > 1:
+            ax.legend()
+        if name == "data_wait":
+            ax.set_ylim(0, max(1.0, ax.get_ylim()[1]) if any(p[:, 1].max() > 0.5 for _, p in lines) else 0.5)
+
+    told = "; ".join(f"{arm} from {p[0, 1]:.4g} to {p[-1, 1]:.4g}" for arm, p in lines[:6])
+    return draw(paint, f"{label} over steps, {stage}: {told}{' …' if len(lines) > 6 else ''}.", size=(3.9, 2.6))
+
+
+# ---- classification
+
+def calibration(results: Results, protocol: str, labels: Labels) -> Plot:
+    """Accuracy against confidence in the bins of the calibration error; seeds pooled."""
+    made, colours = _chosen(results, protocol, labels), palette(results)
+    bins = {}
+    for arm, group in made.items():
+        p = _probabilities(group)
+        assert group.target is not None
+        bins[arm] = metrics.reliability(np.tile(group.target, len(p)), p.reshape(-1, p.shape[-1]))
+
+    def paint(ax: Axes) -> None:
+        ax.plot([0, 1], [0, 1], color="#9ca3af", linewidth=1, linestyle=":")
+        for arm, found in bins.items():
+            x, y, n = map(np.array, zip(*found, strict=True))
+            ax.plot(x, y, color=colours[arm], linewidth=1.1, label=arm)
+            ax.scatter(x, y, s=6 + 90 * n / n.sum(), color=colours[arm], alpha=0.6, linewidth=0)
+        ax.set_xlim(max(0.0, 1 / len(results.classes) - 0.05), 1.02)
+        ax.set_ylim(-0.02, 1.04)
+        ax.set_xlabel("confidence (largest probability)")
+        ax.set_ylabel("accuracy")
+        ax.set_title("calibration")
+        ax.legend(loc="upper left")
+
+    told = "; ".join(f"{arm}: {len(b)} bins, accuracy {b[-1][1]:.2f} at confidence {b[-1][0]:.2f}" for arm, b in bins.items())
+    return draw(paint, f"Calibration, accuracy against confidence: {told}.",
+                f"{metrics.BINS} bins of equal width. Dot area: share of cases. Dotted: perfect calibration. Seeds pooled.")
+
+
+def roc(results: Results, summary: Summary, protocol: str, labels: Labels, replicates: int = 500) -> Plot:
+    """ROC curve, mean over seeds, with a pointwise 95 % band over subjects; several classes: macro, one against the rest."""
+    made, colours = _chosen(results, protocol, labels), palette(results)
+    grid = np.linspace(0, 1, 101)
+    bands = {arm: _roc_band(group, grid, replicates) for arm, group in made.items()}
+    areas = {arm: interval(row.mean) for arm in made if (row := summary.row(arm, protocol, labels, "auroc"))}
+
+    def paint(ax: Axes) -> None:
+        ax.plot([0, 1], [0, 1], color="#9ca3af", linewidth=1, linestyle=":")
+        for arm, (mean, low, high) in bands.items():
+            ax.fill_between(grid, low, high, color=colours[arm], alpha=0.16, linewidth=0)
+            ax.plot(grid, mean, color=colours[arm], label=f"{arm} {areas[arm]}")
+        ax.set_xlabel("false positive rate")
+        ax.set_ylabel("true positive rate")
+        ax.set_title("ROC" if len(results.classes) == 2 else "ROC, mean over classes (one against the rest)")
+        ax.set_xlim(-0.01, 1.01)
+        ax.set_ylim(-0.01, 1.02)
+        ax.legend(loc="lower right")
+
+    told = "; ".join(f"{arm} AUROC {areas[arm]}, true positive rate {mean[10]:.2f} at 10 % false positives"
+                     for arm, (mean, _, _) in bands.items())
+    return draw(paint, f"ROC curves: {told}.", "Mean over seeds; band: pointwise 95 % interval over test subjects; "
+                "in the legend the AUROC with its interval.")
+
+
+def _roc_band(group: Group, grid: Array, replicates: int) -> tuple[Array, Array, Array]:
+    target, p = group.target, _probabilities(group)
+    assert target is not None
+    classes = [1] if p.shape[-1] == 2 else [c for c in range(p.shape[-1]) if (target == c).any()]
+    weights = np.random.default_rng(0).multinomial(len(group.subjects), np.full(len(group.subjects), 1 / len(group.subjects)),
+                                                   size=replicates)[:, group.owner].astype(float)
+    weights = np.concatenate([np.ones((1, len(target))), weights])
+    curves = np.zeros((len(weights), len(grid)))
+    for seed in p:
+        for c in classes:
+            order = np.argsort(-seed[:, c], kind="stable")
+            last = np.append(np.diff(seed[order, c]) != 0, True)  # ties move together
+            plus, minus = (np.cumsum(weights[:, order] * (side[order]), 1)[:, last] for side in (target == c, target != c))
+            for i in range(len(weights)):
+                if plus[i, -1] and minus[i, -1]:
+                    curves[i] += np.interp(grid, np.append(0, minus[i] / minus[i, -1]), np.append(0, plus[i] / plus[i, -1]))
+    curves /= len(p) * len(classes)
+    low, high = np.quantile(curves[1:], [0.025, 0.975], axis=0)
+    return curves[0], low, high
+
+
+def confusion(results: Results, protocol: str, labels: Labels) -> list[Plot]:
+    """Counts of truth against prediction per arm, mean over seeds, shaded by the share of the true class."""
+    plots = []
+    for arm, group in _chosen(results, protocol, labels).items():
+        assert group.target is not None
+        tables = [metrics.confusion(group.target, seed.argmax(-1), len(results.classes)) for seed in _probabilities(group)]
+        table = np.mean(tables, axis=0)
+        share = table / np.maximum(table.sum(1, keepdims=True), 1)
+
+        def paint(ax: Axes, table: Array = table, share: Array = share, arm: str = arm) -> None:
+            ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+            for i, j in np.ndindex(*table.shape):
+                ax.text(j, i, f"{table[i, j]:.1f}\n{share[i, j]:.0%}", ha="center", va="center",
+                        color="white" if share[i, j] > 0.55 else "#1f2937")
+            ax.set_xticks(range(len(table)), results.classes)
+            ax.set_yticks(range(len(table)), results.classes, rotation=90, va="center")
+            ax.set_xlabel("predicted")
+            ax.set_ylabel("true")
+            ax.set_title(f"confusion, {arm}")
+            ax.grid(visible=False)
+
+        told = "; ".join(f"{share[i, i]:.0%} of {name} recognised" for i, name in enumerate(results.classes))
+        plots.append(draw(paint, f"Confusion matrix of {arm}: {told}.", size=(3.4, 3.2)))
+    return plots
+
+
+# ---- pictures
+
+def raster(image: Array, aspect: float, caption: str, alt: str, truth: Array | None = None, prediction: Array | None = None,
+           classes: Sequence[int] = (), limits: tuple[float, float] | None = None) -> Plot:
+    """A slice (H, W) or (H, W, 3) as a PNG; NaN is light grey. Contours: truth thin and white-edged, prediction in colour."""
+    height, width = image.shape[0] * aspect, image.shape[1]
+    longest = max(height, width)
+    size = (2.1 * width / longest, 2.1 * height / longest)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size, dpi=170)
+        ax = figure.add_axes((0, 0, 1, 1))
+        ax.axis("off")
+        low, high = limits or _limits(image)
+        if image.ndim == 3:
+            shown = np.clip((image - low) / max(high - low, 1e-12), 0, 1)
+            ax.imshow(np.where(np.isnan(shown), 0.82, shown), aspect=aspect)
+        else:
+            known = mpl.colormaps["gray"](np.clip((np.nan_to_num(image) - low) / max(high - low, 1e-12), 0, 1))
+            ax.imshow(np.where(np.isnan(image)[..., None], mpl.colors.to_rgba("#c9ced6"), known), aspect=aspect)
+        for i, value in enumerate(classes):
+            if truth is not None and (truth == value).any():
+                ax.contour(truth == value, [0.5], colors="white", linewidths=1.6)
+                ax.contour(truth == value, [0.5], colors="#111827", linewidths=0.8, linestyles="dashed")
+            if prediction is not None and (prediction == value).any():
+                ax.contour(prediction == value, [0.5], colors=CONTOURS[i % len(CONTOURS)], linewidths=1.5)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    return Plot("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), alt, caption)
+
+
+def _limits(image: Array) -> tuple[float, float]:
+    """Display window: the 0.5th to the 99.5th percentile of what is known."""
+    known = image[np.isfinite(image)]
+    if not known.size:
+        return 0.0, 1.0
+    low, high = np.percentile(known, [0.5, 99.5])
+    return float(low), float(high) if high > low else float(low) + 1.0
+
+
+def reconstructions(several: Iterable[Reconstruction]) -> list[list[Plot]]:
+    """Rows of original, masked, reconstruction, in one display window per row."""
+    rows = []
+    for i, r in enumerate(several, 1):
+        window = _limits(r.original)
+        parts = (("original", r.original), ("masked", r.masked), ("reconstruction", r.reconstruction))
+        title = f"Example {i}, {r.label}" if r.label else f"Example {i}"
+        rows.append([raster(image, r.aspect, name, f"{title}: {name}", limits=window) for name, image in parts])
+    return rows
+
+
+def overlays(several: Iterable[Overlay], metric: str) -> list[tuple[str, list[Plot]]]:
+    """(heading, panels) per case: the same slice once per arm, with the contours of the truth and of the prediction."""
+    rows = []
+    for o in several:
+        values = [int(v) for v in np.unique(o.truth) if v] or [1]
+        values = sorted({*values, *(int(v) for p in o.predictions.values() for v in np.unique(p) if v)})
+        panels = []
+        for arm, prediction in o.predictions.items():
+            score = o.scores.get(arm)
+            text = f"{arm}, {metric} {score:.3f}" if score is not None else arm
+            panels.append(raster(o.image, o.aspect, text, f"{o.rank} case {o.case}, {text}: contours of truth and prediction",
+                                 o.truth, prediction, values))
+        rows.append((f"{o.rank} case", panels))
+    return rows

@@ -1,0 +1,220 @@
+"""The transfer report: one self-contained HTML page and the same numbers as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from meristem.platform.evaluation.metrics import LABELS
+from meristem.platform.evaluation.results import PROTOCOLS, Labels, Results, Row, Summary, dump, groups, join, signed, summarise
+from meristem.platform.report import figures
+from meristem.platform.report.figures import Curve, Plot, interval, metric_label
+from meristem.platform.report.pictures import Pictures
+
+NAME = "report.html"
+Parts = tuple[Results, Pictures, Sequence[Curve]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the table of arms, all text."""
+
+    labels: str
+    arm: str
+    baseline: bool
+    mean: str
+    spread: str
+    differences: tuple[tuple[str, str, str], ...]  # baseline, difference, corrected p
+
+
+class Study:
+    """One task on one data set, as the template reads it."""
+
+    def __init__(self, results: Results, pictures: Pictures, curves: Sequence[Curve]) -> None:
+        self.results, self.pictures, self.records = results, pictures, curves
+        self.summary: Summary = summarise(results)
+        self.protocol, self.labels = _headline(results, self.summary)
+
+    @property
+    def metric(self) -> str:
+        return metric_label(self.results, self.results.metric)
+
+    @cached_property
+    def colours(self) -> dict[str, str]:
+        return figures.palette(self.results)
+
+    @property
+    def at(self) -> str:
+        n = next(c.labelled_subjects for c in self.results.cells if (c.protocol, c.labels) == (self.protocol, self.labels))
+        return f"{PROTOCOLS.get(self.protocol, self.protocol)}, {n} labelled subjects"
+
+    @property
+    def doubts(self) -> list[str]:
+        """What a reader must know before believing the verdict."""
+        found = [f"{arm}: {audit.sentence}" for arm, audit in self.results.leakage.items() if audit.verdict != "clean"]
+        unchecked = [a for a in self.results.arms if a not in self.results.leakage and a not in self.results.baselines]
+        if unchecked:
+            found.append(f"{', '.join(unchecked)}: overlap of pretraining data and test data was not checked.")
+        return [*found, *self.summary.warnings]
+
+    @property
+    def protocols(self) -> list[str]:
+        return list(dict.fromkeys(r.protocol for r in self.summary.rows))
+
+    @cached_property
+    def efficiency(self) -> list[Plot]:
+        return [figures.label_efficiency(self.results, self.summary, p) for p in self.protocols]
+
+    def lines(self, protocol: str) -> list[Line]:
+        """The table of arms of one protocol, in the primary metric."""
+        lines = []
+        for row in self.summary.rows:
+            if (row.protocol, row.metric) != (protocol, self.summary.metric):
+                continue
+            against = tuple((c.baseline, interval(c.difference, sign=True), p_value(c.p_holm)) for c in self.summary.primary()
+                            if (c.arm, c.protocol, c.labels) == (row.arm, protocol, row.labels))
+            lines.append(Line(_labels(row), row.arm, row.arm in self.results.baselines, interval(row.mean),
+                              "–" if row.seed_sd is None else f"{row.seed_sd:.3f}", against))
+        return lines
+
+    def details(self, protocol: str) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+        """Heads and rows (labels, arm, values) of every metric and of every class."""
+        rows = [r for r in self.summary.rows if r.protocol == protocol]
+        columns = list(dict.fromkeys((r.metric, c) for r in rows for c in ("", *r.classes)))
+        heads = [f"{metric_label(self.results, m)}{f', {c}' if c else ''}" for m, c in columns]
+        table = []
+        for arm, labels in dict.fromkeys((r.arm, r.labels) for r in rows):
+            mine = {r.metric: r for r in rows if (r.arm, r.labels) == (arm, labels)}
+            first = next(iter(mine.values()))
+            values = [interval(mine[m].classes[c] if c else mine[m].mean) if m in mine else "–" for m, c in columns]
+            table.append((_labels(first), arm, values))
+        return heads, table
+
+    @cached_property
+    def distributions(self) -> list[Plot]:
+        if self.results.kind == "classification":
+            return figures.true_class(self.results, self.protocol, self.labels)
+        return [*figures.per_class(self.results, self.protocol, self.labels),
+                *figures.paired(self.results, self.summary, self.protocol, self.labels)]
+
+    @cached_property
+    def diagnostics(self) -> list[Plot]:
+        if self.results.kind != "classification":
+            return []
+        at = self.protocol, self.labels
+        return [figures.roc(self.results, self.summary, *at), figures.calibration(self.results, *at),
+                *figures.confusion(self.results, *at)]
+
+    @cached_property
+    def curves(self) -> dict[str, list[Plot]]:
+        return figures.curves(self.results, self.records)
+
+    @cached_property
+    def reconstructions(self) -> list[list[Plot]]:
+        return figures.reconstructions(self.pictures.reconstructions)
+
+    @cached_property
+    def overlays(self) -> list[tuple[str, list[Plot]]]:
+        return figures.overlays(self.pictures.overlays, LABELS.get(self.results.metric, self.results.metric))
+
+    @property
+    def contour_colours(self) -> list[tuple[str, str]]:
+        return list(zip(self.results.classes, figures.CONTOURS, strict=False)) if self.results.kind == "segmentation" else []
+
+    @property
+    def budgets(self) -> list[tuple[str, ...]]:
+        """arm, protocol, labels, encoder, steps, batch, trainable parameters, seconds a run, what was chosen on validation."""
+        table: list[tuple[str, ...]] = []
+        for (arm, protocol, labels), cells in groups(self.results).items():
+            c, b = cells[0], cells[0].budget
+            seconds = sum(x.budget.seconds for x in cells) / len(cells)
+            values = {k: sorted({x.chosen[k] for x in cells if k in x.chosen}) for k in c.chosen}
+            chosen = "; ".join(f"{k} = {', '.join(f'{v:g}' for v in found)}" for k, found in values.items())
+            table.append((arm, PROTOCOLS.get(protocol, protocol), "all" if labels == "all" else str(labels), c.encoder or "–",
+                          f"{b.steps:,}", f"{b.batch:,}", f"{b.trainable:,}", f"{seconds:,.0f}", chosen or "–"))
+        return table
+
+    @property
+    def cost(self) -> dict[str, str]:
+        runs = len(self.results.cells)
+        seconds = sum(c.budget.seconds for c in self.results.cells)
+        return {**{k: str(v) for k, v in self.results.cost.items()},
+                "training and testing of all cells": f"{runs} runs, {seconds / 60:,.1f} min in total"}
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return {name: yaml.safe_dump(_plain(value), sort_keys=False, allow_unicode=True).rstrip()
+                for name, value in self.results.settings.items()}
+
+    @property
+    def cards(self) -> dict[str, dict[str, str]]:
+        return {arm: {k: v if isinstance(v, str) else yaml.safe_dump(_plain(v), default_flow_style=True, width=10_000,
+                                                                     allow_unicode=True).removesuffix("...\n").strip()
+                      for k, v in card.items()} for arm, card in self.results.pretraining.items()}
+
+    @property
+    def subjects(self) -> int:
+        return max(r.subjects for r in self.summary.rows)
+
+
+def p_value(p: float | None) -> str:
+    """0.012, <0.001, – when there is none."""
+    if p is None:
+        return "–"
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _labels(row: Row) -> str:
+    return f"{row.labelled_subjects} (all)" if row.labels == "all" else str(row.labelled_subjects)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples and the like as YAML knows them."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _headline(results: Results, summary: Summary) -> tuple[str, Labels]:
+    """Where labels are scarcest, in the first protocol compared: what the detailed figures are drawn for."""
+    found = [(c.protocol, c.labels) for c in summary.primary()] or [(r.protocol, r.labels) for r in summary.rows]
+    numbers = [labels for protocol, labels in found if protocol == found[0][0] and labels != "all"]
+    return found[0][0], min(numbers) if numbers else "all"
+
+
+def write_report(results: Results | Sequence[Results], pictures: Pictures | Sequence[Pictures],
+                 curves: Sequence[Curve] | Sequence[Sequence[Curve]], out_dir: Path) -> Path:
+    """Write `report.html` and `report.json` into `out_dir`; returns the page's path.
+
+    One Results with its pictures and curves, or sequences of each, one per run: runs of one task on one data set are joined so
+    that their arms are compared, others follow one another on the page.
+    """
+    if isinstance(results, Results):
+        given = [cast(Parts, (results, pictures, curves))]
+    else:
+        given = [cast(Parts, parts) for parts in zip(results, cast(Sequence[Pictures], pictures), curves, strict=True)]
+    joined: list[Parts] = []
+    for r, p, c in given:
+        for i, (old, shown, drawn) in enumerate(joined):
+            both = join(old, r)
+            if both is not None:
+                more = Pictures([*shown.reconstructions, *p.reconstructions], [*shown.overlays, *p.overlays])
+                joined[i] = both, more, [*drawn, *c]
+                break
+        else:
+            joined.append((r, p, c))
+    studies = [Study(*parts) for parts in joined]
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+                              trim_blocks=True, lstrip_blocks=True)
+    environment.filters["signed"] = signed
+    out_dir.mkdir(parents=True, exist_ok=True)
+    page = out_dir / NAME
+    page.write_text(environment.get_template(NAME).render(studies=studies, protocol_names=PROTOCOLS), encoding="utf-8")
+    (out_dir / "report.json").write_text(dump([s.results for s in studies], [s.summary for s in studies]) + "\n")
+    return page
