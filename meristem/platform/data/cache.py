@@ -37,7 +37,7 @@ from meristem.platform.data.manifest import Manifest, Problem, Row, pseudonym, s
 
 LAYOUT = 1  # of the files in a cache; another number, another folder
 LARGE = 4 << 20  # bytes above which a sample gets a chunked file: below, reading it raw is cheaper than opening one
-CHUNK, BLOCK = 1 << 18, 1 << 15  # elements (64³, 32³): a 64³ crop touches few chunks and unpacks only the blocks it needs
+CHUNK, BLOCK = 1 << 18, 1 << 15  # elements (64³, 32³): a crop unpacks only the blocks it touches
 SHARD_BYTES, SHARD_SECONDS = 64 << 20, 30.0  # an interruption loses at most this much work on small samples
 HANDLES = 64  # chunked files one process keeps open
 FREE = 0.05  # share of the disk that is left free
@@ -405,6 +405,7 @@ def _write_index(path: Path, entries: Sequence[Entry]) -> None:
 
 
 def _write_chunked(path: Path, x: np.ndarray, dims: int) -> None:
+    """LZ4: measured, a crop comes twice as fast as with ZSTD, for a sixth more space."""
     lead = (1,) * (x.ndim - dims)  # the channel axis, where there is one
 
     def tile(elements: int) -> tuple[int, ...]:
@@ -413,7 +414,7 @@ def _write_chunked(path: Path, x: np.ndarray, dims: int) -> None:
 
     temporary = path.with_name(f".{secrets.token_hex(4)}-{path.name}")
     blosc2.asarray(x, urlpath=str(temporary), mode="w", chunks=tile(CHUNK), blocks=tile(BLOCK),
-                   cparams={"codec": blosc2.Codec.ZSTD, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1})
+                   cparams={"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1})
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
