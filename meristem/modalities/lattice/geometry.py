@@ -68,14 +68,11 @@ def grid(matrix: Tensor, displacement: Tensor | None, size: tuple[int, ...], sha
     """The sampling grid (B, *size, D) of `torch.nn.functional.grid_sample` for index maps (B, D+1, D+1)."""
     dims, device = len(size), matrix.device
 
-    def normal(extent: tuple[int, ...]) -> Tensor:
-        """Index -> [-1, 1] with voxel edges at ±1."""
-        n = torch.tensor([float(e) for e in extent], device=device)
-        m = torch.diag(torch.cat([2 / n, n.new_ones(1)]))
-        m[:dims, dims] = 1 / n - 1
-        return m
-
-    theta = (normal(shape) @ matrix @ torch.linalg.inv(normal(size)))[:, :dims]
+    n, m = (torch.tensor([float(e) for e in extent], device=device) for extent in (size, shape))
+    # voxel edges lie at ±1: index i of n is at (2 i + 1) / n − 1
+    linear = matrix[:, :dims, :dims] * n / m[:, None]
+    origin = (2 * (matrix[:, :dims, :dims] @ ((n - 1) / 2) + matrix[:, :dims, dims]) + 1) / m - 1
+    theta = torch.cat([linear, origin[:, :, None]], 2)
     turned = torch.cat([theta[:, :, :dims].flip(2), theta[:, :, dims:]], 2).flip(1)  # grid_sample counts axes from the last
     points = F.affine_grid(turned, [len(matrix), 1, *size], align_corners=False)
     if displacement is not None:

@@ -101,7 +101,7 @@ class Lattice:
         rows = _active(params, len(view))
         view = self._deform(replace(view, array=x), settings, rows)
         x = view.array
-        touched = torch.cat([rows[name] for name in SPANNED if name in rows] or [torch.empty(0, dtype=torch.long)]).unique()
+        touched = rows["spanned"]
         if len(touched):
             black, white = (params[name][touched][each] for name in ("black", "white"))
             span = torch.where(white > black, white - black, torch.ones_like(black))
@@ -179,9 +179,10 @@ def _active(params: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
         exact = ~flags["warped"] if warps else True
         flags |= {f"flip{axis}": (on > 0) & exact for axis, on in enumerate(params["flip"].unbind(1))}
     if not flags:
-        return {"warped": torch.empty(0, dtype=torch.long)}
+        return dict.fromkeys(("warped", "spanned"), torch.empty(0, dtype=torch.long))
     device = next(iter(flags.values())).device
-    on = torch.stack(list(flags.values())).cpu()
-    rows = {name: row.nonzero()[:, 0].to(device, non_blocking=True) for name, row in zip(flags, on, strict=True)}
-    rows.setdefault("warped", torch.empty(0, dtype=torch.long, device=device))
-    return rows
+    on = dict(zip(flags, torch.stack(list(flags.values())).cpu(), strict=True))
+    nothing = torch.zeros(batch, dtype=torch.bool)
+    on.setdefault("warped", nothing)
+    on["spanned"] = torch.stack([nothing, *(on[name] for name in SPANNED if name in on)]).any(0)
+    return {name: row.nonzero()[:, 0].to(device, non_blocking=True) for name, row in on.items()}
