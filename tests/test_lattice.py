@@ -301,6 +301,15 @@ def test_labels_follow_their_picture() -> None:
     assert ((result.array[:, 0] / 50 - labels).abs() < 0.51).float().mean() > 0.98  # linear and nearest part at borders only
 
 
+def test_unknown_labels_stay_unknown() -> None:
+    o = options((10, 10), affine={"shift": 6.0, "zoom": (0.5, 0.5)})
+    made = view(np.zeros((1, 10, 10), np.uint8), header(10, 10), o, 2, np.ones((10, 10), np.uint8))
+    made.fields["mask"][1] = -1
+    labels = lattice(2).augment(made, o).fields["mask"]
+    assert set(labels[0].unique().tolist()) == {0, 1}
+    assert (labels[1] == -1).all()
+
+
 def test_elastic_moves_by_no_more_than_its_amplitude() -> None:
     head = header(20, 20)
     head = replace(head, shape=(2, 20, 20), scale=(1.0, 1.0), offset=(0.0, 0.0), pad=(0.0, 0.0))

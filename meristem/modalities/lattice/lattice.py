@@ -148,9 +148,11 @@ class Lattice:
             array, weight = array.clone(), torch.ones_like(array[:, :1]) if weight is None else weight.clone()
             array[warped], weight[warped] = sampled[:, :-1] + pad, sampled[:, -1:]
             for name, x in view.fields.items():
-                labels = geometry.sample(x[warped][:, None].float(), points, "nearest")[:, 0]
+                labels = x[warped][:, None].float()
+                around = labels.flatten(1).amin(1).clamp(max=0).reshape(-1, 1, *[1] * len(size))  # -1 where none are known
+                labels = geometry.sample(labels - around, points, "nearest") + around
                 fields[name] = fields[name].clone()
-                fields[name][warped] = labels.to(x.dtype)
+                fields[name][warped] = labels[:, 0].to(x.dtype)
         return replace(view, array=array, fields=fields, weight=weight, frame=frame)
 
     def tokenizer(self) -> LatticeTokenizer:
