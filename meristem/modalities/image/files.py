@@ -22,9 +22,9 @@ from meristem.errors import DataError
 from meristem.modalities.image import packed
 from meristem.modalities.image.raster import Raster, check_size, dtype_limits
 
-FORMATS = ("PNG", "JPEG", "BMP", TiffImagePlugin.TiffImageFile.format)  # Pillow's other plugins stay shut
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", TiffImagePlugin.TiffImageFile.format)  # Pillow's other plugins stay shut
 PNG, JPEG, TIFF = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-MAGIC = (PNG, JPEG, b"BM", *TIFF)
+MAGIC = (PNG, JPEG, b"BM", b"GIF8", *TIFF)
 MILLIMETRE = {"mm": 1.0, "cm": 10.0, "um": 1e-3, "µm": 1e-3, "μm": 1e-3, "\\u00b5m": 1e-3, "micron": 1e-3, "microns": 1e-3,
               "nm": 1e-6}
 AGAIN = "Copy or export the file again."

@@ -17,8 +17,8 @@ from meristem.errors import DataError
 from meristem.modalities.base import Axis, Header, Sample, Settings
 from meristem.modalities.image.files import decode, decode_labels
 from meristem.modalities.image.raster import Raster, dtype_limits
-from meristem.modalities.image.storage import anchors, to_integers
-from meristem.modalities.lattice import Lattice, LatticeOptions
+from meristem.modalities.image.storage import to_integers
+from meristem.modalities.lattice import Lattice, LatticeOptions, LatticeViewOptions, anchors
 
 IMAGENET = {1: ((0.449,), (0.226,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}  # one channel: the three's mean
 ENCODING = ("slope", "intercept", "limits", "inverted", "spacing")
@@ -68,6 +68,12 @@ class ImageOptions(LatticeOptions):
         return self
 
 
+class ImageViewOptions(LatticeViewOptions):
+    """One view of an image; see `LatticeViewOptions`."""
+
+    size: tuple[int, int]
+
+
 class Image(Lattice):
     """PNG, JPEG, TIFF, BMP, single DICOM frames, and rows of packed arrays (`file.npz#train_images/17`).
 
@@ -78,6 +84,7 @@ class Image(Lattice):
     name = "image"
     suffixes = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm")
     Options = ImageOptions
+    ViewOptions = ImageViewOptions
     options: ImageOptions
 
     def __init__(self, options: ImageOptions) -> None:

@@ -1,4 +1,4 @@
-"""Numbers of any type as the cache's small integers, and places of labelled pixels."""
+"""Numbers of any type as the cache's small integers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import numpy as np
 
 from meristem.errors import DataError
 
-ANCHORS = 64  # as `Header` promises
 LEVELS = 65535
 
 
@@ -30,14 +29,3 @@ def to_integers(array: np.ndarray) -> tuple[np.ndarray, float, float]:
         raise DataError("range", f"a few values are so far out ({low:.3g} to {high:.3g}) that 16 bits cannot hold the others",
                         "Clip the image before, or set modality.image.normalise.window.")
     return np.rint((array.astype(np.float64) - low) / step - 32768).astype(np.int16), step, float(low) + 32768 * step
-
-
-def anchors(mask: np.ndarray) -> tuple[tuple[int, ...], ...]:
-    """Up to 64 places of labelled (> 0) elements, as many of each class, spread over its raster order."""
-    classes = [c for c in np.unique(mask) if c > 0]
-    places: list[tuple[int, ...]] = []
-    for c in classes:
-        flat = np.flatnonzero(mask == c)
-        chosen = flat[np.linspace(0, len(flat) - 1, min(len(flat), max(ANCHORS // len(classes), 1))).astype(int)]
-        places += [tuple(int(i) for i in np.unravel_index(f, mask.shape)) for f in chosen]
-    return tuple(places[:ANCHORS])
