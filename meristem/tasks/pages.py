@@ -125,7 +125,6 @@ def reconstructions(init: Path, data: Data) -> list[Reconstruction]:
         return []
     found: list[Reconstruction] = []
     for original, hidden, filled in zip(*(drawn[k].float().numpy() for k in ("original", "masked", "prediction")), strict=True):
-        hidden = np.where((hidden == 0) & (original != 0), np.nan, hidden)
         plane = pick_slice(np.zeros(original.shape[1:], np.uint8), data.cache.header(rows[len(found)].index).spacing)
         if original.ndim == 3:
             plane = Slice(None, 0, 1.0)

@@ -59,7 +59,7 @@ def launch(settings: TrainSettings, accelerator: str = "auto") -> Fabric:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     strategy: Any = DDPStrategy(find_unused_parameters=True) if world > 1 else "auto"  # a mask token may go unused
     fabric = Fabric(accelerator=accelerator, devices=local, num_nodes=world // local, strategy=strategy,
-                    precision=precision)  # type: ignore[arg-type]
+                    precision=precision)
     fabric.launch()
     return fabric
 

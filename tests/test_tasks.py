@@ -1,0 +1,196 @@
+"""Task heads, fine-tuning and transfer evaluation, on made data."""
+
+from __future__ import annotations
+
+import csv
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import meristem
+from meristem.errors import MeristemError, RecipeError
+from meristem.platform.data.source import open_data
+from meristem.platform.evaluation.results import Results
+from meristem.tasks.base import TaskRecipe, normalised, objective
+from meristem.tasks.finetune import choose, resolve
+from meristem.tasks.inspection import inspect, noise
+
+UNET = ["encoder={unet: {widths: [8, 16], blocks: [1, 1]}}", "views.x.size=[16,16,16]"]
+VIT = ["encoder={transformer: {width: 24, depth: 3, heads: 2}}", "views.x.size=[16,16,16]", "modality.volume.patch=[4,4,4]"]
+QUICK = ["train.workers=0", "train.batch=2", "train.log_every=5", "train.precision=fp32"]
+
+
+@pytest.mark.parametrize("changes", [UNET, VIT, [*VIT, "task.segmentation.decoder=light"],
+                                     [*VIT, "modality.volume.patch=[8,4,2]"],
+                                     ["encoder={segresnet: {width: 8}}", "views.x.size=[16,16,16]"],
+                                     ["encoder={swin: {width: 12}}", "views.x.size=[32,32,32]"]],
+                         ids=["dense", "unetr", "light", "unetr anisotropic", "segresnet", "swin"])
+def test_a_decoder_gives_a_logit_for_every_voxel_and_trains_the_encoder(changes: list[str]) -> None:
+    recipe = resolve("segmentation", "volume", changes)
+    assembly = recipe.assemble(3)
+    batch = noise(recipe)
+    (loss,) = assembly(batch, 0.0).values()
+    (loss.total / loss.count).backward()
+    step = assembly.last_step
+    assert step is not None
+    task = objective(assembly)
+    logits = task.decoder(step.encode("x", want=task.decoder.want), step.stream("x"))  # type: ignore[union-attr,operator]
+    assert logits.shape == (2, 3, *recipe.views["x"].size)  # type: ignore[attr-defined]
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in assembly.encoder.parameters())
+
+
+def test_dice_ce_by_hand() -> None:
+    """1 − soft Dice of the foreground, mean over classes and samples, plus mean cross-entropy."""
+    recipe = resolve("segmentation", "volume", UNET)
+    assembly = recipe.assemble(3)
+    task = objective(assembly)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 4, 4, 4, generator=generator)
+    mask = torch.randint(0, 3, (2, 4, 4, 4), generator=generator)
+    p = logits.softmax(1)
+    dice = []
+    for b in range(2):
+        for c in (1, 2):
+            t = (mask[b] == c).float()
+            dice.append(1 - (2 * (p[b, c] * t).sum() + 1e-5) / (p[b, c].sum() + t.sum() + 1e-5))
+    expected = torch.stack(dice).mean() + F.cross_entropy(logits, mask)
+    assert task.loss(logits, mask[:, None]).item() == pytest.approx(expected.item(), abs=1e-5)  # type: ignore[union-attr,operator]
+
+
+def test_sliding_windows_equal_one_pass_where_one_window_fits(volume_folder: Path) -> None:
+    recipe = resolve("segmentation", "volume", [*UNET, "views.x.size=[24,24,24]"])
+    data = open_data(volume_folder, recipe.modality, cache=volume_folder.parent / "c", quiet=True)
+    assembly = recipe.assemble(3).eval()
+    row = data.rows()[0]
+    header = data.cache.header(row.index)
+    array = normalised(data.cache.array(row.index), header, torch.device("cpu"))
+    probabilities = objective(assembly).predict(assembly, array, header)  # type: ignore[union-attr,operator]
+    assert probabilities.shape == (3, *array.shape[1:])
+    assert torch.allclose(probabilities.sum(0), torch.ones(array.shape[1:]), atol=1e-5)
+
+
+def test_a_net_overfits_one_made_set_and_its_predictions_lie_on_the_source_grid(volume_folder: Path, tmp_path: Path) -> None:
+    out, cache = tmp_path / "run", tmp_path / "cache"
+    tuned = meristem.finetune("segmentation", volume_folder, out,
+                              [*UNET, *QUICK, "train.steps=60", "train.lr=5e-3", "train.ema=0.9"], cache=cache, quiet=True)
+    scores = json.loads((out / "metrics.json").read_text())
+    assert scores["test"]["dice"] > 0.8 and scores["test_cases"] == len(json.loads((out / "cases.json").read_text()))
+    assert tuned.scope.scored == ("shell", "core")
+    written = meristem.predict(out, volume_folder / "imagesTr", tmp_path / "pred", quiet=True)
+    assert len(written) == 8
+    for path in written:
+        truth, found = nib.load(volume_folder / "labelsTr" / path.name), nib.load(path)
+        assert found.shape == truth.shape and np.allclose(found.affine, truth.affine)
+        a, b = np.asarray(truth.dataobj) > 0, np.asarray(found.dataobj) > 0
+        assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.8
+
+
+def test_classification_from_folders(image_folder: Path, tmp_path: Path) -> None:
+    quick = [*QUICK, "encoder={transformer: {width: 32, depth: 2, heads: 2}}", "views.x.size=[32,32]", "train.steps=40",
+             "modality.image.normalise=unit",  # z-scores would take away what tells the classes apart
+             "train.batch=6"]
+    meristem.finetune("classification", image_folder, tmp_path / "run", quick, split="0.4,0.2,0.4", cache=tmp_path / "c", quiet=True)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["auroc"] > 0.9
+    path, = meristem.predict(tmp_path / "run", image_folder, tmp_path / "pred", quiet=True)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12 and set(rows[0]) == {"file", "class", "dark", "light"}
+    assert sum(row["class"] == Path(row["file"]).parts[0] for row in rows) >= 10
+    with np.load(meristem.embed(tmp_path / "run", image_folder, tmp_path / "vectors", quiet=True)) as stored:
+        assert stored["embedding"].shape == (12, 32) and np.isfinite(stored["embedding"]).all()
+
+
+def test_budgets_are_nested_counts_fractions_or_all(volume_folder: Path) -> None:
+    recipe = resolve("segmentation", "volume", UNET)
+    data = open_data(volume_folder, recipe.modality, "1,0,0", volume_folder.parent / "c", quiet=True)
+    rows = recipe.task.labelled(data.rows("train"))
+    two, half, every = (choose(rows, labels, 0, data) for labels in ("2", "0.5", "all"))
+    assert len(two) == 2 and len(half) == 4 and len(every) == 8
+    assert {r.index for r in two} <= {r.index for r in half}
+    with pytest.raises(RecipeError, match="count, a fraction or all"):
+        choose(rows, "many", 0, data)
+
+
+def test_a_probe_leaves_the_encoder_alone(volume_folder: Path, tmp_path: Path) -> None:
+    changes = [*UNET, *QUICK, "train.steps=3", "probe=true"]
+    recipe = resolve("segmentation", "volume", changes)
+    torch.manual_seed(recipe.train.seed)
+    before = dict(recipe.assemble(3).named_parameters())
+    tuned = meristem.finetune("segmentation", volume_folder, tmp_path / "run", changes, cache=tmp_path / "c", quiet=True)
+    after = dict(tuned.outcome.assembly.named_parameters())
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith("objectives.task") for name in moved)
+    assert tuned.trainable == sum(p.numel() for name, p in after.items() if name.startswith("objectives.task"))
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.images = 0
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.images += tag in ("img", "svg")
+        self.links += [v for k, v in attrs if k in ("src", "href") and v and not v.startswith(("data:", "#"))]
+
+
+def test_the_whole_job_pretrain_evaluate_report_and_resume(volume_folder: Path, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    meristem.pretrain("volume/mae-unet", volume_folder, tmp_path / "pre",
+                      [*UNET, *QUICK, "train.steps=4", "modality.volume.patch=[4,4,4]"], cache=cache, quiet=True)
+    evaluation = dict(inits=[str(tmp_path / "pre")], labels=["2", "all"], seeds=2, cache=cache, quiet=True)
+    changes = [*QUICK, "views.x.size=[16,16,16]", "train.steps=3"]
+    page = meristem.evaluate("segmentation", volume_folder, tmp_path / "eval", changes, **evaluation)  # type: ignore[arg-type]
+    text = page.read_text()
+    assert not Page(text).links and Page(text).images > 4
+    results = Results.load(tmp_path / "eval" / "results.json")
+    assert {(c.arm, c.labels, c.seed) for c in results.cells} == {
+        (arm, labels, seed) for arm in ("mae-unet", "scratch") for labels in (2, "all") for seed in (0, 1)}
+    assert results.leakage["mae-unet"].verdict == "clean"
+    assert {c.budget.steps for c in results.cells} == {3}
+    assert "case_0" not in text and str(tmp_path) not in text
+
+    from meristem.tasks import transfer
+    monkeypatch.setattr(transfer, "tune", lambda *a, **k: pytest.fail("a finished cell was run again"))
+    assert meristem.evaluate("segmentation", volume_folder, tmp_path / "eval", changes, **evaluation) == page  # type: ignore[arg-type]
+    assert meristem.report([tmp_path / "eval"], tmp_path / "again").read_text().count("<img") == text.count("<img")
+
+
+def test_probes_compare_with_a_random_encoder(image_folder: Path, tmp_path: Path) -> None:
+    quick = [*QUICK, "encoder={transformer: {width: 32, depth: 2, heads: 2}}", "train.steps=3"]
+    size = "views.x={size: [32, 32]}"
+    meristem.pretrain("image/mae", image_folder, tmp_path / "pre", [*quick, size, "objectives.pixels.masked.predictor.decoder.depth=1"],
+                      split="0.4,0.2,0.4", cache=tmp_path / "c", quiet=True)
+    meristem.evaluate("classification", image_folder, tmp_path / "eval", [*QUICK, size], inits=[str(tmp_path / "pre")], seeds=1,
+                      protocols=["knn", "linear"], split="0.4,0.2,0.4", cache=tmp_path / "c", quiet=True)
+    results = Results.load(tmp_path / "eval" / "results.json")
+    assert {(c.arm, c.protocol) for c in results.cells} == {(a, p) for a in ("mae", "scratch") for p in ("knn", "linear")}
+    with pytest.raises(RecipeError, match="protocol"):
+        meristem.evaluate("classification", image_folder, tmp_path / "x", [size], inits=["scratch"], protocols=["magic"],
+                          cache=tmp_path / "c", quiet=True)
+
+
+def test_predicting_with_a_pretraining_run_says_what_is_missing(volume_folder: Path, tmp_path: Path) -> None:
+    meristem.pretrain("volume/mae-unet", volume_folder, tmp_path / "pre",
+                      [*UNET, *QUICK, "train.steps=1", "modality.volume.patch=[4,4,4]"], cache=tmp_path / "c", quiet=True)
+    with pytest.raises(MeristemError, match="no task head"):
+        meristem.predict(tmp_path / "pre", volume_folder, tmp_path / "out", quiet=True)
+
+
+def test_a_view_that_the_patch_does_not_divide_is_refused() -> None:
+    with pytest.raises(RecipeError, match="not a multiple of the patch"):
+        resolve("segmentation", "volume", ["views.x.size=[20,16,16]"])
+
+
+def test_inspection_prints_the_passes_of_a_task() -> None:
+    shown = inspect("volume/segmentation", UNET)
+    assert shown["passes"] == ["encoder(x)"]
+    assert TaskRecipe.model_validate(shown["recipe"]).hash == shown["hash"]
