@@ -118,6 +118,12 @@ def test_what_an_encoder_does_not_see_does_not_change_it(encoder: str, modality:
             assert_equal(net(plain.seen(sees), plan, want=want), net(other.seen(sees), plan, want=want))
 
 
+@pytest.mark.parametrize("field", ["source", "positon"])
+def test_source_places_and_misspelt_fields_are_refused(field: str) -> None:
+    with pytest.raises(RecipeError, match=field):
+        recipes.load("image/mae", [f"encoder.transformer.sees=[{field}]"])
+
+
 @pytest.mark.parametrize("modality", SPACE)
 @pytest.mark.parametrize("sees", [(), ("position",), ("position", "weight", "item")])
 def test_a_set_of_tokens_gives_only_what_is_seen(modality: str, sees: tuple[str, ...]) -> None:

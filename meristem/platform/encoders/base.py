@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import field_serializer
+from pydantic import field_serializer, field_validator
 from torch import nn
 
 from meristem.modalities.base import Axis, Settings, Tokenizer
-from meristem.modalities.stream import TokenStream
+from meristem.modalities.stream import HIDEABLE, TokenStream
 from meristem.platform.objectives import Encoded, Plan
 
 
@@ -43,6 +43,15 @@ class EncoderSettings(Settings):
     """The typed entry of an encoder in a recipe. sees: stream fields beside content that it is given."""
 
     sees: frozenset[str] = frozenset({"position"})
+
+    @field_validator("sees")
+    @classmethod
+    def _may_be_seen(cls, sees: frozenset[str]) -> frozenset[str]:
+        allowed = set(HIDEABLE) - {"source"}  # where a token lies in its sample answers most pretexts
+        if sees - allowed:
+            raise ValueError(f"an encoder cannot be given {', '.join(sorted(sees - allowed))}; "
+                             f"it may see any of {', '.join(sorted(allowed))}")
+        return sees
 
     @field_serializer("sees")
     def _in_order(self, sees: frozenset[str]) -> list[str]:
