@@ -118,11 +118,18 @@ def _pillow(path: Path, head: bytes, max_pixels: int, indices: bool) -> Raster:
                 image.load()
             except (OSError, ValueError, SyntaxError, zlib.error, struct.error, EOFError):
                 raise DataError("truncated", "the image data end early or are damaged", AGAIN) from None
-            orientation = int(image.getexif().get(0x0112, 1))
+            orientation = _orientation(image)
             array, mode = _array(image, indices)
     array = np.moveaxis(array, -1, 0) if array.ndim == 3 else array[None]
     raster = Raster(array, limits=dtype_limits(array.dtype), colour=mode in ("RGB", "RGBA"), alpha=mode in ("LA", "RGBA"))
     return raster.upright(orientation)
+
+
+def _orientation(image: Pillow.Image) -> object:
+    try:
+        return image.getexif().get(0x0112)
+    except (SyntaxError, ValueError, struct.error, OSError):
+        return None  # damaged EXIF says nothing of how the camera was held
 
 
 def _array(image: Pillow.Image, indices: bool) -> tuple[np.ndarray, str]:
@@ -153,7 +160,7 @@ def _deep_png(path: Path, max_pixels: int) -> Raster:
     except RuntimeError:
         raise DataError("truncated", "the image data end early or are damaged", AGAIN) from None
     with _quiet(), Pillow.open(path, formats=FORMATS) as image:
-        orientation = int(image.getexif().get(0x0112, 1))
+        orientation = _orientation(image)
     return Raster(array, limits=(0, 65535), colour=len(array) >= 3, alpha=len(array) in (2, 4)).upright(orientation)
 
 
@@ -179,7 +186,7 @@ def _tiff(path: Path, want: int, max_pixels: int, indices: bool) -> Raster:
                     raise DataError("unreadable", f"no decoder for {page.compression.name}-compressed TIFF of this depth",
                                     "Save it uncompressed or with deflate, or install imagecodecs.") from None
                 array = None
-            spacing, orientation = _calibration(file), int(getattr(page.tags.get(274), "value", 1))
+            spacing, orientation = _calibration(file), getattr(page.tags.get(274), "value", None)
             opaque = not page.extrasamples or photometric == "RGB"
     except DataError:
         raise

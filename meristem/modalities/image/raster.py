@@ -28,9 +28,11 @@ class Raster:
     alpha: bool = False
     spacing: tuple[float, float] | None = None
 
-    def upright(self, orientation: int) -> Raster:
-        """Rotated and mirrored as the EXIF (or TIFF) orientation 1–8 asks."""
+    def upright(self, orientation: object) -> Raster:
+        """Rotated and mirrored as the EXIF (or TIFF) orientation 1–8 asks; as it is for anything else."""
         a = self.array
+        if not isinstance(orientation, int) or not 1 < orientation <= 8:
+            return self
         if orientation >= 5:
             a = a.swapaxes(-1, -2)
         if orientation in (3, 4, 7, 8):

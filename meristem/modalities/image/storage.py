@@ -16,7 +16,7 @@ def to_integers(array: np.ndarray) -> tuple[np.ndarray, float, float]:
     where its step would exceed a hundredth of the spread of the middle 90 % of the values.
     """
     if array.dtype in (np.uint8, np.int16):
-        return array, 1.0, 0.0
+        return np.ascontiguousarray(array), 1.0, 0.0
     low, high = array.min(), array.max()
     span = float(high) - float(low)
     if span <= LEVELS and (array.dtype.kind in "iu" or (array == np.rint(array)).all()):
