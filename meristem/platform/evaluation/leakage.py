@@ -35,7 +35,7 @@ def audit(test_subjects: Iterable[str], test_contents: Iterable[str], seen_subje
     subjects of pretraining cannot be compared, and only contents are.
     """
     subjects, contents = set(test_subjects), set(test_contents)
-    size = f"{len(subjects)} test subjects, {len(contents)} test images"
+    size = f"{_count(subjects, 'test subject')}, {_count(contents, 'test image')}"
     with_labels = subjects & set(labelled_subjects), contents & set(labelled_contents)
 
     def result(verdict: Literal["clean", "transductive", "contaminated", "unknown"], met: tuple[set[str], set[str]],
@@ -45,8 +45,8 @@ def audit(test_subjects: Iterable[str], test_contents: Iterable[str], seen_subje
 
     if any(with_labels):
         return result("contaminated", with_labels,
-                      f"Contaminated: {len(with_labels[0])} subjects and {len(with_labels[1])} images of the test set are "
-                      f"among the labelled training cases ({size}). The figures on this page do not measure generalisation.")
+                      f"Contaminated: {_count(with_labels[0], 'subject')} and {_count(with_labels[1], 'image')} of the test "
+                      f"set are among the labelled training cases ({size}). The figures here do not measure generalisation.")
     if seen_subjects is None or seen_contents is None:
         return result("unknown", (set(), set()),
                       f"Unknown: the weights do not record what they were pretrained on, so overlap with the test set ({size}) "
@@ -56,8 +56,12 @@ def audit(test_subjects: Iterable[str], test_contents: Iterable[str], seen_subje
         "by content hash only: the two manifests made their pseudonyms with different keys, so subjects could not be compared"
     if any(met):
         return result("transductive", met,
-                      f"Transductive: {len(met[0])} subjects and {len(met[1])} images of the test set were seen in "
+                      f"Transductive: {_count(met[0], 'subject')} and {_count(met[1], 'image')} of the test set were seen in "
                       f"pretraining, without labels ({size}; compared {basis}). The gain may not carry over to new subjects.")
     verdict: Literal["clean", "unknown"] = "clean" if same_key else "unknown"
     return result(verdict, met,
                   f"{verdict.capitalize()}: none of the test set was met in pretraining ({size}; compared {basis}).")
+
+
+def _count(of: set[str], what: str) -> str:
+    return f"{len(of)} {what}{'s' * (len(of) != 1)}"

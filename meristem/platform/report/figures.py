@@ -47,7 +47,7 @@ class Plot:
     caption: str = ""
 
 
-def draw(paint: Callable[[Axes], None], alt: str, caption: str = "", size: tuple[float, float] = (4.3, 3.1)) -> Plot:
+def draw(paint: Callable[[Axes], None], alt: str, caption: str = "", size: tuple[float, float] = (3.5, 2.7)) -> Plot:
     """A vector drawing of one axes."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
@@ -117,7 +117,7 @@ def label_efficiency(results: Results, summary: Summary, protocol: str) -> Plot:
     how = PROTOCOLS.get(protocol, protocol)
     return draw(paint, f"{metric_label(results, summary.metric)} against labelled subjects, {how}. {told}.",
                 f"{how.capitalize()}. Points: mean over subjects and seeds. Bars: 95 % interval over test subjects. Faint "
-                "dots: single seeds.", size=(5.4, 3.5))
+                "dots: single seeds.", size=(4.6, 3.1))
 
 
 def per_class(results: Results, protocol: str, labels: Labels) -> list[Plot]:
@@ -196,6 +196,7 @@ def paired(results: Results, summary: Summary, protocol: str, labels: Labels) ->
             ax.set_xlabel("test subjects, in order of difference")
             ax.set_ylabel(f"difference in {metric_label(results, results.metric)}")
             ax.set_title(f"{c.arm} − {c.baseline}")
+            ax.set_xlim(0.2, len(d) + 0.8)
             ax.grid(axis="x", visible=False)
 
         plots.append(draw(paint, f"Difference in {metric_label(results, results.metric)} of each test subject, {c.arm} minus "
@@ -256,13 +257,15 @@ def _curve(several: Sequence[Curve], name: str, stage: str, colours: Mapping[str
             labelled.add(arm)
         ax.set_xlabel("step")
         ax.set_title(label)
-        if len(labelled) > 1:
+        if len(labelled) > 1 and name == "loss":  # once for the stage, where lines differ most
             ax.legend()
         if name == "data_wait":
-            ax.set_ylim(0, max(1.0, ax.get_ylim()[1]) if any(p[:, 1].max() > 0.5 for _, p in lines) else 0.5)
+            ax.set_ylim(0, 1)
+        elif name in ("samples_per_s", "rank", "std"):  # lights: how far from nothing, not how the last digit moves
+            ax.set_ylim(0, 1.15 * ax.get_ylim()[1])
 
     told = "; ".join(f"{arm} from {p[0, 1]:.4g} to {p[-1, 1]:.4g}" for arm, p in lines[:6])
-    return draw(paint, f"{label} over steps, {stage}: {told}{' …' if len(lines) > 6 else ''}.", size=(3.9, 2.6))
+    return draw(paint, f"{label} over steps, {stage}: {told}{' …' if len(lines) > 6 else ''}.", size=(3.4, 2.3))
 
 
 # ---- classification
@@ -362,7 +365,7 @@ def confusion(results: Results, protocol: str, labels: Labels) -> list[Plot]:
             ax.grid(visible=False)
 
         told = "; ".join(f"{share[i, i]:.0%} of {name} recognised" for i, name in enumerate(results.classes))
-        plots.append(draw(paint, f"Confusion matrix of {arm}: {told}.", size=(3.4, 3.2)))
+        plots.append(draw(paint, f"Confusion matrix of {arm}: {told}.", size=(3.2, 2.9)))
     return plots
 
 
