@@ -73,7 +73,7 @@ class Contrastive(ObjectiveSettings):
         if self.by == "teacher":
             copied = recipe.teacher.of if recipe.teacher is not None else ()
             needs, head = ["encoder"], self.head
-            while head is not None and head in recipe.heads and head not in needs:  # what a head stands on is checked by the recipe
+            while head is not None and head in recipe.heads and head not in needs:  # the recipe checks input
                 needs.append(head)
                 head = recipe.heads[head].input
             problems += [f"keys come from the teacher: add '{name}' to teacher.of" for name in needs if name not in copied]
