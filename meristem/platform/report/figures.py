@@ -150,7 +150,7 @@ def true_class(results: Results, protocol: str, labels: Labels) -> list[Plot]:
         def paint(ax: Axes, values: Mapping[str, Array] = values, name: str = name) -> None:
             _boxes(ax, values, colours)
             ax.set_ylim(-0.02, 1.02)
-            ax.set_ylabel("probability given to the true class")
+            ax.set_ylabel("p(true class)")
             ax.set_title(name)
 
         told = "; ".join(f"{arm} median {np.median(v):.3f}" for arm, v in values.items())
@@ -311,14 +311,14 @@ def roc(results: Results, summary: Summary, protocol: str, labels: Labels, repli
             ax.plot(grid, mean, color=colours[arm], label=f"{arm} {areas[arm]}")
         ax.set_xlabel("false positive rate")
         ax.set_ylabel("true positive rate")
-        ax.set_title("ROC" if len(results.classes) == 2 else "ROC, mean over classes (one against the rest)")
+        ax.set_title("ROC" if len(results.classes) == 2 else "ROC, mean over classes")
         ax.set_xlim(-0.01, 1.01)
         ax.set_ylim(-0.01, 1.02)
         ax.legend(loc="lower right")
 
     told = "; ".join(f"{arm} AUROC {areas[arm]}, true positive rate {mean[10]:.2f} at 10 % false positives"
                      for arm, (mean, _, _) in bands.items())
-    return draw(paint, f"ROC curves: {told}.", "Mean over seeds; band: pointwise 95 % interval over test subjects; "
+    return draw(paint, f"ROC curves: {told}.", "Mean over seeds, classes one against the rest; band: pointwise 95 % interval over subjects; "
                 "in the legend the AUROC with its interval.")
 
 
