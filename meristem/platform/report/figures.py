@@ -318,8 +318,9 @@ def roc(results: Results, summary: Summary, protocol: str, labels: Labels, repli
 
     told = "; ".join(f"{arm} AUROC {areas[arm]}, true positive rate {mean[10]:.2f} at 10 % false positives"
                      for arm, (mean, _, _) in bands.items())
-    return draw(paint, f"ROC curves: {told}.", "Mean over seeds, classes one against the rest; band: pointwise 95 % interval over subjects; "
-                "in the legend the AUROC with its interval.")
+    return draw(paint, f"ROC curves: {told}.",
+                "Mean over seeds and, for several classes, over classes one against the rest. Band: pointwise 95 % interval "
+                "over test subjects. Legend: AUROC with its interval.")
 
 
 def _roc_band(group: Group, grid: Array, replicates: int) -> tuple[Array, Array, Array]:
