@@ -8,6 +8,7 @@ brightness by less than the noise: where one ends is told by shape, and only a p
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,3 +89,18 @@ def _smooth(rng: np.random.Generator, shape: tuple[int, ...], cells: int) -> np.
     field -= field.mean()
     field /= field.std()
     return field
+
+
+def main() -> None:
+    """`python -m meristem.modalities.volume.phantom DIRECTORY [--subjects N] [--labelled N] [--seed N]`."""
+    parser = argparse.ArgumentParser(description="Write anatomical phantoms as NIfTI images and labels.")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--subjects", type=int, default=60)
+    parser.add_argument("--labelled", type=int, default=None, help="how many get a label (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    write_phantoms(given.directory, given.subjects, given.labelled, given.seed)
+
+
+if __name__ == "__main__":
+    main()
