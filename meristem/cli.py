@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -144,26 +144,12 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        app(standalone_mode=False)
+        app()
     except MeristemError as error:
-        _fail(error)
-    except typer.Exit as leave:
-        sys.exit(leave.exit_code)
-    except typer.Abort:
+        print(f"meristem: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:
-        import click
-        if isinstance(error, click.exceptions.Exit):
-            sys.exit(error.exit_code)
-        if isinstance(error, click.ClickException):
-            error.show()
-            sys.exit(error.exit_code)
-        raise
-
-
-def _fail(error: Any) -> None:
-    print(f"meristem: {error}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

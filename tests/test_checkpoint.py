@@ -21,8 +21,8 @@ TINY = ["encoder.transformer.width=32", "encoder.transformer.depth=2", "encoder.
         "objectives.pixels.masked.predictor.decoder={depth: 1, width: 32, heads: 2}"]
 
 
-def written(folder: Path, run: Path, *more: str, name: str = "volume/mae", tiny: list[str] = TINY) -> tuple[Assembly, recipes.Recipe]:
-    recipe = recipes.load(name, [*tiny, *more])
+def written(folder: Path, run: Path) -> tuple[Assembly, recipes.Recipe]:
+    recipe = recipes.load("volume/mae", TINY)
     data = open_data(folder, recipe.modality, cache=folder.parent / "cache", quiet=True)
     assembly = Assembly(recipe)
     about = {**card(recipe, data, data.identities(data.rows()), "pretraining"), **_reference(recipe, assembly)}
@@ -79,7 +79,7 @@ def test_too_little_coverage_is_refused(volume_folder: Path, tmp_path: Path) -> 
                                               ("modality.volume.patch=[8,8,4]", 16)])
 def test_other_channels_or_patches_are_adapted_and_said(change: str, size: int, volume_folder: Path, tmp_path: Path) -> None:
     """A constant input gives the same embedding before and after: the response is kept."""
-    assembly, recipe = written(volume_folder, tmp_path / "run")
+    assembly, _ = written(volume_folder, tmp_path / "run")
     other = recipes.load("volume/mae", [*TINY, change])
     fresh = Assembly(other)
     report = checkpoint.load_encoder(tmp_path / "run", fresh.encoder, other.modality, other.encoder.sees)
@@ -100,7 +100,7 @@ def test_another_modality_is_refused(volume_folder: Path, tmp_path: Path) -> Non
 def test_only_whole_checkpoints_are_ever_seen(volume_folder: Path, tmp_path: Path) -> None:
     """What an interrupted write leaves behind is not found, and the last k are kept."""
     run = tmp_path / "run"
-    assembly, recipe = written(volume_folder, run)
+    assembly, _ = written(volume_folder, run)
     about = checkpoint.read_card(run)
     for step in (2, 3):
         checkpoint.save(run, step, assembly.state_dict(), about, {"step": step}, keep=2)
@@ -114,7 +114,8 @@ def test_a_damaged_file_is_an_error_with_a_name(name: str, volume_folder: Path, 
     written(volume_folder, tmp_path / "run")
     file = checkpoint.locate(tmp_path / "run") / name
     file.write_bytes(file.read_bytes()[:40])
-    reader = {"weights.safetensors": checkpoint.read_weights, "card.json": checkpoint.read_card, "state.pt": checkpoint.read_state}
+    reader = {"weights.safetensors": checkpoint.read_weights, "card.json": checkpoint.read_card,
+              "state.pt": checkpoint.read_state}
     with pytest.raises(CheckpointError):
         reader[name](tmp_path / "run")
 

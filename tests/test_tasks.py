@@ -95,7 +95,8 @@ def test_classification_from_folders(image_folder: Path, tmp_path: Path) -> None
     quick = [*QUICK, "encoder={transformer: {width: 32, depth: 2, heads: 2}}", "views.x.size=[32,32]", "train.steps=40",
              "modality.image.normalise=unit",  # z-scores would take away what tells the classes apart
              "train.batch=6"]
-    meristem.finetune("classification", image_folder, tmp_path / "run", quick, split="0.4,0.2,0.4", cache=tmp_path / "c", quiet=True)
+    meristem.finetune("classification", image_folder, tmp_path / "run", quick, split="0.4,0.2,0.4", cache=tmp_path / "c",
+                      quiet=True)
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["auroc"] > 0.9
     path, = meristem.predict(tmp_path / "run", image_folder, tmp_path / "pred", quiet=True)
     with path.open() as file:
@@ -167,8 +168,9 @@ def test_the_whole_job_pretrain_evaluate_report_and_resume(volume_folder: Path, 
 def test_probes_compare_with_a_random_encoder(image_folder: Path, tmp_path: Path) -> None:
     quick = [*QUICK, "encoder={transformer: {width: 32, depth: 2, heads: 2}}", "train.steps=3"]
     size = "views.x={size: [32, 32]}"
-    meristem.pretrain("image/mae", image_folder, tmp_path / "pre", [*quick, size, "objectives.pixels.masked.predictor.decoder.depth=1"],
-                      split="0.4,0.2,0.4", cache=tmp_path / "c", quiet=True)
+    shallow = "objectives.pixels.masked.predictor.decoder.depth=1"
+    meristem.pretrain("image/mae", image_folder, tmp_path / "pre", [*quick, size, shallow], split="0.4,0.2,0.4",
+                      cache=tmp_path / "c", quiet=True)
     meristem.evaluate("classification", image_folder, tmp_path / "eval", [*QUICK, size], inits=[str(tmp_path / "pre")], seeds=1,
                       protocols=["knn", "linear"], split="0.4,0.2,0.4", cache=tmp_path / "c", quiet=True)
     results = Results.load(tmp_path / "eval" / "results.json")

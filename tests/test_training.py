@@ -42,16 +42,18 @@ def test_a_killed_run_resumes_to_the_same_bits(volume_folder: Path, tmp_path: Pa
     """2k steps = k, SIGTERM, k more: weights and averages alike, dropout included."""
     more = ("train.ema=0.9", "encoder.transformer.drop_path=0.2")
     whole = run(volume_folder, tmp_path / "whole", *more)
-    script = ("import os, signal, sys, meristem\n"
+    script = ("import os, pathlib, signal, sys, meristem\n"
               "from meristem.platform.training import loop\n"
               "step = loop.Reporter.advance\n"
               "def advance(self, n):\n"
               "    step(self, n)\n"
               "    if n == 4: os.kill(os.getpid(), signal.SIGTERM)\n"
               "loop.Reporter.advance = advance\n"
-              f"meristem.pretrain('volume/mae', {str(volume_folder)!r}, {str(tmp_path / 'cut')!r}, {[*TINY, 'train.steps=6', *more]!r},"
-              f" cache=__import__('pathlib').Path({str(volume_folder.parent / 'cache')!r}), quiet=True)\n")
-    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+              f"meristem.pretrain('volume/mae', {str(volume_folder)!r}, {str(tmp_path / 'cut')!r}, "
+              f"{[*TINY, 'train.steps=6', *more]!r}, quiet=True, "
+              f"cache=pathlib.Path({str(volume_folder.parent / 'cache')!r}))\n")
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums over threads round in their own way
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, **threads})
     assert json.loads((tmp_path / "cut" / "metrics.json").read_text())["stopped_early"]
     assert checkpoint.read_card(tmp_path / "cut")["step"] == 4
     assert same(whole, run(volume_folder, tmp_path / "cut", *more, resume=True))
@@ -101,9 +103,10 @@ def test_two_processes_give_the_weights_of_one(volume_folder: Path, tmp_path: Pa
     script = tmp_path / "two.py"
     script.write_text("import meristem, pathlib\n"
                       f"meristem.pretrain('volume/mae+simclr', {str(volume_folder)!r}, {str(tmp_path / 'two')!r}, "
-                      f"{[*tiny, 'train.steps=3']!r}, cache=pathlib.Path({str(volume_folder.parent / 'cache')!r}), quiet=True)\n")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)], check=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300)
+                      f"{[*tiny, 'train.steps=3']!r}, quiet=True, "
+                      f"cache=pathlib.Path({str(volume_folder.parent / 'cache')!r}))\n")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
+                   check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300)
     losses = [json.loads((tmp_path / name / "metrics.json").read_text())["loss"] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], abs=2e-5)
     one, two = (checkpoint.read_weights(tmp_path / name) for name in ("one", "two"))

@@ -9,8 +9,6 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
-from monai.losses import DiceCELoss
 from torch import Tensor
 
 from meristem.errors import DataError
@@ -34,6 +32,8 @@ class SegmentationObjective(TaskObjective):
     """Soft Dice + cross-entropy on a decoder's logits; predicts by overlapping windows."""
 
     def __init__(self, assembly: Assembly, settings: Segmentation, classes: int) -> None:
+        from monai.losses import DiceCELoss  # importing monai takes seconds
+
         super().__init__()
         self.settings, self.classes = settings, classes
         self.decoder = decoder(assembly, settings.decoder, settings.width, classes)
@@ -52,6 +52,8 @@ class SegmentationObjective(TaskObjective):
 
         Windows of the training view's size, blended with Gaussian weights, averaged over flips.
         """
+        from monai.inferers import sliding_window_inference
+
         recipe = assembly.recipe
         size, unit = recipe.views["x"].size, tuple(a.unit for a in recipe.modality.axes)  # type: ignore[attr-defined]
         spacing = torch.tensor(header.spacing, device=array.device, dtype=torch.float32)[None]

@@ -1,0 +1,132 @@
+"""The command line as a user meets it: output, exit status, no traceback for their own mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import yaml
+from test_training import TINY
+
+from meristem.cli import main
+
+Called = tuple[int, str, str]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    def run(*arguments: object) -> Called:
+        monkeypatch.setattr(sys, "argv", ["meristem", *map(str, arguments)])
+        status = 0
+        try:
+            main()
+        except SystemExit as leave:
+            status = int(leave.code or 0)
+        found = capsys.readouterr()
+        return status, found.out, found.err
+
+    return run
+
+
+def test_help_imports_no_torch() -> None:
+    code = ("import sys; sys.argv = ['meristem', '--help']\nfrom meristem.cli import main\n"
+            "try: main()\nexcept SystemExit: pass\n"
+            "heavy = {'torch', 'monai', 'timm', 'numpy', 'scipy'} & set(sys.modules); assert not heavy, heavy")
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_recipes_list_without_torch_and_as_json(call) -> None:  # type: ignore[no-untyped-def]
+    status, out, _ = call("recipes", "list", "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert status == 0
+    methods = ("mae", "simmim", "simclr", "moco-v3", "dino", "ibot", "swav", "mae+simclr")
+    assert {f"{m}/{r}" for m in ("volume", "image") for r in methods} <= rows.keys()
+    assert all(row["status"] in ("verified", "tested", "expressible") and row["follows"] for row in rows.values())
+    code = ("import sys; sys.argv = ['meristem', 'recipes', 'list']\nfrom meristem.cli import main\n"
+            "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_recipes_show_prints_a_recipe_that_loads_and_its_passes(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    status, out, _ = call("recipes", "show", "volume/mae", *TINY)
+    assert status == 0 and "#   encoder(x, plan)" in out
+    (tmp_path / "mine.yaml").write_text(out)
+    status, again, _ = call("recipes", "show", tmp_path / "mine.yaml", "--json")
+    assert status == 0
+    assert json.loads(again)["hash"] == out.split("# hash ")[1][:12]
+    assert yaml.safe_load(out) == json.loads(again)["recipe"]
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["pretrain", "volume/mea", "--data", "DATA", "--out", "OUT"], ["volume/mae"]),
+    (["pretrain", "volume/mae", "--data", "DATA", "--out", "OUT", "train.stepz=3"], ["stepz", "steps"]),
+    (["pretrain", "volume/mae", "--data", "DATA", "--out", "OUT", "steps"], ["key.sub=value"]),
+    (["pretrain", "volume/mae", "--data", "nowhere", "--out", "OUT"], ["nowhere"]),
+    (["pretrain", "volume/mae", "--data", "DATA", "--out", "OUT", "encoder=unet"], ["drop"]),
+    (["finetune", "segmentation", "--data", "DATA", "--out", "OUT", "--init", "nothing"], ["no checkpoint"]),
+    (["finetune", "segmentation", "--data", "DATA", "--out", "OUT", "--labels", "99"], ["99"]),
+    (["evaluate", "segmentation", "--data", "DATA", "--out", "OUT", "--protocol", "knn"], ["classification"]),
+    (["report", "OUT"], ["no results"]),
+    (["predict", "--checkpoint", "OUT", "--data", "DATA", "--out", "OUT"], ["no checkpoint"]),
+    (["recipes", "show", "volume/nothing"], ["no recipe"]),
+])
+def test_a_users_mistake_is_a_message_and_status_2(arguments: list[str], words: list[str], call, volume_folder: Path,  # type: ignore[no-untyped-def]
+                                                   tmp_path: Path) -> None:
+    places = {"DATA": str(volume_folder), "OUT": str(tmp_path / "out")}
+    status, _, err = call(*(places.get(a, a) for a in arguments))
+    assert status == 2
+    assert err.startswith("meristem: ") and "Traceback" not in err
+    assert all(word in err for word in words)
+
+
+def broken(folder: Path) -> set[str]:
+    """Spoil a folder of volumes in the five ways; the names of the spoilt."""
+    images, labels = folder / "imagesTr", folder / "labelsTr"
+    good = nib.load(images / "case_00.nii.gz")
+    whole = (images / "case_01.nii.gz").read_bytes()
+    (images / "case_01.nii.gz").write_bytes(whole[:len(whole) // 2])
+    nib.save(nib.Nifti1Image(np.full(good.shape, np.nan, np.float32), good.affine), images / "case_02.nii.gz")
+    lost = nib.Nifti1Image(np.asarray(nib.load(images / "case_03.nii.gz").dataobj), None)
+    lost.header["sform_code"] = lost.header["qform_code"] = 0
+    nib.save(lost, images / "case_03.nii.gz")
+    (images / "case_04.nii.gz").write_bytes((images / "case_00.nii.gz").read_bytes())
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), good.affine), labels / "case_05.nii.gz")
+    return {f"case_0{i}" for i in range(1, 6)}
+
+
+def test_data_check_names_each_broken_file_and_pretraining_goes_on_without_them(call, volume_folder: Path,  # type: ignore[no-untyped-def]
+                                                                                tmp_path: Path) -> None:
+    assert call("data", "check", volume_folder)[0] == 0
+    broken(volume_folder)
+    status, out, _ = call("data", "check", volume_folder, "--json")
+    found = json.loads(out)
+    reasons = {Path(p["local"]).name[:7]: p["reason"] for p in found["problems"]}
+    assert status == 1 and not found["ok"]
+    assert reasons["case_01"] in ("truncated", "unreadable")
+    assert reasons["case_02"] == "nan" and reasons["case_03"] == "no-affine"
+    assert reasons["case_05"] == "shape" and "duplicate" in {reasons.get("case_00"), reasons.get("case_04")}
+    status, out, _ = call("data", "check", volume_folder)
+    assert status == 1 and all(f"case_0{i}" in out for i in (1, 2, 3, 5)) and "3 of 8" in out
+
+    status, _, err = call("pretrain", "volume/mae", "--data", volume_folder, "--out", tmp_path / "run",
+                          "--cache", tmp_path / "c", *TINY, "train.steps=2", "train.batch=2")
+    assert status == 0 and "quarantined" in err
+    lines = (tmp_path / "run" / "quarantine.csv").read_text().splitlines()
+    assert len(lines) == 6 and not any("case_0" in line for line in lines)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["quarantined"] == 5
+
+
+def test_progress_lines_for_a_log_file_and_silence_on_request(call, volume_folder: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    arguments = ["pretrain", "mae", "--data", volume_folder, "--cache", tmp_path / "c", *TINY, "train.steps=4"]
+    _, _, err = call(*arguments, "--out", tmp_path / "a")
+    line = next(line for line in err.splitlines() if "step 2/4" in line)
+    assert all(word in line for word in ("loss", "samples/s", "data wait", "rank", "ETA"))
+    _, out, err = call(*arguments, "--out", tmp_path / "b", "--quiet")
+    assert out == err == ""
+
+
