@@ -1,15 +1,31 @@
 # Two commands for a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+DATA ?= demo/phantoms
+OUT ?= demo/$(notdir $(DATA))
 
-.venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	touch $@
+.PHONY: demo test bench
 
-.PHONY: test
+# pretrain on unlabelled scans, fine-tune on few and on all labels beside a scratch arm of equal budget, write one report
+demo: .venv/ready
+	@if [ "$(DATA)" = demo/phantoms ] && [ ! -d $(DATA) ]; then $(BIN)/python -m meristem.modalities.volume.phantom $(DATA); fi
+	@if [ ! -f $(OUT)/pretrained/metrics.json ]; then \
+	    $(BIN)/meristem pretrain volume/mae-unet --data $(DATA) --out $(OUT)/pretrained train.steps=250; fi
+	$(BIN)/meristem evaluate segmentation --data $(DATA) --init $(OUT)/pretrained --labels 5 --labels all --seeds 2 \
+	    --out $(OUT)/report train.steps=120
+
 test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/cache.py
+	$(BIN)/python benchmarks/visible_only.py
+	$(BIN)/python benchmarks/steps.py
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
