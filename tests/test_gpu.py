@@ -40,7 +40,8 @@ def test_a_step_gives_the_losses_of_the_cpu(method: str) -> None:
 def test_the_whole_job_on_a_gpu(precision: str, volume_folder: Path, tmp_path: Path) -> None:
     cache, quick = tmp_path / "c", ["train.batch=2", f"train.precision={precision}", "train.workers=1"]
     unet = ["encoder={unet: {widths: [8, 16], blocks: [1, 1]}}", "views.x.size=[16,16,16]"]
-    meristem.pretrain("volume/mae-unet", volume_folder, tmp_path / "pre", [*unet, *quick, "train.steps=5"], cache=cache, quiet=True)
+    meristem.pretrain("volume/mae-unet", volume_folder, tmp_path / "pre", [*unet, *quick, "train.steps=5"], cache=cache,
+                      quiet=True)
     meristem.finetune("segmentation", volume_folder, tmp_path / "fine", [*quick, "views.x.size=[16,16,16]", "train.steps=60"],
                       init=str(tmp_path / "pre"), cache=cache, quiet=True)
     assert json.loads((tmp_path / "fine" / "metrics.json").read_text())["test"]["dice"] > 0.5
