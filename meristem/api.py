@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from meristem.catalogue import names as recipe_names
-from meristem.errors import DataError, MeristemError
+from meristem.errors import DataError, RecipeError
 from meristem.modalities.base import modalities, modality_class
 from meristem.platform import recipe as recipes
 from meristem.platform.assembly import Assembly
 from meristem.platform.data import check as checking
 from meristem.platform.data.source import open_data
 from meristem.platform.training import checkpoint
-from meristem.platform.training.loop import Outcome
+from meristem.platform.training.loop import Outcome, first_rank
 from meristem.platform.training.pretrain import pretrain as _pretrain
 from meristem.tasks import finetune as tuning
 from meristem.tasks import pages, transfer
@@ -60,13 +60,21 @@ def pretrain(recipe: str, data: Pathlike, out: Pathlike, overrides: Sequence[str
              cache: Path | None = None, resume: bool = False, quiet: bool = False) -> Outcome:
     """Learn an encoder from unlabelled data into the run directory `out`.
 
-    recipe: a name (`volume/mae`, or `mae` where the data says which modality) or a YAML file. overrides: `key.sub=value`.
+    recipe: a name (`volume/mae`, or `mae` where the data says which modality) or a YAML file. data: a folder, an MSD or nnU-Net
+    dataset, a CSV or a MedMNIST npz; only rows of the training split are seen. overrides: `key.sub=value`. split: `auto` (the
+    data's own, else 60/20/20 by patient; data without any label all trains), `every:5` or fractions `0.6,0.2,0.2`. cache: where
+    decoded samples are kept (None: the user's cache). resume: go on from the newest checkpoint in `out`, exactly.
+    Returns the weights and figures; writes recipe.yaml, metrics.jsonl, metrics.json, quarantine.csv and checkpoints.
+    Under torchrun every process calls it alike. Raises MeristemError.
     """
+    quiet = quiet or not first_rank()
     if "/" not in recipe and not recipe.endswith((".yaml", ".yml")):
         recipe = f"{guess_modality(data)}/{recipe}"
-    settings = recipes.load(recipe, overrides)
-    if not settings.objectives:
-        raise MeristemError(f"'{recipe}' has no objective to pretrain by", "Choose one of `meristem recipes list`.")
+    plain = recipes.override(recipes.read(recipe), overrides)
+    if not plain.get("objectives"):
+        remedy = "Use `meristem finetune`." if "task" in plain else "Choose one of `meristem recipes list`."
+        raise RecipeError(f"'{recipe}' has no objective to pretrain by", remedy)
+    settings = recipes.build(plain, recipes.Recipe)
     found = open_data(Path(data), settings.modality, split, cache, quiet)
     return _pretrain(settings, found, Path(out), resume=resume, quiet=quiet)
 
@@ -74,7 +82,14 @@ def pretrain(recipe: str, data: Pathlike, out: Pathlike, overrides: Sequence[str
 def finetune(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] = (), *, init: str = tuning.SCRATCH,
              labels: str = "all", split: str = "auto", cache: Path | None = None, resume: bool = False,
              quiet: bool = False) -> tuning.Tuned:
-    """Grow a task head on an encoder and score it on the test split."""
+    """Grow a task head on an encoder, and score it on the labelled samples of the test split.
+
+    task: `segmentation` or `classification`, a recipe name or a YAML file. init: a pretraining run, whose modality and encoder
+    settings are taken over, or `scratch`. labels: labelled subjects to use, as a count, a fraction or `all`. The rest as in
+    `pretrain`. Writes metrics.json (key `test`) and cases.json beside the checkpoints; a run that was asked to stop is saved
+    and not scored, and resume=True goes on with it. Raises MeristemError.
+    """
+    quiet = quiet or not first_rank()
     start = None if init == tuning.SCRATCH else Path(init)
     settings = tuning.resolve(task, guess_modality(data), overrides, start)
     return tuning.finetune(settings, open_data(Path(data), settings.modality, split, cache, quiet), Path(out), init=start,
@@ -84,11 +99,19 @@ def finetune(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
 def evaluate(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] = (), *, inits: Sequence[str],
              labels: Sequence[str] = ("all",), seeds: int = 3, protocols: Sequence[str] = ("finetune",), split: str = "auto",
              cache: Path | None = None, quiet: bool = False) -> Path:
-    """Compare encoders; returns the page of the transfer report. All arms share the first checkpoint's architecture."""
+    """Compare encoders by what they are worth to a task; returns the page of the transfer report.
+
+    inits: pretraining runs; an arm from scratch is added. All arms share the first checkpoint's architecture. labels: budgets
+    as in `finetune`. seeds: draws of labels and trainings per cell. protocols: of finetune, linear, knn. Finished cells are
+    kept in `out`/cells: the same call goes on where one was stopped. Raises MeristemError, before any training where it can.
+    """
+    quiet = quiet or not first_rank()
     first = next((Path(init) for init in inits if init != tuning.SCRATCH), None)
     settings = tuning.resolve(task, guess_modality(data), overrides, first)
     found = open_data(Path(data), settings.modality, split, cache, quiet)
     transfer.evaluate(settings, found, Path(out), inits, labels, seeds, protocols, quiet)
+    if not first_rank():
+        return Path(out) / "report.html"
     pages.gather(Path(out), found, [Path(i) for i in inits if i != tuning.SCRATCH])
     return pages.report([Path(out)], Path(out))
 
@@ -100,7 +123,12 @@ def report(directories: Sequence[Pathlike], out: Pathlike | None = None) -> Path
 
 
 def predict(checkpoint_: Pathlike, data: Pathlike, out: Pathlike, *, quiet: bool = False) -> list[Path]:
-    """Predict every readable sample; a file that cannot be read is named in quarantine.csv and counted."""
+    """Predict every readable sample; a file that cannot be read is named in quarantine.csv and counted.
+
+    checkpoint_: a fine-tuned run. Segmentation writes a label file per sample on its source grid, under its own name (in
+    sub-folders where names repeat); classification writes predictions.csv. Labels in `data` are not looked at.
+    Returns the files written. Raises MeristemError.
+    """
     assembly, settings, scope = transfer.reload(Path(checkpoint_))
     if torch.cuda.is_available():
         assembly = assembly.cuda()
@@ -112,22 +140,29 @@ def predict(checkpoint_: Pathlike, data: Pathlike, out: Pathlike, *, quiet: bool
     if found.cache.quarantine:
         found.cache.write_quarantine(out / "quarantine.csv")
     if not quiet:
-        print(f"{len(found.rows())} samples predicted into {out}", file=sys.stderr)
+        print(f"{len(found.rows())} samples predicted", file=sys.stderr)
     return written
 
 
 def embed(checkpoint_: Pathlike, data: Pathlike, out: Pathlike, *, quiet: bool = False) -> Path:
-    """One vector per sample, of the transferable encoder: `embeddings.npz` with embedding (n, D), case and subject."""
+    """One vector per sample, of the encoder that transfers (the teacher's, where the recipe says so).
+
+    Writes and returns `out`/embeddings.npz: embedding (n, D) float32, case and subject (pseudonyms) in the order of the files.
+    Labels in `data` are not looked at. Raises MeristemError.
+    """
     card = checkpoint.read_card(Path(checkpoint_))
-    settings = recipes.build({k: v for k, v in card["recipe"].items() if k not in ("task", "probe")}, recipes.Recipe)
-    assembly = Assembly(settings.model_copy(update={"objectives": {}, "teacher": None}))
+    without = {"task", "probe", "objectives", "heads", "teacher", "masking"}
+    settings = recipes.build({k: v for k, v in card["recipe"].items() if k not in without}, recipes.Recipe)
+    assembly = Assembly(settings)
     checkpoint.load_encoder(Path(checkpoint_), assembly.encoder, settings.modality, settings.encoder.sees)
     if torch.cuda.is_available():
         assembly = assembly.cuda()
-    found = open_data(Path(data), settings.modality, "auto", None, quiet)
+    found = open_data(Path(data), settings.modality, "auto", None, quiet, labels=False)
     rows = found.rows()
     path = Path(out) / "embeddings.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if found.cache.quarantine:
+        found.cache.write_quarantine(path.parent / "quarantine.csv")
     vectors = _embed(assembly, found, rows)
     np.savez_compressed(path, embedding=vectors, case=[r.case for r in rows], subject=[r.subject for r in rows])
     return path

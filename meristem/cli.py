@@ -61,7 +61,8 @@ def finetune(task: Task, data: DataOption, out: OutOption, overrides: Overrides 
 
 @app.command()
 def evaluate(task: Task, data: DataOption, out: OutOption, overrides: Overrides = None, init: Inits = None,
-             labels: Budgets = None, seeds: Annotated[int, typer.Option(help="Seeds per cell: label draw and training.")] = 3,
+             labels: Budgets = None,
+             seeds: Annotated[int, typer.Option(min=1, help="Seeds per cell: label draw and training.")] = 3,
              protocol: Protocols = None, split: SplitOption = "auto", cache: CacheOption = None,
              quiet: Quiet = False) -> None:
     """Compare encoders at several label budgets; write the transfer report. An interrupted grid goes on where it stopped."""
@@ -91,7 +92,9 @@ def predict(checkpoint: Run, data: DataOption, out: OutOption, quiet: Quiet = Fa
 def embed(checkpoint: Run, data: DataOption, out: OutOption, quiet: Quiet = False) -> None:
     """Write one vector per sample."""
     from meristem import api
-    print(api.embed(checkpoint, data, out, quiet=quiet))
+    path = api.embed(checkpoint, data, out, quiet=quiet)
+    if not quiet:
+        print(path)
 
 
 @data_app.command("check")
@@ -147,6 +150,11 @@ def main() -> None:
         app()
     except MeristemError as error:
         print(f"meristem: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"meristem: {error.filename}: {error.strerror}\n  Give another place, or make this one usable.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -201,5 +201,9 @@ def modality_class(name: str) -> type[Modality]:
     if name not in known:
         near = get_close_matches(name, known) or sorted(known)
         raise RecipeError(f"no modality called '{name}'", f"Installed: {', '.join(near)}.")
-    cls: type[Modality] = known[name].load()
+    try:
+        cls: type[Modality] = known[name].load()
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"the modality '{name}' is installed but cannot be loaded: {error}",
+                          "Repair or remove the package that brings it.") from None
     return cls

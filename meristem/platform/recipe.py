@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import SerializeAsAny, ValidationError, ValidationInfo, field_serializer, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, ValidationInfo, field_serializer, field_validator, model_validator
 
 from meristem.catalogue import CONFIGS, names
 from meristem.errors import RecipeError
@@ -27,6 +27,8 @@ from meristem.platform.slots import Slot, validated
 
 PARTS = ("modality", "encoder", "predictor", "target", "loss", "task")  # keys that hold a part, `name: {arguments}`
 NAMED = {"views": "names", "readouts": "names", "masking": "parts", "heads": "parts", "objectives": "parts"}  # the user's names
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 OBJECTIVES: dict[str, type[ObjectiveSettings]] = {"masked": Masked, "contrastive": Contrastive}
 
 
@@ -40,34 +42,35 @@ class TeacherSettings(Settings):
 class TrainSettings(Settings):
     """How long, how fast, in what precision.
 
-    steps: optimiser steps. batch: samples per optimiser step, over all ranks and accumulation. lr: peak learning rate, at this
-    batch. warmup: fraction of the steps. schedule: `cosine` to `floor`·lr; `sawtooth`: the head alone for the first
+    steps: optimiser steps. batch: samples per optimiser step, over all ranks and accumulation. accumulate: parts it is worked
+    in, one after another; samples of different parts do not repel each other. lr: peak learning rate, at this batch. warmup:
+    fraction of the steps. schedule: `cosine` to `floor`·lr; `sawtooth`: the head alone for the first
     `head_first` fraction, then everything, each with its own warm-up and decay. layer_decay: factor on lr per layer from the
     output down. freeze: module path prefix -> fraction of the run for which it stays frozen. ema: weights averaged over steps
     with this decay are the ones saved for use.
     """
 
-    steps: int = 1000
-    batch: int = 32
-    accumulate: int = 1
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    warmup: float = 0.1
+    steps: Count = 1000
+    batch: Count = 32
+    accumulate: Count = 1
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    warmup: Share = 0.1
     schedule: Literal["cosine", "sawtooth"] = "cosine"
-    head_first: float = 0.2
-    floor: float = 0.01
-    clip: float = 1.0
-    layer_decay: float = 1.0
-    freeze: Mapping[str, float] = {}
-    ema: float | None = None
+    head_first: Share = 0.2
+    floor: Share = 0.01
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    freeze: Mapping[str, Share] = {}
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
     seed: int = 0
-    log_every: int = 20
-    checkpoint_every: int = 500
-    keep: int = 2
-    workers: int = 1
+    log_every: Count = 20
+    checkpoint_every: Count = 500
+    keep: Count = 2
+    workers: Annotated[int, Field(ge=0)] = 1
 
 
 class Recipe(Settings):
@@ -77,7 +80,7 @@ class Recipe(Settings):
     is taken downstream.
     """
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[^/\\]+$")]
     follows: str = ""
     departs: str = ""
     status: Literal["verified", "tested", "expressible"] = "expressible"
@@ -96,8 +99,10 @@ class Recipe(Settings):
     def _modality(cls, value: Any) -> Any:
         if isinstance(value, str):
             value = {value: {}}
-        if not isinstance(value, Mapping):
+        if isinstance(value, Modality):
             return value
+        if not isinstance(value, Mapping) or len(value) != 1:
+            raise ValueError(f"a modality is `name` or `name: {{…}}`; got {value!r}")
         (name, options), = value.items()
         try:
             kind = modality_class(name)
@@ -143,6 +148,10 @@ class Recipe(Settings):
         """Plain data that loads back to the same recipe."""
         return self.model_dump(mode="json")
 
+    def record(self) -> dict[str, Any]:
+        """Plain data for artefacts: of the same modules, without a file of this machine that they were started from."""
+        return self.model_copy(update={"encoder": self.encoder.detached()}).dump()
+
     @property
     def hash(self) -> str:
         """Of the resolved recipe; 12 hex digits."""
@@ -186,19 +195,28 @@ def find(name: str | Path) -> Path:
     raise RecipeError(f"no recipe called '{name}'", f"Did you mean {' or '.join(near[:6])}? `meristem recipes list` shows all.")
 
 
-def read(name: str | Path) -> dict[str, Any]:
-    """A recipe's plain data with its bases merged in, in the order of `extends`."""
+def read(name: str | Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe's plain data with its bases merged in, in the order of `extends`. within: the recipes that extend this one."""
     path = find(name)
+    if path in within:
+        raise RecipeError(f"{path.name} extends itself", f"The circle: {' -> '.join(p.name for p in (*within, path))}.")
     try:
-        data = yaml.safe_load(path.read_text()) or {}
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise RecipeError(f"{path.name} is not YAML: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}",
+                          "Give a readable YAML file.") from None
     if not isinstance(data, dict):
         raise RecipeError(f"{path.name} must be a mapping of keys", "See `meristem recipes show volume/mae`.")
     bases = data.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise RecipeError(f"extends of {path.name} is not the name of a recipe, or a list of names",
+                          "E.g. extends: volume/base.")
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        merged = merge(merged, read(base))
+    for base in bases:
+        merged = merge(merged, read(base, (*within, path)))
     return merge(merged, {"name": path.stem, **data})
 
 

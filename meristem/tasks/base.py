@@ -64,6 +64,10 @@ class TaskSettings(Settings):
         """The classes of this data. Raises DataError when it has no labels for the task."""
         raise NotImplementedError
 
+    def check(self, recipe: TaskRecipe) -> list[str]:
+        """What is impossible about this task in this recipe; empty when all is well."""
+        return []
+
     def labelled(self, rows: Sequence[Row]) -> list[Row]:
         """The rows that have this task's labels."""
         raise NotImplementedError
@@ -88,6 +92,8 @@ class TaskRecipe(Recipe):
         patch, size = getattr(self.modality.options, "patch", ()), getattr(self.views["x"], "size", ())
         if any(n % p for n, p in zip(size, patch, strict=False)):
             raise ValueError(f"views.x.size {list(size)} is not a multiple of the patch {list(patch)}")
+        if problems := self.task.check(self):
+            raise ValueError("; ".join(problems))
         return self
 
     def assemble(self, classes: int) -> Assembly:

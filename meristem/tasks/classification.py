@@ -17,8 +17,9 @@ from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
 from meristem.platform.evaluation.results import Case
 from meristem.platform.objectives import Encoded, Loss
+from meristem.platform.recipe import Share
 from meristem.platform.step import Step
-from meristem.tasks.base import Keep, Scope, TaskObjective, TaskSettings
+from meristem.tasks.base import Keep, Scope, TaskObjective, TaskRecipe, TaskSettings
 from meristem.tasks.embedding import encode
 
 
@@ -66,8 +67,9 @@ class ClassificationObjective(TaskObjective):
         target = step.batch.items.labels["class"][step.batch.views["x"].item]
         total = F.cross_entropy(self.logits(step.encode("x")).float(), target, ignore_index=-1, reduction="sum",
                                 label_smoothing=self.settings.smoothing)
-        return {"": Loss(total, (target >= 0).sum().clamp_min(1))}
+        return {"": Loss(total, (target >= 0).sum())}
 
+    @torch.no_grad()
     def probabilities(self, assembly: Assembly, data: Data, rows: Sequence[Row]) -> Tensor:
         """(n, K) of whole samples at the training view's size."""
         return torch.cat([self.logits(encoded).float().softmax(1).cpu() for encoded in encode(assembly, data, rows)])
@@ -97,8 +99,13 @@ class Classification(TaskSettings):
     metric = "auroc"
     pool: Literal["auto", "cls", "mean", "attention"] = "auto"
     batch_norm: bool = False
-    dropout: float = 0.0
-    smoothing: float = 0.0
+    dropout: Share = 0.0
+    smoothing: Share = 0.0
+
+    def check(self, recipe: TaskRecipe) -> list[str]:
+        if self.pool == "cls" and "cls" not in recipe.encoder.provides:
+            return ["pool: cls needs an encoder with a class token; use auto, mean or attention"]
+        return []
 
     def labelled(self, rows: Sequence[Row]) -> list[Row]:
         return [row for row in rows if "class" in row.labels]

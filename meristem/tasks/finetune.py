@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from meristem.errors import DataError, RecipeError
+from meristem.errors import CheckpointError, DataError, RecipeError
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.loader import loader
 from meristem.platform.data.manifest import Row
@@ -23,7 +23,7 @@ from meristem.platform.evaluation.metrics import SET_METRICS
 from meristem.platform.evaluation.results import Case
 from meristem.platform.recipe import build, override, read
 from meristem.platform.training import checkpoint
-from meristem.platform.training.loop import Outcome, launch, train
+from meristem.platform.training.loop import Outcome, first_rank, launch, train
 from meristem.platform.training.pretrain import card, close_run, open_run
 from meristem.platform.training.progress import Reporter
 from meristem.tasks.base import Keep, Scope, TaskRecipe, objective
@@ -49,7 +49,11 @@ def resolve(task: str, modality: str, assignments: Sequence[str], like: Path | N
     """
     data = read(task if "/" in task or task.endswith((".yaml", ".yml")) else f"{modality}/{task}")
     if like is not None:
-        pretrained = checkpoint.read_card(like)["recipe"]
+        found = checkpoint.read_card(like)
+        if found["modality"] != modality:
+            raise CheckpointError(f"the checkpoint is of modality '{found['modality']}', the data of '{modality}'",
+                                  "Choose a checkpoint pretrained on the same kind of data.")
+        pretrained = found["recipe"]
         data = {**data, "modality": pretrained["modality"], "encoder": pretrained["encoder"]}
     return build(override(data, assignments), TaskRecipe)
 
@@ -65,6 +69,8 @@ def choose(rows: Sequence[Row], labels: str | int | float, seed: int, data: Data
         except ValueError:
             raise RecipeError(f"a label budget is a count, a fraction or all; got '{labels}'", "E.g. --labels 10") from None
     assert not isinstance(amount, str)
+    if not math.isfinite(amount):
+        raise RecipeError(f"a label budget is a count, a fraction or all; got '{labels}'", "E.g. --labels 10")
     volumes = {row.index: data.cache.volume(row.index) for row in rows if "mask" in data.cache.fields(row.index)}
     return budget(rows, amount, seed, volumes)
 
@@ -78,9 +84,6 @@ def tune(recipe: TaskRecipe, data: Data, rows: Sequence[Row], scope: Scope, init
     if not rows:
         raise DataError("label", "there is no labelled training sample for this task", "Check --split and the labels.")
     fabric = launch(recipe.train)
-    start = None
-    if directory is not None and fabric.global_rank == 0:
-        start = open_run(directory, recipe, data, resume)
     fabric.seed_everything(recipe.train.seed, verbose=False)
     assembly = recipe.assemble(scope.classes)
     load = None
@@ -93,12 +96,26 @@ def tune(recipe: TaskRecipe, data: Data, rows: Sequence[Row], scope: Scope, init
         return iter(loader(data.cache, rows, recipe, fields=recipe.task.fields, start=first, steps=recipe.train.steps,
                            rank=rank, world=world, workers=recipe.train.workers))
 
-    own = {**card(recipe, data, data.identities(rows), "fine-tuned"), "classes": list(scope.values.values()),
-           "scored": list(scope.scored), "init": load.dump() if load else None}
+    own = {**card(recipe, data, _seen(data.identities(rows), init), "fine-tuned"), "classes": list(scope.values.values()),
+           "scored": list(scope.scored), "init": None if init is None else checkpoint.identity(init),
+           "load": load.dump() if load else None}
+    start = open_run(fabric, directory, own, data, resume) if directory is not None else None
     with Reporter(title, recipe.train.steps, (directory or log) if fabric.global_rank == 0 else None, quiet) as reporter:
         outcome = train(recipe, assembly, batches, fabric, reporter, directory=directory, card=own, resume=start)
+        if outcome.stopped and directory is not None:
+            reporter.say(f"stopped after {outcome.steps} of {recipe.train.steps} steps, not tested; --resume goes on")
     trainable = sum(p.numel() for p in assembly.parameters() if p.requires_grad)
     return Tuned(outcome, scope, list(rows), trainable, load)
+
+
+def _seen(tuned_on: dict[str, Any], init: Path | None) -> dict[str, Any]:
+    """Whom the weights have met: in this fine-tuning, and before it. key_id: of none when the pseudonyms are of two keys."""
+    if init is None:
+        return tuned_on
+    before = checkpoint.read_card(init)["seen"]
+    return {"subjects": sorted({*tuned_on["subjects"], *before["subjects"]}),
+            "contents": sorted({*tuned_on["contents"], *before["contents"]}),
+            "key_id": tuned_on["key_id"] if tuned_on["key_id"] == before["key_id"] else ""}
 
 
 def mean_scores(cases: Sequence[Case], recipe: TaskRecipe) -> dict[str, Any]:
@@ -120,18 +137,24 @@ def mean_scores(cases: Sequence[Case], recipe: TaskRecipe) -> dict[str, Any]:
 
 def finetune(recipe: TaskRecipe, data: Data, directory: Path, *, init: Path | None, labels: str = "all", resume: bool = False,
              quiet: bool = False, keep: Keep | None = None) -> Tuned:
-    """Fine-tune into a run directory and score the test split. Writes metrics.json and cases.json beside the checkpoint."""
+    """Fine-tune into a run directory and score the test split. Writes metrics.json and cases.json beside the checkpoint.
+
+    A run that was asked to stop is not scored. Every rank scores, so that none waits for another; rank 0 writes.
+    """
     began = time.perf_counter()
     scope = recipe.task.scope(data)
     rows = choose(recipe.task.labelled(data.rows("train")), labels, recipe.train.seed, data)
     test = recipe.task.labelled(data.rows("test"))
     tuned = tune(recipe, data, rows, scope, init, f"{recipe.name} {recipe.modality.name}", directory=directory, resume=resume,
                  quiet=quiet)
-    cases = score(tuned.outcome.assembly, data, test, scope, keep)
-    checkpoint.write_text(directory / "cases.json", json.dumps([case.model_dump() for case in cases], indent=1))
-    close_run(directory, tuned.outcome, {"labelled_subjects": len({row.subject for row in rows}), "test_cases": len(cases),
-                                         "init": str(init.name) if init else SCRATCH, "test": mean_scores(cases, recipe),
-                                         "wall_seconds": round(time.perf_counter() - began, 2)})
+    cases = [] if tuned.outcome.stopped else score(tuned.outcome.assembly, data, test, scope, keep)
+    if first_rank():
+        if not tuned.outcome.stopped:
+            checkpoint.write_text(directory / "cases.json", json.dumps([case.model_dump() for case in cases], indent=1))
+        close_run(directory, tuned.outcome, {"labelled_subjects": len({row.subject for row in rows}), "test_cases": len(cases),
+                                             "init": checkpoint.identity(init) if init else SCRATCH,
+                                             "test": mean_scores(cases, recipe),
+                                             "wall_seconds": round(time.perf_counter() - began, 2)})
     return tuned
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain, combinations
-from pathlib import Path
-from typing import ClassVar, Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from meristem.errors import DataError
@@ -22,7 +23,7 @@ from meristem.platform.evaluation.metrics import segmentation
 from meristem.platform.evaluation.results import Case
 from meristem.platform.objectives import Loss
 from meristem.platform.step import Step
-from meristem.tasks.base import Keep, Scope, TaskObjective, TaskSettings, normalised
+from meristem.tasks.base import Keep, Scope, TaskObjective, TaskRecipe, TaskSettings, normalised
 from meristem.tasks.decoders import decoder
 
 WINDOWS = 4  # predicted at once
@@ -100,13 +101,37 @@ class SegmentationObjective(TaskObjective):
         return cases
 
     def write(self, assembly: Assembly, data: Data, rows: Sequence[Row], scope: Scope, out: Path) -> list[Path]:
-        """One label file per row, on the source file's grid, under the source file's name."""
+        """One label file per row, on the source file's grid, under the source file's name (`places`)."""
         assembly.eval()
         written = []
-        for row in rows:
-            path = out / Path(row.local).name
+        for row, place in zip(rows, places(rows, data), strict=True):
+            path = out / place
+            path.parent.mkdir(parents=True, exist_ok=True)
             written.append(data.modality.write(self._labels(assembly, data, row), data.cache.header(row.index), path))
         return written
+
+
+def places(rows: Sequence[Row], data: Data) -> list[Path]:
+    """Where the prediction of each row goes, relative to the results: distinct whatever the suffix becomes.
+
+    The file's name; with its folders where two files share one; with its suffix made part of the stem where that is all they
+    differ in. An nnU-Net case is called without its channel number.
+    """
+    def split(path: PurePosixPath) -> tuple[str, str]:
+        suffix = max((s for s in data.modality.suffixes if path.name.lower().endswith(s)), key=len, default="")
+        end = len(path.name) - len(suffix)
+        stem, suffix = path.name[:end], path.name[end:]
+        return (stem.removesuffix("_0000") if data.manifest.layout == "nnU-Net" else stem), suffix
+
+    found = [PurePosixPath(row.local) for row in rows]
+    inside = [PurePosixPath(*(part for part in path.parts if part not in (path.anchor, ".."))) for path in found]
+    names = [split(path) for path in found]
+    if len({stem for stem, _ in names}) == len(names):
+        return [Path(stem + suffix) for stem, suffix in names]
+    if len({(path.parent, stem) for path, (stem, _) in zip(inside, names, strict=True)}) == len(names):
+        return [Path(path.parent, stem + suffix) for path, (stem, suffix) in zip(inside, names, strict=True)]
+    return [Path(path.parent, stem + suffix.replace(".", "_") + suffix)
+            for path, (stem, suffix) in zip(inside, names, strict=True)]
 
 
 class Segmentation(TaskSettings):
@@ -121,10 +146,24 @@ class Segmentation(TaskSettings):
     fields: ClassVar[tuple[str, ...]] = ("mask",)
     decoder: Literal["auto", "light", "unetr"] = "auto"
     width: int = 24
-    overlap: float = 0.5
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     flips: tuple[int, ...] = ()
     batch_dice: bool = False
     tolerance: float = 1.0
+
+    def check(self, recipe: TaskRecipe) -> list[str]:
+        problems, provides = [], recipe.encoder.provides
+        dims = len(recipe.modality.axes)
+        if any(not 0 <= axis < dims for axis in self.flips):
+            problems.append(f"flips {list(self.flips)} are not among the axes 0 to {dims - 1}")
+        if self.decoder != "auto" and "layers" not in provides:
+            problems.append(f"decoder: {self.decoder} needs a plain transformer; this encoder has its own pyramid, use auto")
+        unetr = self.decoder == "unetr" or (self.decoder == "auto" and not provides & {"dense", "pyramid"})
+        patch: tuple[int, ...] = getattr(recipe.modality.options, "patch", ())
+        if unetr and any(p & (p - 1) for p in patch):
+            problems.append(f"UNETR's decoder doubles the resolution, and the patch {list(patch)} is no power of two; "
+                            "use decoder: light")
+        return problems
 
     def labelled(self, rows: Sequence[Row]) -> list[Row]:
         return [row for row in rows if "mask" in row.fields]

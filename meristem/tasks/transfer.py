@@ -23,6 +23,7 @@ from meristem.platform.evaluation.probes import KNN, Linear, Split
 from meristem.platform.evaluation.results import Budget, Case, Cell, Counts, Dataset, Results
 from meristem.platform.recipe import build
 from meristem.platform.training import checkpoint
+from meristem.platform.training.loop import first_rank
 from meristem.tasks.base import Scope, TaskRecipe
 from meristem.tasks.embedding import embed
 from meristem.tasks.finetune import SCRATCH, choose, mean_scores, score, tune
@@ -41,13 +42,12 @@ class Arm:
     def hash(self) -> str | None:
         if self.init is None:
             return None
-        found = checkpoint.read_card(self.init)
-        return f"{found['recipe_hash']}-{found['step']}"
+        return checkpoint.identity(self.init)
 
 
 def arms(inits: Sequence[str]) -> list[Arm]:
     """Arms with distinct names; a pretrained arm without a scratch arm gets one, because a claim needs it."""
-    found = []
+    found: list[Arm] = []
     for init in dict.fromkeys(inits):
         if init == SCRATCH:
             found.append(Arm(SCRATCH, None))
@@ -55,7 +55,7 @@ def arms(inits: Sequence[str]) -> list[Arm]:
         path = Path(init)
         name = checkpoint.read_card(path)["recipe"]["name"]
         if name in {arm.name for arm in found}:
-            name = f"{name} ({path.name})"
+            name = f"{name} {checkpoint.identity(path)[-6:]}"  # not its folder's name, which may be a person's
         found.append(Arm(name, path))
     if all(arm.init is not None for arm in found):
         found.append(Arm(SCRATCH, None))
@@ -89,8 +89,18 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
     pool, test = recipe.task.labelled(data.rows("train")), recipe.task.labelled(data.rows("test"))
     if not test:
         raise MeristemError("there is no labelled test sample", "Check --split.")
+    if seeds < 1:
+        raise RecipeError(f"{seeds} seeds give nothing to report", "Use --seeds 1 or more.")
+    labels, protocols = list(dict.fromkeys(labels)), list(dict.fromkeys(protocols))
+    sizes = {label: len({row.subject for row in choose(pool, label, 0, data)}) for label in labels if label != "all"}
+    twice = next((label for label, size in sizes.items() if list(sizes.values()).count(size) > 1), None)
+    if twice is not None:
+        raise RecipeError(f"two label budgets come to {sizes[twice]} subjects, '{twice}' is one of them", "Leave one out.")
     (directory / "cells").mkdir(parents=True, exist_ok=True)
     contestants = arms(inits)
+    for arm in contestants:  # what does not fit is refused now, not after hours
+        if arm.init is not None:
+            checkpoint.load_encoder(arm.init, recipe.assemble(scope.classes).encoder, recipe.modality, recipe.encoder.sees)
     cells: list[Cell] = []
     total = len(contestants) * len(protocols) * len(labels) * seeds
     for seed in range(seeds):  # seed by seed: an early stop leaves complete, comparable grids
@@ -105,14 +115,16 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
                         cell = Cell.model_validate_json(file.read_text())
                     else:
                         cell = _run(_seeded(recipe, seed), data, arm, protocol, budget, rows, test, scope, seed, title,
-                                    directory if seed == 0 else None, quiet)
-                        checkpoint.write_text(file, cell.model_dump_json())
+                                    directory if seed == 0 and first_rank() else None, quiet)
+                        if first_rank():
+                            checkpoint.write_text(file, cell.model_dump_json())
                     cells.append(cell)
                     if not quiet:
                         shown = mean_scores(cell.cases, recipe)
                         print(f"{title}: {recipe.task.metric} {shown[recipe.task.metric]:.4f}", file=sys.stderr, flush=True)
     results = _results(recipe, data, scope, contestants, cells, test, pool)
-    results.save(directory / "results.json")
+    if first_rank():
+        results.save(directory / "results.json")
     return results
 
 
@@ -126,6 +138,8 @@ def _run(recipe: TaskRecipe, data: Data, arm: Arm, protocol: str, labels: str, r
         maps: dict[str, np.ndarray] = {}
         with tempfile.TemporaryDirectory() as folder:
             tuned = tune(recipe, data, rows, scope, arm.init, title, log=Path(folder), quiet=quiet)
+            if tuned.outcome.stopped:
+                raise MeristemError(f"stopped in the middle of {title}", "The same command goes on with what is left.")
             if keep is not None:
                 (keep / "logs").mkdir(exist_ok=True)
                 shutil.copyfile(Path(folder) / "metrics.jsonl", keep / "logs" / f"fine-tuning {name}.jsonl")
@@ -180,7 +194,7 @@ def _results(recipe: TaskRecipe, data: Data, scope: Scope, contestants: Sequence
                                  "subjects": len(seen["subjects"]), "data manifest": found["manifest"]}
     splits = {name: Counts(subjects=len({r.subject for r in data.rows(name)}), cases=len(data.rows(name)))
               for name in ("train", "val", "test")}
-    settings: dict[str, Any] = {f"{recipe.name} (task)": recipe.dump()}
+    settings: dict[str, Any] = {f"{recipe.name} (task)": recipe.record()}
     settings |= {f"{arm.name} (pretraining)": checkpoint.read_card(arm.init)["recipe"] for arm in contestants if arm.init}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return Results(task=recipe.name, kind=recipe.task.kind, metric=recipe.task.metric, classes=scope.scored,

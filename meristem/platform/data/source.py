@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from meristem.errors import DataError
 from meristem.modalities.base import Modality
 from meristem.platform.data.cache import Cache
 from meristem.platform.data.manifest import Manifest, Row
@@ -30,12 +29,6 @@ class Data:
         """The usable rows of a split."""
         return [row for row in self.manifest.select(split, labelled) if row.index in self.cache]
 
-    def unlabelled(self) -> list[Row]:
-        """What pretraining may see: the training split; without labels, there is nothing to hold out and it sees everything."""
-        if not any(row.labelled or row.split for row in self.manifest.rows):
-            return self.rows()
-        return self.rows("train")
-
     def identities(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Keyed pseudonyms and content hashes, for the leakage audit."""
         return {"subjects": sorted({row.subject for row in rows}), "key_id": self.manifest.key_id,
@@ -46,7 +39,9 @@ def open_data(path: Path, modality: Modality, split: str = "auto", cache: Path |
               labels: bool = True) -> Data:
     """Find, decode and divide. The split has its own fixed seed: pretraining and every task agree on the test subjects.
 
-    labels: whether they are read; without, a broken label loses no image. Raises DataError when nothing can be used.
+    split: as `divide` takes it; with auto, data without any label or split of its own is all for training, since there is
+    nothing to hold out for. labels: whether they are read; without, a broken label loses no image, and nothing is divided.
+    Raises DataError when nothing can be used.
     """
     manifest = Manifest.discover(path, modality)
     if not labels:
@@ -59,12 +54,12 @@ def open_data(path: Path, modality: Modality, split: str = "auto", cache: Path |
             task = bar.add_task("", total=len(manifest))
             store = Cache.build(manifest, modality, cache, lambda done, total: bar.update(task, completed=done, total=total))
     usable = {i: store.volume(i) for i in store.rows if "mask" in store.fields(i)}
-    manifest = divide(manifest, split, 0, usable)
+    if labels:
+        bare = split == "auto" and not any(row.labelled or row.split for row in manifest.rows)
+        manifest = divide(manifest, "1,0,0" if bare else split, 0, usable)
     if store.quarantine and not quiet:
         reasons = sorted({problem.reason for problem in store.quarantine})
         print(f"{len(store)} of {len(manifest)} samples used; {len(store.quarantine)} files quarantined "
-              f"({', '.join(reasons)}): quarantine.csv in the run directory. `meristem data check {path.name}` names them.",
+              f"({', '.join(reasons)}): quarantine.csv in the run directory. `meristem data check` names them.",
               file=sys.stderr)
-    if len(store) == 0:
-        raise DataError("empty", f"no usable sample in {path}", "`meristem data check` says why.")
     return Data(manifest, store, modality)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from pydantic import field_serializer, field_validator
 from torch import nn
 
@@ -66,6 +68,10 @@ class EncoderSettings(Settings):
     def provides(self) -> frozenset[str]:
         """`Encoder.provides` of what these settings build, known before anything is built."""
         return frozenset({"mean"})
+
+    def detached(self) -> Self:
+        """The same modules, without any file that their first weights come from: a checkpoint brings its own."""
+        return self
 
     def build(self, tokenizer: Tokenizer, axes: tuple[Axis, ...], channels: int) -> Encoder:
         raise NotImplementedError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import field_validator
@@ -67,6 +67,9 @@ class TimmSettings(EncoderSettings):
         if not _is_vit(self.model):
             return frozenset({"mean", "pyramid"})
         return frozenset({"mean", "layers"} | ({"cls"} if _skeleton(self.model).has_class_token else set()))
+
+    def detached(self) -> Self:
+        return self.model_copy(update={"pretrained": False})
 
     def build(self, tokenizer: Tokenizer, axes: tuple[Axis, ...], channels: int) -> Encoder:
         if len(axes) != 2:

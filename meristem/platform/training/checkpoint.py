@@ -111,6 +111,12 @@ def read_card(path: Path) -> dict[str, Any]:
     return card
 
 
+def identity(path: Path) -> str:
+    """What tells a checkpoint from every other, without a name: recipe's hash, step, and a digest of the whole card."""
+    found = read_card(path)
+    return f"{found['recipe_hash']}-{found['step']}-{digest(found)}"
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     folder = locate(path)
     try:

@@ -35,7 +35,10 @@ Batches = Callable[[int, int, int], Iterator[Batch]]
 
 @dataclass
 class Outcome:
-    """What a training run came to. weights: the ones to use (averaged if the recipe averages)."""
+    """What a training run came to, over all its sessions.
+
+    assembly: with the weights to use (averaged if the recipe averages). stopped: asked to stop before its last step.
+    """
 
     assembly: Assembly
     steps: int
@@ -64,6 +67,11 @@ def launch(settings: TrainSettings, accelerator: str = "auto") -> Fabric:
     return fabric
 
 
+def first_rank() -> bool:
+    """Whether this process is the one that writes and speaks, known before `launch`."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 class _StopSignal:
     """Notes a request to stop; the loop then saves and leaves."""
 
@@ -81,6 +89,7 @@ class _StopSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+        signal.signal(number, self._old[signal.Signals(number)])  # a second request takes its usual course
 
     def __exit__(self, *_: object) -> None:
         for name, old in self._old.items():
@@ -108,12 +117,11 @@ def reduce(fabric: Fabric, losses: Mapping[str, Loss]) -> tuple[Tensor, dict[str
 
 
 def train(recipe: Recipe, assembly: Assembly, batches: Batches, fabric: Fabric, reporter: Reporter, *,
-          directory: Path | None = None, card: Mapping[str, Any] | None = None, resume: Path | None = None,
-          on_log: Callable[[int, Assembly], Mapping[str, float]] | None = None) -> Outcome:
+          directory: Path | None = None, card: Mapping[str, Any] | None = None, resume: Path | None = None) -> Outcome:
     """Train an assembly for recipe.train.steps optimiser steps.
 
     directory: where checkpoints go (None: none are written). card: what the checkpoint's card says beside weights.
-    resume: a checkpoint to continue from, exactly. on_log: extra values for the log, e.g. a validation score.
+    resume: a checkpoint to continue from, exactly.
     """
     settings, raw = recipe.train, assembly
     torch.manual_seed(settings.seed + fabric.global_rank)
@@ -130,15 +138,18 @@ def train(recipe: Recipe, assembly: Assembly, batches: Batches, fabric: Fabric, 
     average = Teacher({"assembly": raw}) if settings.ema is not None else None
 
     start = skipped = in_a_row = 0
+    before: float = 0.0
+    last: dict[str, float] = {}
     if resume is not None:
         state = checkpoint.read_state(resume)
         raw.load_state_dict(state["raw"] if state["raw"] else checkpoint.read_weights(resume))
         optimiser.load_state_dict(state["optimiser"])
-        start, skipped = state["step"], state["skipped"]
+        fabric.strategy.precision.load_state_dict(state["precision"])
+        start, skipped, before, last = state["step"], state["skipped"], state["seconds"], state["last"]
         if average is not None:
             average.copies["assembly"].load_state_dict(checkpoint.read_weights(resume))
         if str(fabric.global_rank) in state["generators"]:
-            torch.set_rng_state(state["generators"][str(fabric.global_rank)])
+            _restore(state["generators"][str(fabric.global_rank)], fabric)
 
     def save(step: int) -> Path | None:
         generators = _generators(fabric)
@@ -146,13 +157,16 @@ def train(recipe: Recipe, assembly: Assembly, batches: Batches, fabric: Fabric, 
             return None
         usable = average.copies["assembly"] if average is not None else raw
         state = {"step": step, "skipped": skipped, "optimiser": optimiser.state_dict(), "generators": generators,
-                 "raw": raw.state_dict() if average is not None else {}}
+                 "precision": fabric.strategy.precision.state_dict(), "last": last,
+                 "seconds": before + time.perf_counter() - began, "raw": raw.state_dict() if average is not None else {}}
         assert isinstance(usable, Assembly)
         return checkpoint.save(directory, step, usable.state_dict(), {**(card or {}), **_reference(recipe, usable)}, state,
                                settings.keep)
 
     began = time.perf_counter()
-    step, written, last = start, None, {}
+    step = start
+    written: Path | None = resume
+    saved = start if resume is not None else -1
     waited = window_began = 0.0
     seen_since = 0
     reporter.start(start)
@@ -179,11 +193,13 @@ def train(recipe: Recipe, assembly: Assembly, batches: Batches, fabric: Fabric, 
                     values[name] = values.get(name, torch.zeros_like(value)) + value / len(parts)
             loss = sum(float(v) * losses[n].weight for n, v in values.items())  # one synchronisation a step
 
-            if math.isfinite(loss):
-                in_a_row = 0
+            sound = math.isfinite(loss)
+            if sound:
                 optim.thaw(raw, settings, step)
-                if settings.clip > 0:
-                    fabric.clip_gradients(module, optimizer, max_norm=settings.clip, error_if_nonfinite=False)
+                norm = fabric.clip_gradients(module, optimizer, max_norm=settings.clip or math.inf, error_if_nonfinite=False)
+                sound = settings.precision == "fp16" or bool(torch.as_tensor(norm).isfinite())  # fp16: its scaler sees to it
+            if sound:
+                in_a_row = 0
                 optimizer.step()
                 lights = _lights(raw) if (step + 1) % settings.log_every == 0 else {}
                 raw.after(progress)
@@ -192,7 +208,7 @@ def train(recipe: Recipe, assembly: Assembly, batches: Batches, fabric: Fabric, 
             else:  # the update is skipped on every rank alike, since the value is a sum over ranks
                 skipped, in_a_row, lights = skipped + 1, in_a_row + 1, {}
                 if in_a_row >= PATIENCE:
-                    raise MeristemError(f"the loss was not finite for {PATIENCE} steps in a row, at step {step + 1}",
+                    raise MeristemError(f"loss or gradient were not finite for {PATIENCE} steps in a row, at step {step + 1}",
                                         "Lower train.lr, or check the data with `meristem data check`. "
                                         "The last checkpoint is intact.")
             optimizer.zero_grad()
@@ -206,19 +222,16 @@ def train(recipe: Recipe, assembly: Assembly, batches: Batches, fabric: Fabric, 
                         **lights,
                         **({f"loss/{k}": float(v) for k, v in values.items()} if len(values) > 1 else {}),
                         **({"skipped": float(skipped)} if skipped else {})}
-                usable = average.copies["assembly"] if average is not None else raw
-                if on_log is not None and isinstance(usable, Assembly):
-                    last.update(on_log(step, usable))
                 reporter.record(step, last)
                 waited, seen_since, window_began = 0.0, 0, time.perf_counter()
-            if step % settings.checkpoint_every == 0 and step < settings.steps:
-                written = save(step) or written
-        if step > start or resume is None:
+            if step % settings.checkpoint_every == 0 and step < settings.steps and in_a_row == 0:
+                written, saved = save(step) or written, step
+        if step != saved:
             written = save(step) or written
     final = average.copies["assembly"] if average is not None else raw
     assert isinstance(final, Assembly)
-    return Outcome(final, step, time.perf_counter() - began, (step - start) * settings.batch, skipped, step < settings.steps,
-                   last, written)
+    return Outcome(final, step, before + time.perf_counter() - began, step * settings.batch, skipped,
+                   step < settings.steps, last, written)
 
 
 def _any(fabric: Fabric, flag: bool) -> bool:
@@ -229,13 +242,23 @@ def _any(fabric: Fabric, flag: bool) -> bool:
 
 
 def _generators(fabric: Fabric) -> dict[str, Tensor]:
-    """Every rank's generator state, so that dropout resumes exactly."""
+    """Every rank's generator states, processor's then GPU's, so that dropout resumes exactly."""
     mine = torch.get_rng_state()
+    if fabric.device.type == "cuda":
+        mine = torch.cat([mine, torch.cuda.get_rng_state(fabric.device)])
     if fabric.world_size == 1:
         return {"0": mine}
     every = fabric.all_gather(mine.to(fabric.device))
     assert isinstance(every, Tensor)
     return {str(rank): every[rank].cpu() for rank in range(fabric.world_size)}
+
+
+def _restore(states: Tensor, fabric: Fabric) -> None:
+    """The inverse of `_generators`, on this rank. A run that goes on on another device draws anew there."""
+    own = len(torch.get_rng_state())
+    torch.set_rng_state(states[:own])
+    if fabric.device.type == "cuda" and len(states) > own:
+        torch.cuda.set_rng_state(states[own:], fabric.device)
 
 
 def _lights(assembly: Assembly) -> dict[str, float]:

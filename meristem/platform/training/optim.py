@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from meristem.errors import RecipeError
 from meristem.platform.assembly import Assembly
 from meristem.platform.recipe import TrainSettings
+
+VECTORS = ("token", "cls", "query", "pos_embed", "position_bias_table")  # learned vectors and tables that do not decay
 
 
 def groups(assembly: Assembly, settings: TrainSettings) -> list[dict[str, object]]:
     """Parameter groups for AdamW.
 
-    Weight decay on matrices and kernels only. `scale` is a factor on the learning rate: layer_decay ** (layers above) inside
-    the encoder, 1 elsewhere (Clark et al. 2020, eq. in §3). `part` is encoder or head.
+    Weight decay on matrices and kernels only, not on tokens, queries and tables of positions. `scale` is a factor on the
+    learning rate: layer_decay ** (layers above) inside the encoder, 1 elsewhere (Clark et al. 2020, eq. in §3). `part` is
+    encoder or head. Raises RecipeError when `freeze` names no module.
     """
     scale, encoder = {}, set()
     layers = assembly.encoder.layer_groups()
@@ -23,18 +28,23 @@ def groups(assembly: Assembly, settings: TrainSettings) -> list[dict[str, object
         for p in layer:
             scale[p] = settings.layer_decay ** (len(layers) - depth)
             encoder.add(p)
+    names = [name for name, _ in assembly.named_parameters()]
+    for prefix in settings.freeze:
+        if not any(_under(name, (prefix,)) for name in names):
+            raise RecipeError(f"train.freeze names '{prefix}', but no module is called so",
+                              f"Modules: {', '.join(dict.fromkeys('.'.join(n.split('.')[:2]) for n in names))}.")
     table: dict[tuple[float, bool, str], list[nn.Parameter]] = {}
     for name, p in assembly.named_parameters():
         if not p.requires_grad:
             continue
-        decays = p.ndim > 1 and not name.endswith(("token", "cls"))
+        decays = p.ndim > 1 and not name.endswith(VECTORS)
         table.setdefault((scale.get(p, 1.0), decays, "encoder" if p in encoder else "head"), []).append(p)
     return [{"params": params, "scale": s, "part": part, "weight_decay": settings.weight_decay if decays else 0.0}
             for (s, decays, part), params in table.items()]
 
 
 def optimiser(assembly: Assembly, settings: TrainSettings) -> torch.optim.AdamW:
-    fused = next(assembly.parameters()).is_cuda
+    fused = next(assembly.parameters()).is_cuda and settings.precision != "fp16"  # fused, it would unscale before the clipping
     return torch.optim.AdamW(groups(assembly, settings), lr=settings.lr, betas=settings.betas, fused=fused or None)
 
 
@@ -72,5 +82,10 @@ def thaw(assembly: Assembly, settings: TrainSettings, step: int) -> None:
         frozen.append("encoder")
     if frozen:
         for name, p in assembly.named_parameters():
-            if name.startswith(tuple(frozen)):
+            if _under(name, frozen):
                 p.grad = None
+
+
+def _under(name: str, modules: Sequence[str]) -> bool:
+    """Whether a parameter belongs to one of the modules (or is one of these names)."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)

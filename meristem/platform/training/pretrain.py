@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning_fabric import Fabric
 
-from meristem.errors import MeristemError
+from meristem.errors import CheckpointError, MeristemError
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.loader import loader
 from meristem.platform.data.source import Data
@@ -24,26 +26,39 @@ def card(recipe: Recipe, data: Data, identities: Mapping[str, Any], kind: str) -
     """What a checkpoint says of itself, beside its step and reference embedding."""
     modality = recipe.modality
     prefix = "teacher.copies.encoder." if recipe.transfer == "teacher" else "encoder."
-    return {"kind": kind, "recipe": recipe.dump(), "recipe_hash": recipe.hash, "modality": modality.name,
+    return {"kind": kind, "recipe": recipe.record(), "recipe_hash": recipe.hash, "modality": modality.name,
             "axes": [{"name": a.name, "unit": a.unit} for a in modality.axes], "channels": modality.channels,
             "transfer": prefix, "manifest": data.manifest.hash, "samples": len(data.cache), "seen": dict(identities),
             "versions": checkpoint.versions(),
             "licence": "Weights inherit the terms of the data they were trained on; check them before sharing."}
 
 
-def open_run(directory: Path, recipe: Recipe, data: Data | None, resume: bool) -> Path | None:
-    """Make a run directory, or find the checkpoint to go on from. Raises MeristemError rather than overwrite a run."""
-    if resume:
-        found = checkpoint.locate(directory)
-        if checkpoint.read_card(found)["recipe_hash"] != recipe.hash:
-            raise MeristemError(f"the recipe differs from the one {directory.name} was started with",
-                                "Resume with the same recipe and overrides, or start a new directory.")
-        return found
-    if (directory / "recipe.yaml").exists():
+def open_run(fabric: Fabric, directory: Path, about: Mapping[str, Any], data: Data, resume: bool) -> Path | None:
+    """Make a run directory, or find the checkpoint to go on from: None where a run was opened but nothing was saved yet.
+
+    about: the card of what is to be trained. Rank 0 writes; all ranks return the same.
+    Raises MeristemError rather than overwrite a run, or go on with another recipe, other samples or another start.
+    """
+    begun = (directory / "recipe.yaml").exists()
+    saved = any((directory / "checkpoints").glob("step-*"))
+    fabric.barrier()  # all have looked before one writes
+    if begun and not resume:
         raise MeristemError(f"{directory} already holds a run", "Choose another --out, or pass --resume to go on with it.")
-    directory.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(directory / "recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True))
-    if data is not None:
+    if resume and (saved or not begun):
+        found = checkpoint.locate(directory)
+        before = checkpoint.read_card(found)
+        for key, what in (("recipe_hash", "the recipe differs"), ("kind", "the kind of run differs"),
+                          ("init", "the initial weights differ")):
+            if before.get(key) != about.get(key):
+                raise CheckpointError(f"{what} from what {directory.name} was started with",
+                                      "Resume with the same arguments, or start a new directory.")
+        if before["seen"]["contents"] != about["seen"]["contents"]:
+            raise CheckpointError(f"the training samples differ from those {directory.name} was started with",
+                                  "Resume with the same --data, --split and --labels, or start a new directory.")
+        return found
+    if fabric.global_rank == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(directory / "recipe.yaml", yaml.safe_dump(about["recipe"], sort_keys=False, allow_unicode=True))
         data.cache.write_quarantine(directory / "quarantine.csv")
     return None
 
@@ -52,7 +67,7 @@ def close_run(directory: Path, outcome: Outcome, more: Mapping[str, Any]) -> Non
     """metrics.json: the final figures."""
     figures = {"steps": outcome.steps, "seconds": round(outcome.seconds, 2), "samples": outcome.samples,
                "skipped_steps": outcome.skipped, "stopped_early": outcome.stopped,
-               **{k: round(v, 6) for k, v in outcome.last.items()}, **more}
+               **{k: round(v, 6) if math.isfinite(v) else None for k, v in outcome.last.items()}, **more}
     checkpoint.write_text(directory / "metrics.json", json.dumps(figures, indent=1))
 
 
@@ -60,18 +75,13 @@ def pretrain(recipe: Recipe, data: Data, directory: Path, *, resume: bool = Fals
     """Train a recipe on the rows that pretraining may see. Writes recipe.yaml, metrics.jsonl, metrics.json and checkpoints."""
     began = time.perf_counter()
     fabric = launch(recipe.train)
-    rows = data.unlabelled()
+    rows = data.rows("train")
     if not rows:
         raise MeristemError("the training split is empty", "Give more data, or another --split.")
-    start = None
-    if fabric.global_rank == 0:
-        start = open_run(directory, recipe, data, resume)
-    fabric.barrier()
-    if fabric.global_rank != 0 and resume:
-        start = checkpoint.locate(directory)
+    about = card(recipe, data, data.identities(rows), "pretraining")
+    start = open_run(fabric, directory, about, data, resume)
     fabric.seed_everything(recipe.train.seed, verbose=False)
     assembly = Assembly(recipe)
-    identities = data.identities(rows)
 
     def batches(first: int, rank: int, world: int) -> Any:
         return iter(loader(data.cache, rows, recipe, start=first, steps=recipe.train.steps, rank=rank, world=world,
@@ -79,8 +89,9 @@ def pretrain(recipe: Recipe, data: Data, directory: Path, *, resume: bool = Fals
 
     first = fabric.global_rank == 0
     with Reporter(f"{recipe.name} {recipe.modality.name}", recipe.train.steps, directory if first else None, quiet) as reporter:
-        outcome = train(recipe, assembly, batches, fabric, reporter, directory=directory,
-                        card=card(recipe, data, identities, "pretraining"), resume=start)
+        outcome = train(recipe, assembly, batches, fabric, reporter, directory=directory, card=about, resume=start)
+        if outcome.stopped:
+            reporter.say(f"stopped after {outcome.steps} of {recipe.train.steps} steps; --resume goes on")
     if first:
         close_run(directory, outcome, {"samples_seen": len(rows), "quarantined": len(data.cache.quarantine),
                                        "wall_seconds": round(time.perf_counter() - began, 2)})

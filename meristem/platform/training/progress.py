@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ class Reporter:
 
     def __init__(self, title: str, total: int, directory: Path | None, quiet: bool = False) -> None:
         self.title, self.total, self.quiet = title, total, quiet or directory is None
-        self._file = (directory / "metrics.jsonl").open("a") if directory is not None else None
+        self._file = (directory / "metrics.jsonl").open("a+") if directory is not None else None
         self._board: Any = None
         self._directory = directory
         self._bar: Progress | None = None
@@ -53,7 +54,14 @@ class Reporter:
             self._board.close()
 
     def start(self, step: int) -> None:
+        """Begin, or go on, after `step` steps: what a killed run recorded beyond its checkpoint will be recorded again."""
         self._began, self._first = time.perf_counter(), step
+        if self._file:
+            self._file.seek(0)
+            kept = [line for line in self._file if json.loads(line)["step"] <= step]
+            self._file.seek(0)
+            self._file.truncate()
+            self._file.writelines(kept)
         if self._bar:
             self._bar.update(self._task, completed=step)
 
@@ -64,11 +72,12 @@ class Reporter:
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """step: steps done. values: loss, losses by name, samples_per_s, data_wait (fraction), lr, rank, …"""
         if self._file:
-            self._file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in values.items()}}) + "\n")
+            plain = {k: round(v, 6) if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
+            self._file.write(json.dumps({"step": step, **plain}) + "\n")
             self._file.flush()
             if self._board is None and self._directory is not None:
                 from torch.utils.tensorboard import SummaryWriter
-                self._board = SummaryWriter(str(self._directory / "tensorboard"))
+                self._board = SummaryWriter(str(self._directory / "tensorboard"), purge_step=self._first + 1)
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
         if self.quiet:
