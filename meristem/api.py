@@ -80,20 +80,21 @@ def pretrain(recipe: str, data: Pathlike, out: Pathlike, overrides: Sequence[str
 
 
 def finetune(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] = (), *, init: str = tuning.SCRATCH,
-             labels: str = "all", split: str = "auto", cache: Path | None = None, resume: bool = False,
-             quiet: bool = False) -> tuning.Tuned:
+             labels: str = "all", train_on: Sequence[str] = ("train",), split: str = "auto", cache: Path | None = None,
+             resume: bool = False, quiet: bool = False) -> tuning.Tuned:
     """Grow a task head on an encoder, and score it on the labelled samples of the test split.
 
     task: `segmentation` or `classification`, a recipe name or a YAML file. init: a pretraining run, whose modality and encoder
-    settings are taken over, or `scratch`. labels: labelled subjects to use, as a count, a fraction or `all`. The rest as in
-    `pretrain`. Writes metrics.json (key `test`) and cases.json beside the checkpoints; a run that was asked to stop is saved
-    and not scored, and resume=True goes on with it. Raises MeristemError.
+    settings are taken over, or `scratch`. labels: labelled subjects to use, as a count, a fraction or `all`. train_on: splits
+    to learn from; validation subjects join once nothing is tuned on them any more. The rest as in `pretrain`. Writes
+    metrics.json (key `test`) and cases.json beside the checkpoints; a run that was asked to stop is saved and not scored, and
+    resume=True goes on with it. Raises MeristemError.
     """
     quiet = quiet or not first_rank()
     start = None if init == tuning.SCRATCH else Path(init)
     settings = tuning.resolve(task, guess_modality(data), overrides, start)
     return tuning.finetune(settings, open_data(Path(data), settings.modality, split, cache, quiet), Path(out), init=start,
-                           labels=labels, resume=resume, quiet=quiet)
+                           labels=labels, train_on=train_on, resume=resume, quiet=quiet)
 
 
 def evaluate(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] = (), *, inits: Sequence[str],

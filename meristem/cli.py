@@ -36,6 +36,7 @@ Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Init = Annotated[str, typer.Option("--init", help="A pretraining run, or scratch.")]
 Inits = Annotated[list[str] | None, typer.Option("--init", help="A pretraining run, or scratch; repeat for more arms.")]
 Labels = Annotated[str, typer.Option("--labels", help="Labelled subjects to use: a count, a fraction, or all.")]
+TrainOn = Annotated[str, typer.Option("--train-on", help="Splits to learn from: train, or train,val once all is tuned.")]
 Budgets = Annotated[list[str] | None, typer.Option("--labels", help="Label budgets: counts, fractions or all; repeatable.")]
 Protocols = Annotated[list[str] | None, typer.Option("--protocol", help="finetune, linear or knn; repeatable.")]
 
@@ -51,12 +52,12 @@ def pretrain(recipe: Annotated[str, typer.Argument(help="A recipe name (volume/m
 
 @app.command()
 def finetune(task: Task, data: DataOption, out: OutOption, overrides: Overrides = None, init: Init = "scratch",
-             labels: Labels = "all", split: SplitOption = "auto", cache: CacheOption = None, resume: Resume = False,
-             quiet: Quiet = False) -> None:
+             labels: Labels = "all", train_on: TrainOn = "train", split: SplitOption = "auto", cache: CacheOption = None,
+             resume: Resume = False, quiet: Quiet = False) -> None:
     """Grow a task head on an encoder, with labels, and score it on held-out subjects."""
     from meristem import api
-    api.finetune(task, data, out, overrides or (), init=init, labels=labels, split=split, cache=cache, resume=resume,
-                 quiet=quiet)
+    api.finetune(task, data, out, overrides or (), init=init, labels=labels, train_on=train_on.split(","), split=split,
+                 cache=cache, resume=resume, quiet=quiet)
 
 
 @app.command()

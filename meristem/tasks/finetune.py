@@ -18,7 +18,7 @@ from meristem.platform.assembly import Assembly
 from meristem.platform.data.loader import loader
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
-from meristem.platform.data.splits import budget
+from meristem.platform.data.splits import NAMES, budget
 from meristem.platform.evaluation.metrics import SET_METRICS
 from meristem.platform.evaluation.results import Case
 from meristem.platform.recipe import build, override, read
@@ -135,16 +135,22 @@ def mean_scores(cases: Sequence[Case], recipe: TaskRecipe) -> dict[str, Any]:
     return scores
 
 
-def finetune(recipe: TaskRecipe, data: Data, directory: Path, *, init: Path | None, labels: str = "all", resume: bool = False,
-             quiet: bool = False, keep: Keep | None = None) -> Tuned:
+def finetune(recipe: TaskRecipe, data: Data, directory: Path, *, init: Path | None, labels: str = "all",
+             train_on: Sequence[str] = ("train",), resume: bool = False, quiet: bool = False,
+             keep: Keep | None = None) -> Tuned:
     """Fine-tune into a run directory and score the test split. Writes metrics.json and cases.json beside the checkpoint.
+
+    train_on: splits whose labels are learned from; where `test` is among them, nothing is scored.
 
     A run that was asked to stop is not scored. Every rank scores, so that none waits for another; rank 0 writes.
     """
     began = time.perf_counter()
     scope = recipe.task.scope(data)
-    rows = choose(recipe.task.labelled(data.rows("train")), labels, recipe.train.seed, data)
-    test = recipe.task.labelled(data.rows("test"))
+    unknown = set(train_on) - set(NAMES)
+    if unknown:
+        raise RecipeError(f"there is no split '{min(unknown)}' to train on", f"Name splits of {', '.join(NAMES)}.")
+    rows = choose(recipe.task.labelled(data.rows(tuple(train_on))), labels, recipe.train.seed, data)
+    test = recipe.task.labelled(data.rows("test")) if "test" not in train_on else []
     tuned = tune(recipe, data, rows, scope, init, f"{recipe.name} {recipe.modality.name}", directory=directory, resume=resume,
                  quiet=quiet)
     cases = [] if tuned.outcome.stopped else score(tuned.outcome.assembly, data, test, scope, keep)

@@ -70,12 +70,15 @@ class SegmentationObjective(TaskObjective):
             out: Tensor = self.decoder(encoded, stream).float()
             return out
 
+        fast = torch.autocast(array.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
+
         mirrors = list(chain.from_iterable(combinations(self.settings.flips, k) for k in range(len(self.settings.flips) + 1)))
         total = torch.zeros((), device=array.device)
         for axes in mirrors:
             dims = [axis + 2 for axis in axes]
             turned = torch.flip(array[None], dims)
-            out = sliding_window_inference(turned, size, WINDOWS, logits, self.settings.overlap, "gaussian")
+            with fast:
+                out = sliding_window_inference(turned, size, WINDOWS, logits, self.settings.overlap, "gaussian")
             assert isinstance(out, Tensor)
             total = total + torch.flip(out, dims).softmax(1)
         return total[0] / len(mirrors)
