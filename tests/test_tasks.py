@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,9 +16,13 @@ import torch.nn.functional as F
 
 import meristem
 from meristem.errors import MeristemError, RecipeError
-from meristem.platform.data.source import open_data
+from meristem.platform.assembly import Assembly
+from meristem.platform.data.manifest import Row
+from meristem.platform.data.source import Data, open_data
 from meristem.platform.evaluation.results import Results
+from meristem.tasks import transfer
 from meristem.tasks.base import TaskRecipe, normalised, objective
+from meristem.tasks.embedding import embed
 from meristem.tasks.finetune import choose, resolve
 from meristem.tasks.inspection import inspect, noise
 
@@ -118,6 +123,19 @@ def test_budgets_are_nested_counts_fractions_or_all(volume_folder: Path) -> None
         choose(rows, "many", 0, data)
 
 
+def test_validation_subjects_may_join_and_a_tested_split_may_not(volume_folder: Path, tmp_path: Path) -> None:
+    changes = [*UNET, *QUICK, "train.steps=1"]
+    expected = {("train",): (4, 2), ("train", "val"): (6, 2), ("train", "val", "test"): (8, 0)}
+    for train_on, counts in expected.items():
+        name = "-".join(train_on)
+        meristem.finetune("segmentation", volume_folder, tmp_path / name, changes, train_on=train_on, split="0.5,0.25,0.25",
+                          cache=tmp_path / "cache", quiet=True)
+        figures = json.loads((tmp_path / name / "metrics.json").read_text())
+        assert (figures["labelled_subjects"], figures["test_cases"]) == counts
+    with pytest.raises(RecipeError, match="no split 'validation'"):
+        meristem.finetune("segmentation", volume_folder, tmp_path / "d", changes, train_on=("validation",), quiet=True)
+
+
 def test_a_probe_leaves_the_encoder_alone(volume_folder: Path, tmp_path: Path) -> None:
     changes = [*UNET, *QUICK, "train.steps=3", "probe=true"]
     recipe = resolve("segmentation", "volume", changes)
@@ -159,20 +177,29 @@ def test_the_whole_job_pretrain_evaluate_report_and_resume(volume_folder: Path, 
     assert {c.budget.steps for c in results.cells} == {3}
     assert "case_0" not in text and str(tmp_path) not in text
 
-    from meristem.tasks import transfer
     monkeypatch.setattr(transfer, "tune", lambda *a, **k: pytest.fail("a finished cell was run again"))
     assert meristem.evaluate("segmentation", volume_folder, tmp_path / "eval", changes, **evaluation) == page  # type: ignore[arg-type]
     assert meristem.report([tmp_path / "eval"], tmp_path / "again").read_text().count("<img") == text.count("<img")
 
 
-def test_probes_compare_with_a_random_encoder(image_folder: Path, tmp_path: Path) -> None:
+def test_probes_compare_with_a_random_encoder(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embedded: list[tuple[int, int]] = []
+
+    def counted(assembly: Assembly, data: Data, rows: list[Row]) -> np.ndarray:
+        weights = hash(assembly.encoder.state_dict()["cls"].numpy().tobytes())
+        embedded.extend((weights, row.index) for row in rows)
+        return embed(assembly, data, rows)
+
+    monkeypatch.setattr(transfer, "embed", counted)
     quick = [*QUICK, "encoder={transformer: {width: 32, depth: 2, heads: 2}}", "train.steps=3"]
     size = "views.x={size: [32, 32]}"
     shallow = "objectives.pixels.masked.predictor.decoder.depth=1"
     meristem.pretrain("image/mae", image_folder, tmp_path / "pre", [*quick, size, shallow], split="0.4,0.2,0.4",
                       cache=tmp_path / "c", quiet=True)
-    meristem.evaluate("classification", image_folder, tmp_path / "eval", [*QUICK, size], inits=[str(tmp_path / "pre")], seeds=1,
-                      protocols=["knn", "linear"], split="0.4,0.2,0.4", cache=tmp_path / "c", quiet=True)
+    meristem.evaluate("classification", image_folder, tmp_path / "eval", [*QUICK, size], inits=[str(tmp_path / "pre")], seeds=2,
+                      protocols=["knn", "linear"], labels=["4", "all"], split="0.4,0.2,0.4", cache=tmp_path / "c", quiet=True)
+    assert len({weights for weights, _ in embedded}) == 3  # the pretrained encoder, and random weights of each seed
+    assert Counter(embedded).most_common()[0][1] <= 2  # one seed embeds a row once, whatever budgets and protocols ask for it
     results = Results.load(tmp_path / "eval" / "results.json")
     assert {(c.arm, c.protocol) for c in results.cells} == {(a, p) for a in ("mae", "scratch") for p in ("knn", "linear")}
     with pytest.raises(RecipeError, match="protocol"):

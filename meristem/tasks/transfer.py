@@ -104,6 +104,7 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
     cells: list[Cell] = []
     total = len(contestants) * len(protocols) * len(labels) * seeds
     for seed in range(seeds):  # seed by seed: an early stop leaves complete, comparable grids
+        embedded: dict[str, dict[int, np.ndarray]] = {arm.name: {} for arm in contestants}  # random weights are the seed's own
         for budget in labels:
             rows = choose(pool, budget, seed, data)
             for protocol in protocols:
@@ -115,7 +116,7 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
                         cell = Cell.model_validate_json(file.read_text())
                     else:
                         cell = _run(_seeded(recipe, seed), data, arm, protocol, budget, rows, test, scope, seed, title,
-                                    directory if seed == 0 and first_rank() else None, quiet)
+                                    embedded[arm.name], directory if seed == 0 and first_rank() else None, quiet)
                         if first_rank():
                             checkpoint.write_text(file, cell.model_dump_json())
                     cells.append(cell)
@@ -129,7 +130,7 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
 
 
 def _run(recipe: TaskRecipe, data: Data, arm: Arm, protocol: str, labels: str, rows: list[Row], test: list[Row], scope: Scope,
-         seed: int, title: str, keep: Path | None, quiet: bool) -> Cell:
+         seed: int, title: str, embedded: dict[int, np.ndarray], keep: Path | None, quiet: bool) -> Cell:
     began = time.perf_counter()
     chosen: dict[str, float] = {}
     subjects = len({row.subject for row in rows})
@@ -150,29 +151,38 @@ def _run(recipe: TaskRecipe, data: Data, arm: Arm, protocol: str, labels: str, r
             (keep / "pictures").mkdir(exist_ok=True)
             np.savez_compressed(keep / "pictures" / f"{name}.npz", **maps)  # type: ignore[arg-type]
     else:
-        cases, chosen = _probe(recipe, data, arm, protocol, rows, test, scope)
+        cases, chosen = _probe(recipe, data, arm, protocol, rows, test, scope, embedded)
         cost = Budget(steps=0, batch=0, trainable=0, seconds=round(time.perf_counter() - began, 2))
     return Cell(arm=arm.name, init=arm.hash, protocol=protocol, labels="all" if labels == "all" else subjects,
                 labelled_subjects=subjects, seed=seed, budget=cost, cases=tuple(cases),
                 encoder=next(iter(recipe.dump()["encoder"])), chosen=chosen)
 
 
-def _probe(recipe: TaskRecipe, data: Data, arm: Arm, protocol: str, rows: list[Row], test: list[Row], scope: Scope
-           ) -> tuple[list[Case], dict[str, float]]:
-    """Frozen embeddings with kNN or logistic regression; what is tuned is tuned on the validation split."""
-    torch.manual_seed(recipe.train.seed)
-    assembly = Assembly(recipe)
-    if arm.init is not None:
-        checkpoint.load_encoder(arm.init, assembly.encoder, recipe.modality, recipe.encoder.sees)
-    if torch.cuda.is_available():
-        assembly = assembly.cuda()
+def _probe(recipe: TaskRecipe, data: Data, arm: Arm, protocol: str, rows: list[Row], test: list[Row], scope: Scope,
+           embedded: dict[int, np.ndarray]) -> tuple[list[Case], dict[str, float]]:
+    """Frozen embeddings with kNN or logistic regression; what is tuned is tuned on the validation split.
+
+    embedded: what this encoder has made of a row so far, by row index; rows it lacks are added.
+    """
     validation = recipe.task.labelled(data.rows("val")) or rows
+    missing = [row for row in {r.index: r for r in (*rows, *validation, *test)}.values() if row.index not in embedded]
+    if missing:
+        torch.manual_seed(recipe.train.seed)
+        assembly = Assembly(recipe)
+        if arm.init is not None:
+            checkpoint.load_encoder(arm.init, assembly.encoder, recipe.modality, recipe.encoder.sees)
+        if torch.cuda.is_available():
+            assembly = assembly.cuda()
+        embedded.update(zip((row.index for row in missing), embed(assembly, data, missing), strict=True))
+
+    def vectors(part: list[Row]) -> np.ndarray:
+        return np.stack([embedded[row.index] for row in part])
 
     def split(part: list[Row]) -> Split:
-        return Split(embed(assembly, data, part), np.array([row.labels["class"] for row in part]))
+        return Split(vectors(part), np.array([row.labels["class"] for row in part]))
 
     probe = KNN() if protocol == "knn" else Linear()
-    found = probe(split(rows), split(validation), embed(assembly, data, test), scope.classes)
+    found = probe(split(rows), split(validation), vectors(test), scope.classes)
     cases = [Case(case=row.case, subject=row.subject, target=row.labels["class"], probabilities=tuple(p.tolist()))
              for row, p in zip(test, found.probabilities, strict=True)]
     return cases, {"k" if protocol == "knn" else "C": found.chosen}
