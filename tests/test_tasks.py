@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import meristem
-from meristem.errors import MeristemError, RecipeError
+from meristem.errors import DataError, MeristemError, RecipeError
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data, open_data
@@ -110,6 +111,45 @@ def test_classification_from_folders(image_folder: Path, tmp_path: Path) -> None
     assert sum(row["class"] == Path(row["file"]).parts[0] for row in rows) >= 10
     with np.load(meristem.embed(tmp_path / "run", image_folder, tmp_path / "vectors", quiet=True)) as stored:
         assert stored["embedding"].shape == (12, 32) and np.isfinite(stored["embedding"]).all()
+
+
+@pytest.fixture
+def grey_masks(tmp_path: Path) -> Path:
+    """12 colour images of 40x36 whose masks are grey: 0 around, 128 a ball, 255 its core."""
+    root = tmp_path / "cells"
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True)
+    y, x = np.mgrid[:40, :36]
+    for i in range(12):
+        distance = np.hypot(y - 18 - i % 3, x - 17 + i % 4)
+        mask = np.where(distance < 5, 255, np.where(distance < 11, 128, 0)).astype(np.uint8)
+        pixels = np.random.default_rng(i).normal(mask[..., None] * [0.3, 0.5, 0.7] + 40, 8).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(root / "images" / f"{i:02d}.png")
+        Image.fromarray(mask).save(root / "labels" / f"{i:02d}.png")
+    return root
+
+
+NET2D = ["encoder={unet: {widths: [8, 16], blocks: [1, 1]}}", "views.x.size=[32,32]", "train.workers=0", "train.batch=2"]
+GREYS = "modality.image.mask_values={0: 0, 128: 1, 255: 2}"
+
+
+def test_grey_masks_are_refused_with_the_mapping_they_need(grey_masks: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="0, 128, 255") as caught:
+        meristem.finetune("segmentation", grey_masks, tmp_path / "out", NET2D, cache=tmp_path / "c", quiet=True)
+    assert caught.value.remedy is not None and f"'{GREYS}'" in caught.value.remedy
+
+
+def test_predicted_masks_have_the_files_own_values_and_size(grey_masks: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    meristem.finetune("segmentation", grey_masks, run, [*NET2D, GREYS, "train.steps=30", "task.segmentation.flips=[]"],
+                      cache=tmp_path / "c", quiet=True)
+    written = meristem.predict(run, grey_masks / "images", tmp_path / "masks", quiet=True)
+    assert [path.name for path in written] == [f"{i:02d}.png" for i in range(12)]
+    for path in written:
+        drawn = np.asarray(Image.open(path))
+        truth = np.asarray(Image.open(grey_masks / "labels" / path.name))
+        assert drawn.shape == truth.shape and set(np.unique(drawn)) <= {0, 128, 255}
+        assert np.mean(drawn == truth) > 0.9
 
 
 def test_budgets_are_nested_counts_fractions_or_all(volume_folder: Path) -> None:

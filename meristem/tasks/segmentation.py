@@ -175,7 +175,15 @@ class Segmentation(TaskSettings):
         rows = [row for row in self.labelled(data.rows()) if "mask" in data.cache.fields(row.index)]
         if not rows:
             raise DataError("label", "no sample has a label mask", "Put them in a folder `labels` beside `images`, same names.")
-        top = max(max(data.cache.counts(row.index), default=0) for row in rows)
+        found = sorted({value for row in rows for value in data.cache.counts(row.index) if value >= 0})
+        top, known = max(found, default=0), len(data.manifest.mask_names)
+        if top + 1 > max(2 * len(found), known):  # more gaps than classes: grey values, not class numbers
+            shown = ", ".join(map(str, found[:8])) + (", …" if len(found) > 8 else "")
+            options = type(data.modality.options).model_fields
+            mapping = ", ".join(f"{value}: {i}" for i, value in enumerate(found[:8]))
+            raise DataError("mask", f"the masks hold the values {shown}, which are not class numbers 0, 1, 2, …",
+                            f"Say what they mean: 'modality.{data.modality.name}.mask_values={{{mapping}}}'."
+                            if "mask_values" in options else "Number the classes 0, 1, 2, …, or name them in a dataset.json.")
         names = data.manifest.mask_names
         values = {v: (names[v] if v < len(names) and names[v] else f"class {v}") for v in range(top + 1)}
         return Scope(values, tuple(name for v, name in values.items() if v > 0), data.modality.axes[0].unit)
