@@ -74,10 +74,35 @@ def test_recipes_show_prints_a_recipe_that_loads_and_its_passes(call, tmp_path: 
     (["report", "OUT"], ["no results"]),
     (["predict", "--checkpoint", "OUT", "--data", "DATA", "--out", "OUT"], ["no checkpoint"]),
     (["recipes", "show", "volume/nothing"], ["no recipe"]),
+    (["recipes", "show", "volume/mae", "encoder=unet"], ["would drop tokens", "replace"]),
+    (["recipes", "show", "volume/dino", "teacher=null"], ["teacher"]),
+    (["recipes", "show", "volume/segmentation", "task.segmentation.decoder=unetr"], ["plain transformer", "auto"]),
+    (["recipes", "show", "volume/segmentation", "encoder=transformer", "modality.volume.patch=[6,6,6]",
+      "views.x.size=[24,24,24]"], ["power of two", "light"]),
+    (["recipes", "show", "volume/segmentation", "task.segmentation.flips=[3]"], ["axes 0 to 2"]),
+    (["recipes", "show", "image/classification", "encoder=unet", "task.classification.pool=cls"], ["class token"]),
+    (["recipes", "show", "volume/mae", "train.log_every=0"], ["train.log_every", "greater than"]),
+    (["recipes", "show", "volume/mae", "train.freeze={encodr: 0.5}", "modality={volume: {}, image: {}}"], ["modality"]),
+    (["recipes", "show", "BINARY"], ["binary.yaml", "UTF-8"]),
+    (["recipes", "show", "CIRCLE"], ["extends itself"]),
+    (["recipes", "show", "LIST"], ["extends"]),
+    (["pretrain", "segmentation", "--data", "DATA", "--out", "OUT"], ["no objective", "meristem finetune"]),
+    (["pretrain", "mae", "--data", "DATA", "--out", "UNDERFILE", *TINY], ["Not a directory"]),
+    (["pretrain", "mae", "--data", "DATA", "--out", "OUT", "--split", "0,0,1", *TINY], ["training split is empty"]),
+    (["pretrain", "mae", "--data", "DATA", "--out", "OUT", *TINY, "train.freeze={encodr: 0.5}"], ["encodr", "Modules"]),
+    (["finetune", "segmentation", "--data", "DATA", "--out", "OUT", "--split", "0,0,1"], ["no labelled training sample"]),
+    (["finetune", "segmentation", "--data", "BARE", "--out", "OUT"], ["no sample has a label mask"]),
+    (["finetune", "classification", "--data", "DATA", "--out", "OUT"], ["0 classes"]),
+    (["finetune", "segmentation", "--data", "DATA", "--out", "OUT", "--labels", "nan"], ["count, a fraction or all"]),
+    (["finetune", "segmentation", "--data", "DATA", "--out", "OUT", "--resume"], ["no checkpoint"]),
 ])
 def test_a_users_mistake_is_a_message_and_status_2(arguments: list[str], words: list[str], call, volume_folder: Path,  # type: ignore[no-untyped-def]
                                                    tmp_path: Path) -> None:
-    places = {"DATA": str(volume_folder), "OUT": str(tmp_path / "out")}
+    for name, text in (("binary", b"\xff\xfe\x00\x80"), ("circle", b"extends: CIRCLE"), ("list", b"extends: 3")):
+        (tmp_path / f"{name}.yaml").write_bytes(text.replace(b"CIRCLE", str(tmp_path / "circle.yaml").encode()))
+    places = {"DATA": str(volume_folder), "OUT": str(tmp_path / "out"), "BARE": str(volume_folder / "imagesTr"),
+              "UNDERFILE": str(tmp_path / "list.yaml" / "out"),
+              **{name.upper(): str(tmp_path / f"{name}.yaml") for name in ("binary", "circle", "list")}}
     status, _, err = call(*(places.get(a, a) for a in arguments))
     assert status == 2
     assert err.startswith("meristem: ") and "Traceback" not in err
@@ -130,3 +155,12 @@ def test_progress_lines_for_a_log_file_and_silence_on_request(call, volume_folde
     assert out == err == ""
 
 
+def test_a_checkpoint_of_another_modality_is_a_message(call, volume_folder: Path, image_folder: Path,  # type: ignore[no-untyped-def]
+                                                       tmp_path: Path) -> None:
+    common = ["--cache", tmp_path / "c", "--quiet"]
+    assert call("pretrain", "mae", "--data", volume_folder, "--out", tmp_path / "pre", *common, *TINY, "train.steps=1")[0] == 0
+    status, _, err = call("finetune", "classification", "--data", image_folder, "--out", tmp_path / "x", "--init",
+                          tmp_path / "pre", *common)
+    assert status == 2 and "of modality 'volume', the data of 'image'" in err and not (tmp_path / "x").exists()
+    status, _, err = call("embed", "--checkpoint", tmp_path / "pre", "--data", image_folder, "--out", tmp_path / "y", "--quiet")
+    assert status == 2 and "no volume data" in err

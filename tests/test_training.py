@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -15,11 +16,12 @@ import pytest
 import torch
 
 import meristem
-from meristem.errors import MeristemError
+from meristem.errors import MeristemError, RecipeError
 from meristem.platform import recipe as recipes
 from meristem.platform.assembly import Assembly
 from meristem.platform.training import checkpoint, optim
 from meristem.platform.training.loop import launch
+from meristem.tasks.finetune import resolve
 
 TINY = ["encoder.transformer.width=32", "encoder.transformer.depth=2", "encoder.transformer.heads=2", "views.x.size=[16,16,16]",
         "objectives.pixels.masked.predictor.decoder={depth: 1, width: 32, heads: 2}", "train.batch=4", "train.workers=0",
@@ -157,6 +159,64 @@ def test_frozen_modules_do_not_move_until_they_thaw() -> None:
         p.grad = torch.ones_like(p)
     optim.thaw(assembly, settings(freeze={"encoder.embed": 0.5}), 60)
     assert all(p.grad is not None for p in assembly.parameters())
+
+
+def test_freezing_names_whole_modules_that_exist() -> None:
+    assembly = Assembly(recipes.load("volume/mae", [*TINY, "encoder.transformer.depth=11"]))
+    for p in assembly.parameters():
+        p.grad = torch.ones_like(p)
+    optim.thaw(assembly, settings(freeze={"encoder.blocks.blocks.1": 0.5}), 0)
+    still = {name.split(".")[3] for name, p in assembly.named_parameters() if p.grad is None}
+    assert {n for n, p in assembly.named_parameters() if p.grad is None} and still == {"1"}  # and not block 10
+    with pytest.raises(RecipeError, match="encodr"):
+        optim.groups(assembly, settings(freeze={"encodr": 0.5}))
+
+
+def test_learned_positions_and_tokens_do_not_decay() -> None:
+    vit = ["encoder={timm: {model: vit_tiny_patch16_224}}", "modality.image.patch=16"]
+    probe = resolve("classification", "image", ["encoder={transformer: {size: tiny}}", "task.classification.pool=attention"])
+    for assembly in (Assembly(recipes.load("image/simmim", vit)), probe.assemble(2)):
+        decay = {id(p): g["weight_decay"] for g in optim.groups(assembly, assembly.recipe.train)
+                 for p in g["params"]}  # type: ignore[attr-defined]
+        free = {name.rpartition(".")[2] for name, p in assembly.named_parameters() if p.ndim > 1 and decay[id(p)] == 0.0}
+        assert free == ({"pos_embed", "cls_token"} if "timm" in assembly.recipe.dump()["encoder"] else {"cls", "query"})
+        assert decay[id(next(p for n, p in assembly.named_parameters() if n.endswith("qkv.weight")))] > 0
+
+
+def test_a_sawtooth_run_moves_the_head_alone_first(volume_folder: Path, tmp_path: Path) -> None:
+    more = ["train.schedule=sawtooth", "train.head_first=0.5", "train.checkpoint_every=1", "train.keep=9"]
+    run(volume_folder, tmp_path / "a", *more, steps=6)
+    at = [checkpoint.read_weights(tmp_path / "a" / "checkpoints" / f"step-{n:08d}") for n in (1, 3, 4)]
+    moved = [{k.split(".")[0] for k in at[0] if not torch.equal(a[k], b[k])} for a, b in itertools.pairwise(at)]
+    assert moved == [{"objectives"}, {"objectives", "encoder"}]
+
+
+def test_a_compiled_encoder_gives_the_weights_of_a_plain_one(volume_folder: Path, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile captures the encoder; no machine code is made of it, which takes minutes and a C++ compiler."""
+    traced = []
+
+    def compile_(self: torch.nn.Module) -> None:
+        traced.append(self)
+        self._compiled_call_impl = torch.compile(self._call_impl, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    small = ("train.ema=0.5", "encoder.transformer.depth=1")
+    plain = run(volume_folder, tmp_path / "a", *small, steps=1)
+    compiled = run(volume_folder, tmp_path / "b", *small, "train.compile=true", steps=1)
+    assert traced and plain.keys() == compiled.keys()
+    assert all(torch.allclose(plain[k], compiled[k], atol=1e-4) for k in plain)
+
+
+def test_a_checkpoint_stands_without_the_file_its_weights_began_from(tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    vit = ["encoder={timm: {model: vit_tiny_patch16_224}}", "modality.image.patch=16"]
+    save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "w.safetensors")
+    recipe = recipes.load("image/simmim", [*vit, f"encoder.timm.pretrained={tmp_path / 'w.safetensors'}"])
+    assert str(tmp_path) in json.dumps(recipe.dump()) and str(tmp_path) not in json.dumps(recipe.record())
+    assert recipes.build(recipe.record(), recipes.Recipe).hash == recipes.load("image/simmim", vit).hash != recipe.hash
 
 
 def test_fp16_on_a_cpu_is_refused_with_the_remedy() -> None:

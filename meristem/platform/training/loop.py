@@ -250,15 +250,15 @@ def _generators(fabric: Fabric) -> dict[str, Tensor]:
         return {"0": mine}
     every = fabric.all_gather(mine.to(fabric.device))
     assert isinstance(every, Tensor)
-    return {str(rank): every[rank].cpu() for rank in range(fabric.world_size)}
+    return {str(rank): every[rank].cpu().clone() for rank in range(fabric.world_size)}
 
 
 def _restore(states: Tensor, fabric: Fabric) -> None:
     """The inverse of `_generators`, on this rank. A run that goes on on another device draws anew there."""
     own = len(torch.get_rng_state())
-    torch.set_rng_state(states[:own])
+    torch.set_rng_state(states[:own].clone())  # torch reads a slice from the start of its storage
     if fabric.device.type == "cuda" and len(states) > own:
-        torch.cuda.set_rng_state(states[own:], fabric.device)
+        torch.cuda.set_rng_state(states[own:].clone(), fabric.device)
 
 
 def _lights(assembly: Assembly) -> dict[str, float]:
