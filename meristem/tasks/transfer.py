@@ -7,12 +7,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from meristem.errors import MeristemError, RecipeError
 from meristem.platform.assembly import Assembly
@@ -115,8 +117,11 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
                     if file.exists():
                         cell = Cell.model_validate_json(file.read_text())
                     else:
-                        cell = _run(_seeded(recipe, seed), data, arm, protocol, budget, rows, test, scope, seed, title,
-                                    embedded[arm.name], directory if seed == 0 and first_rank() else None, quiet)
+                        # fine-tuning has a bar of its own; a probe would leave the terminal still for minutes
+                        still = protocol != "finetune" and not quiet and first_rank() and sys.stderr.isatty()
+                        with Console(stderr=True).status(title) if still else nullcontext():
+                            cell = _run(_seeded(recipe, seed), data, arm, protocol, budget, rows, test, scope, seed, title,
+                                        embedded[arm.name], directory if seed == 0 and first_rank() else None, quiet)
                         if first_rank():
                             checkpoint.write_text(file, cell.model_dump_json())
                     cells.append(cell)
