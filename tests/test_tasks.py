@@ -21,7 +21,7 @@ from meristem.platform.assembly import Assembly
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data, open_data
 from meristem.platform.evaluation.results import Results
-from meristem.tasks import transfer
+from meristem.tasks import pages, transfer
 from meristem.tasks.base import TaskRecipe, normalised, objective
 from meristem.tasks.embedding import embed
 from meristem.tasks.finetune import choose, resolve
@@ -215,6 +215,8 @@ def test_the_whole_job_pretrain_evaluate_report_and_resume(volume_folder: Path, 
         (arm, labels, seed) for arm in ("mae-unet", "scratch") for labels in (2, "all") for seed in (0, 1)}
     assert results.leakage["mae-unet"].verdict == "clean"
     assert {c.budget.steps for c in results.cells} == {3}
+    assert len(json.loads((tmp_path / "eval" / "metrics.json").read_text())) == 8
+    assert meristem.show_recipe(str(tmp_path / "eval" / "recipe.yaml"))["recipe"]["train"]["steps"] == 3
     assert "case_0" not in text and str(tmp_path) not in text
 
     monkeypatch.setattr(transfer, "tune", lambda *a, **k: pytest.fail("a finished cell was run again"))
@@ -241,10 +243,27 @@ def test_probes_compare_with_a_random_encoder(image_folder: Path, tmp_path: Path
     assert len({weights for weights, _ in embedded}) == 3  # the pretrained encoder, and random weights of each seed
     assert Counter(embedded).most_common()[0][1] <= 2  # one seed embeds a row once, whatever budgets and protocols ask for it
     results = Results.load(tmp_path / "eval" / "results.json")
+    assert results.cost["pretraining of mae"].startswith("3 steps, 6 samples drawn")
     assert {(c.arm, c.protocol) for c in results.cells} == {(a, p) for a in ("mae", "scratch") for p in ("knn", "linear")}
     with pytest.raises(RecipeError, match="protocol"):
         meristem.evaluate("classification", image_folder, tmp_path / "x", [size], inits=["scratch"], protocols=["magic"],
                           cache=tmp_path / "c", quiet=True)
+
+
+def test_two_runs_of_one_recipe_keep_their_own_curves(image_folder: Path, tmp_path: Path) -> None:
+    quick = [*QUICK, "encoder={transformer: {width: 32, depth: 2, heads: 2}}", "views.x={size: [32, 32]}", "train.log_every=1"]
+    shallow, common = "objectives.pixels.masked.predictor.decoder.depth=1", {"cache": tmp_path / "c", "quiet": True}
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for run, steps in zip(runs, (2, 3), strict=True):
+        meristem.pretrain("image/mae", image_folder, run, [*quick, shallow, f"train.steps={steps}"], **common)  # type: ignore[arg-type]
+    meristem.evaluate("classification", image_folder, tmp_path / "eval", [*quick[:-1], "train.log_every=1", "train.steps=2"],
+                      inits=[str(run) for run in runs], labels=["4", "all"], seeds=1, **common)  # type: ignore[arg-type]
+    arms = Results.load(tmp_path / "eval" / "results.json").arms
+    (tmp_path / "eval" / "logs" / "pretraining of-before.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    curves = pages._curves(tmp_path / "eval", arms)
+    assert sorted(len(c.records) for c in curves if c.stage == "pretraining") == [2, 3]
+    tuned = {(c.arm, c.labels) for c in curves if c.stage == "fine-tuning"}
+    assert tuned == {(arm, labels) for arm in arms for labels in ("4", "all")}
 
 
 def test_predicting_with_a_pretraining_run_says_what_is_missing(volume_folder: Path, tmp_path: Path) -> None:

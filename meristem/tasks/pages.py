@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from meristem.platform.report.page import write_report
 from meristem.platform.report.pictures import Overlay, Pictures, Reconstruction, Slice, pick_cases, pick_slice
 from meristem.platform.step import Batch, Step
 from meristem.platform.training import checkpoint
+from meristem.tasks.transfer import arms
 
 SHOWN = 4  # reconstructions of each masked run
 
@@ -32,29 +34,33 @@ def report(directories: Sequence[Path], out: Path) -> Path:
     files = [directory / "pictures.npz" for directory in directories]
     pictures = [Pictures.load(file) if file.is_file() else Pictures() for file in files]
     out.mkdir(parents=True, exist_ok=True)
-    return write_report(several, pictures, [_curves(directory) for directory in directories], out)
+    curves = [_curves(directory, results.arms) for directory, results in zip(directories, several, strict=True)]
+    return write_report(several, pictures, curves, out)
 
 
 def gather(directory: Path, data: Data, inits: Sequence[Path]) -> None:
     """Make the pictures of a finished evaluation and keep them beside its results; copy the pretraining logs."""
     results = Results.load(directory / "results.json")
-    shown = [picture for init in inits for picture in reconstructions(init, data)]
+    pretrained = {arm.name: arm.init for arm in arms([str(init) for init in inits]) if arm.init is not None}
+    shown = [replace(picture, label=name) for name, init in pretrained.items() for picture in reconstructions(init, data)]
     overlays = _overlays(directory, results, data) if results.kind == "segmentation" else []
     Pictures(shown, overlays).save(directory / "pictures.npz")
     logs = directory / "logs"
     logs.mkdir(exist_ok=True)
-    for init in inits:
+    for name, init in pretrained.items():
         log = init / "metrics.jsonl"
         if log.is_file():
-            name = checkpoint.read_card(init)["recipe"]["name"]
             (logs / f"pretraining {name}.jsonl").write_text(log.read_text())
 
 
-def _curves(directory: Path) -> list[Curve]:
+def _curves(directory: Path, shown: Sequence[str]) -> list[Curve]:
+    """The logs of the arms that are shown; a directory may hold those of an earlier evaluation too."""
     found = []
     for log in sorted((directory / "logs").glob("*.jsonl")):
         stage, _, arm = log.stem.partition(" ")
-        found.append(Curve(stage, arm, [json.loads(line) for line in log.read_text().splitlines()]))
+        arm, _, labels = arm.removesuffix(" labels").partition(", ")
+        if arm in shown:
+            found.append(Curve(stage, arm, [json.loads(line) for line in log.read_text().splitlines()], labels))
     return found
 
 

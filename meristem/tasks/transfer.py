@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from rich.console import Console
 
 from meristem.errors import MeristemError, RecipeError
@@ -79,6 +81,7 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
              protocols: Sequence[str], quiet: bool = False) -> Results:
     """Run the grid. Finished cells are kept in `directory`/cells and not run again.
 
+    Writes results.json (every case), metrics.json (a line per cell) and recipe.yaml.
     A seed draws the labelled subjects and trains; all arms share the draw. Label maps and logs of the first seed's fine-tuned
     cells are kept for the report.
     """
@@ -131,6 +134,10 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
     results = _results(recipe, data, scope, contestants, cells, test, pool)
     if first_rank():
         results.save(directory / "results.json")
+        checkpoint.write_text(directory / "recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True))
+        figures = [{"arm": c.arm, "protocol": c.protocol, "labels": c.labels, "seed": c.seed, **mean_scores(c.cases, recipe)}
+                   for c in cells]
+        checkpoint.write_text(directory / "metrics.json", json.dumps(figures, indent=1))
     return results
 
 
@@ -217,7 +224,16 @@ def _results(recipe: TaskRecipe, data: Data, scope: Scope, contestants: Sequence
                                    quarantined=len(data.cache.quarantine)),
                    cells=tuple(cells), unit=scope.unit or "mm", tolerance=getattr(recipe.task, "tolerance", None),
                    pretraining=pretraining, leakage=leakage, versions=checkpoint.versions(), settings=settings,
-                   cost={"device": device, "fine-tuning hours": round(sum(c.budget.seconds for c in cells) / 3600, 3)})
+                   cost={"device": device} | {f"pretraining of {a.name}": _cost(a.init) for a in contestants if a.init})
+
+
+def _cost(run: Path) -> str:
+    """Of a pretraining run, as its metrics.json says."""
+    file = run / "metrics.json"
+    if not file.is_file():
+        return "unknown: its metrics.json is missing"
+    figures = json.loads(file.read_text())
+    return f"{figures['steps']:,} steps, {figures['samples']:,} samples drawn, {figures['seconds'] / 60:,.1f} min"
 
 
 def reload(run: Path) -> tuple[Assembly, TaskRecipe, Scope]:

@@ -209,16 +209,25 @@ def paired(results: Results, summary: Summary, protocol: str, labels: Labels) ->
 
 @dataclass(frozen=True)
 class Curve:
-    """The records of one run's metrics.jsonl. stage: its heading (pretraining, fine-tuning). arm: for colour and legend."""
+    """The records of one run's metrics.jsonl.
+
+    stage: its heading (pretraining, fine-tuning). arm: gives its colour. labels: the budget it was tuned on, gives its dash.
+    """
 
     stage: str
     arm: str
     records: Sequence[Mapping[str, Any]]
+    labels: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}, {self.labels} labels" if self.labels else self.arm
 
 
 AXES = {"lr": "learning rate", "samples_per_s": "samples per second", "data_wait": "share of time waiting for data",
         "rank": "effective rank of features", "std": "standard deviation of features", "skipped": "skipped steps"}
 _SKIP = {"step", "dims"}
+_DASHES = ("-", "--", ":", "-.")
 
 
 def curves(results: Results, several: Sequence[Curve]) -> dict[str, list[Plot]]:
@@ -242,29 +251,34 @@ def _curve(several: Sequence[Curve], name: str, stage: str, colours: Mapping[str
         points = [(r["step"], r[name]) for r in c.records if "step" in r and isinstance(r.get(name), int | float)]
         points = [(x, y) for x, y in points if np.isfinite(y)]
         if points:
-            lines.append((c.arm, np.array(points, dtype=float)))
+            lines.append((c, np.array(points, dtype=float)))
     if not lines:
         return None
     label = AXES.get(name, name.replace("_", " "))
     spare = iter(PRETRAINED)
-    shown = {arm: colours.get(arm) or next(spare, "#374151") for arm in dict.fromkeys(arm for arm, _ in lines)}
+    shown = {arm: colours.get(arm) or next(spare, "#374151") for arm in dict.fromkeys(c.arm for c, _ in lines)}
+    budgets = sorted({c.labels for c, _ in lines}, key=lambda labels: float(labels) if labels.isdigit() else float("inf"))
+    dashes = {labels: _DASHES[i % len(_DASHES)] for i, labels in enumerate(budgets)}
+    lines.sort(key=lambda line: (list(shown).index(line[0].arm), budgets.index(line[0].labels)))
 
     def paint(ax: Axes) -> None:
         labelled = set[str]()
-        for arm, points in lines:
-            ax.plot(points[:, 0], points[:, 1], color=shown[arm], linewidth=1.1, alpha=0.85,
-                    label=None if arm in labelled else arm, marker="." if len(points) == 1 else None)
-            labelled.add(arm)
+        for c, points in lines:
+            ax.plot(points[:, 0], points[:, 1], color=shown[c.arm], linestyle=dashes[c.labels], linewidth=1.1, alpha=0.85,
+                    label=None if c.name in labelled else c.name, marker="." if len(points) == 1 else None)
+            labelled.add(c.name)
         ax.set_xlabel("step")
         ax.set_title(label)
         if len(labelled) > 1 and name == "loss":  # once for the stage, where lines differ most
-            ax.legend()
+            bottom, top = ax.get_ylim()  # room above the lines for the legend
+            ax.set_ylim(bottom, top + (top - bottom) * 0.2 * len(labelled))
+            ax.legend(loc="upper right")
         if name == "data_wait":
             ax.set_ylim(0, 1)
         elif name in ("samples_per_s", "rank", "std"):  # lights: how far from nothing, not how the last digit moves
             ax.set_ylim(0, 1.15 * ax.get_ylim()[1])
 
-    told = "; ".join(f"{arm} from {p[0, 1]:.4g} to {p[-1, 1]:.4g}" for arm, p in lines[:6])
+    told = "; ".join(f"{c.name} from {p[0, 1]:.4g} to {p[-1, 1]:.4g}" for c, p in lines[:6])
     return draw(paint, f"{label} over steps, {stage}: {told}{' …' if len(lines) > 6 else ''}.", size=(3.4, 2.3))
 
 
