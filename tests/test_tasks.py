@@ -24,6 +24,7 @@ from meristem.platform.evaluation.results import Results
 from meristem.tasks import pages, transfer
 from meristem.tasks.base import TaskRecipe, normalised, objective
 from meristem.tasks.embedding import embed
+from meristem.tasks.embedding import embed, encode
 from meristem.tasks.finetune import choose, resolve
 from meristem.tasks.inspection import inspect, noise
 
@@ -264,6 +265,20 @@ def test_two_runs_of_one_recipe_keep_their_own_curves(image_folder: Path, tmp_pa
     assert sorted(len(c.records) for c in curves if c.stage == "pretraining") == [2, 3]
     tuned = {(c.arm, c.labels) for c in curves if c.stage == "fine-tuning"}
     assert tuned == {(arm, labels) for arm in arms for labels in ("4", "all")}
+
+
+def test_a_sample_is_embedded_by_the_vector_that_pretraining_trained(image_folder: Path, tmp_path: Path) -> None:
+    """MAE's class token meets no loss; DINO's does. A recipe that names a vector its encoder lacks is refused."""
+    changes = ["encoder={transformer: {width: 16, depth: 1, heads: 2}}", "views.x.size=[32,32]"]
+    for summary in ("mean", "cls"):
+        recipe = resolve("classification", "image", [*changes, f"summary={summary}"])
+        data = open_data(image_folder, recipe.modality, cache=tmp_path / "c", quiet=True)
+        assembly = recipe.assemble(2)
+        (encoded,) = encode(assembly, data, data.rows())
+        assert np.array_equal(embed(assembly, data, data.rows()), encoded.summary[summary].numpy())
+    assert inspect("volume/dino")["recipe"]["summary"] == "cls" and inspect("volume/mae")["recipe"]["summary"] == "mean"
+    with pytest.raises(RecipeError, match="no cls vector"):
+        resolve("segmentation", "volume", [*UNET, "summary=cls"])
 
 
 def test_predicting_with_a_pretraining_run_says_what_is_missing(volume_folder: Path, tmp_path: Path) -> None:

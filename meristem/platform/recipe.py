@@ -77,7 +77,7 @@ class Recipe(Settings):
     """Everything a run needs but the data. See `configs/` for examples.
 
     follows: what it implements; departs: where it differs. status: verified | tested | expressible. transfer: whose encoder
-    is taken downstream.
+    is taken downstream. summary: which of its vectors stands for a whole sample there: the one that pretraining trained.
     """
 
     name: Annotated[str, Field(pattern=r"^[^/\\]+$")]
@@ -91,6 +91,7 @@ class Recipe(Settings):
     heads: dict[str, Annotated[HeadSettings, Slot("head", HEADS)]] = {}
     teacher: TeacherSettings | None = None
     transfer: Literal["encoder", "teacher"] = "encoder"
+    summary: Literal["mean", "cls"] = "mean"
     objectives: dict[str, Annotated[ObjectiveSettings, Slot("objective", OBJECTIVES)]] = {}
     train: TrainSettings = TrainSettings()
 
@@ -140,6 +141,8 @@ class Recipe(Settings):
         for name in self.teacher.of if self.teacher else ():
             if name != "encoder" and name not in self.heads:
                 problems.append(f"teacher.of names '{name}', which is neither the encoder nor a head")
+        if self.summary not in self.encoder.provides:
+            problems.append(f"summary: this encoder has no {self.summary} vector; set summary: mean")
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -47,6 +47,7 @@ class ClassificationObjective(TaskObjective):
         super().__init__()
         width = assembly.encoder.width
         self.settings = settings
+        self.summary = assembly.recipe.summary if settings.pool == "auto" else settings.pool
         self.pool = AttentivePool(width, max(width // 64, 1)) if settings.pool == "attention" else None
         self.norm: nn.Module = nn.BatchNorm1d(width, affine=False) if settings.batch_norm else nn.Identity()
         self.drop = nn.Dropout(settings.dropout)
@@ -55,11 +56,7 @@ class ClassificationObjective(TaskObjective):
         nn.init.zeros_(self.out.bias)
 
     def logits(self, encoded: Encoded) -> Tensor:
-        if self.pool is not None:
-            z = self.pool(encoded)
-        else:
-            kind = self.settings.pool if self.settings.pool != "auto" else "cls" if "cls" in encoded.summary else "mean"
-            z = encoded.summary[kind]
+        z = self.pool(encoded) if self.pool is not None else encoded.summary[self.summary]
         out: Tensor = self.out(self.drop(self.norm(z)))
         return out
 
@@ -91,8 +88,8 @@ class ClassificationObjective(TaskObjective):
 
 
 class Classification(TaskSettings):
-    """pool: auto is cls where the encoder has one, else mean. batch_norm: before the linear layer, without parameters (He et
-    al. 2022, linear probing). smoothing: of labels.
+    """pool: auto is the summary that pretraining trained (the recipe's `summary`). batch_norm: before the linear layer, without
+    parameters (He et al. 2022, linear probing). smoothing: of labels.
     """
 
     kind = "classification"

@@ -30,7 +30,8 @@ def encode(assembly: Assembly, data: Data, rows: Sequence[Row], by: str = "encod
 
 
 def embed(assembly: Assembly, data: Data, rows: Sequence[Row], by: str = "encoder") -> np.ndarray:
-    """(n, D) float32: the class token where the encoder has one, else the mean token."""
-    parts = [encoded.summary.get("cls", encoded.summary["mean"]).float().cpu() for encoded in encode(assembly, data, rows, by)]
+    """(n, D) float32: the summary that the recipe names, which is the one its pretraining trained."""
+    kind = assembly.recipe.summary
+    parts = [encoded.summary[kind].float().cpu() for encoded in encode(assembly, data, rows, by)]
     result: np.ndarray = torch.cat(parts).numpy()
     return result

@@ -54,7 +54,7 @@ def resolve(task: str, modality: str, assignments: Sequence[str], like: Path | N
             raise CheckpointError(f"the checkpoint is of modality '{found['modality']}', the data of '{modality}'",
                                   "Choose a checkpoint pretrained on the same kind of data.")
         pretrained = found["recipe"]
-        data = {**data, "modality": pretrained["modality"], "encoder": pretrained["encoder"]}
+        data = {**data, "modality": pretrained["modality"], "encoder": pretrained["encoder"], "summary": pretrained["summary"]}
     return build(override(data, assignments), TaskRecipe)
 
 
