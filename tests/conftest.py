@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and sums would round by the machine's core count
 
 

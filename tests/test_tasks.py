@@ -23,7 +23,6 @@ from meristem.platform.data.source import Data, open_data
 from meristem.platform.evaluation.results import Results
 from meristem.tasks import pages, transfer
 from meristem.tasks.base import TaskRecipe, normalised, objective
-from meristem.tasks.embedding import embed
 from meristem.tasks.embedding import embed, encode
 from meristem.tasks.finetune import choose, resolve
 from meristem.tasks.inspection import inspect, noise
