@@ -68,7 +68,3 @@ class Rng:
     def permutation(self, purpose: str, n: int) -> Tensor:
         """(B, n): a random order of n things for each sample."""
         return self.bits(purpose, n).argsort(dim=1)
-
-    def seed(self, purpose: str) -> int:
-        """One ordinary seed for a generator elsewhere; of the first sample."""
-        return int(self.fork(purpose).key[0]) & ((1 << 63) - 1)

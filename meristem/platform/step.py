@@ -17,6 +17,8 @@ from meristem.platform.objectives import Encoded, Items, Plan, Units
 if TYPE_CHECKING:
     from meristem.platform.assembly import Assembly
 
+LOOKS = 64  # of one view and sample that can be told apart: a look's counter is cursor · 64 + look
+
 
 class Batch:
     """Everything one step may use: who, and the drawn views by name."""
@@ -89,7 +91,7 @@ class Step:
     def rng(self, purpose: str, view: str) -> Rng:
         """Randomness for each row of a view: pure in (seed, sample, look, purpose)."""
         v = self.batch.views[view]
-        return Rng.of(self._seed, self.batch.items.cursor[v.item] * 64 + v.look, purpose)
+        return Rng.of(self._seed, self.batch.items.cursor[v.item] * LOOKS + v.look, purpose)
 
     def stream(self, view: str) -> TokenStream:
         if view not in self._streams:

@@ -19,9 +19,8 @@ from meristem.platform.data.cache import Cache
 from meristem.platform.data.manifest import Row
 from meristem.platform.objectives import Items
 from meristem.platform.recipe import Recipe
-from meristem.platform.step import Batch
+from meristem.platform.step import LOOKS, Batch
 
-LOOKS = 64  # of one view and sample that can be told apart: a draw's counter is cursor · 64 + look
 IGNORED = -1  # label of what has none, class or mask
 
 

@@ -47,7 +47,6 @@ class Outcome:
     skipped: int = 0
     stopped: bool = False
     last: dict[str, float] = field(default_factory=dict)
-    checkpoint: Path | None = None
 
 
 def launch(settings: TrainSettings, accelerator: str = "auto") -> Fabric:
@@ -151,21 +150,20 @@ def train(recipe: Recipe, assembly: Assembly, batches: Batches, fabric: Fabric, 
         if str(fabric.global_rank) in state["generators"]:
             _restore(state["generators"][str(fabric.global_rank)], fabric)
 
-    def save(step: int) -> Path | None:
+    def save(step: int) -> None:
         generators = _generators(fabric)
         if directory is None or fabric.global_rank != 0:
-            return None
+            return
         usable = average.copies["assembly"] if average is not None else raw
         state = {"step": step, "skipped": skipped, "optimiser": optimiser.state_dict(), "generators": generators,
                  "precision": fabric.strategy.precision.state_dict(), "last": last,
                  "seconds": before + time.perf_counter() - began, "raw": raw.state_dict() if average is not None else {}}
         assert isinstance(usable, Assembly)
-        return checkpoint.save(directory, step, usable.state_dict(), {**(card or {}), **_reference(recipe, usable)}, state,
-                               settings.keep)
+        checkpoint.save(directory, step, usable.state_dict(), {**(card or {}), **_reference(recipe, usable)}, state,
+                        settings.keep)
 
     began = time.perf_counter()
     step = start
-    written: Path | None = resume
     saved = start if resume is not None else -1
     waited = window_began = 0.0
     seen_since = 0
@@ -225,13 +223,14 @@ def train(recipe: Recipe, assembly: Assembly, batches: Batches, fabric: Fabric, 
                 reporter.record(step, last)
                 waited, seen_since, window_began = 0.0, 0, time.perf_counter()
             if step % settings.checkpoint_every == 0 and step < settings.steps and in_a_row == 0:
-                written, saved = save(step) or written, step
+                save(step)
+                saved = step
         if step != saved:
-            written = save(step) or written
+            save(step)
     final = average.copies["assembly"] if average is not None else raw
     assert isinstance(final, Assembly)
     return Outcome(final, step, before + time.perf_counter() - began, step * settings.batch, skipped,
-                   step < settings.steps, last, written)
+                   step < settings.steps, last)
 
 
 def _any(fabric: Fabric, flag: bool) -> bool:
