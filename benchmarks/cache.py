@@ -20,7 +20,7 @@ import nibabel as nib
 import numpy as np
 from scipy.ndimage import gaussian_filter, zoom
 
-from meristem.modalities.base import modality_class
+from meristem.modalities.base import Draw, modality_class
 from meristem.platform.data.cache import Cache
 from meristem.platform.data.manifest import Manifest
 
@@ -52,7 +52,7 @@ def measure(name: str, data: Path, home: Path, crops: int, crop: int) -> dict[st
         row = manifest.rows[int(rng.choice(cache.rows))]
         start = [int(rng.integers(0, max(n - crop, 0) + 1)) for n in cache.header(row.index).shape[1:]]
         began = time.perf_counter()
-        cache.window(row.index, start, (crop,) * 3)
+        cache.windows(row.index, [Draw(start, (crop,) * 3, (crop,) * 3)])
         taken = time.perf_counter() - began
         (from_cache if row.index in seen else cold).append(taken)
         seen.add(row.index)

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meristem.errors import DataError
-from meristem.modalities.base import Axis, Draw, Header, Sample, Settings, View, ViewSettings
-from meristem.modalities.rng import Rng
+from meristem.modalities.base import Axis, Draw, Header, Look, Sample, Settings, View, ViewSettings
 
 SPACING = (1.0, 2.0, 0.5)
 ORIGIN = (-3.0, 7.0, 0.25)
@@ -34,6 +33,7 @@ class NpyView(ViewSettings):
 class Npy:
     name = "npy"
     suffixes: tuple[str, ...] = (".npy",)
+    members: tuple[str, ...] = ()
     Options, ViewOptions = NpyOptions, NpyView
     axes = tuple(Axis(n, "mm", 1.0, 64.0) for n in "xyz")
     channels = 1
@@ -58,13 +58,16 @@ class Npy:
     def statistics(self, array: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return (self.options.scale,), (-1.0,)
 
-    def draw(self, view: ViewSettings, header: Header, rng: Rng) -> Draw:
+    def fetch(self, paths: Sequence[Path], header: Header, draws: Sequence[Draw]) -> list[np.ndarray]:
+        raise NotImplementedError
+
+    def draw(self, view: ViewSettings, header: Header, look: Look) -> Draw:
         assert isinstance(view, NpyView)
         size = tuple(n * view.shrink for n in view.size)
-        u = rng.uniform("start", len(size))[0].tolist()
+        u = look.rng.uniform("start", len(size))[0].tolist()
         start = tuple(int(x * (s - n + 1 + 2 * view.reach)) - view.reach
                       for x, s, n in zip(u, header.shape[1:], size, strict=True))
-        return Draw(start, size, view.size, {"angle": rng.uniform("angle")[0], "turn": np.array(u)})
+        return Draw(start, size, view.size, {"angle": look.rng.uniform("angle")[0], "turn": np.array(u)})
 
     def load(self, window: np.ndarray, draw: Draw, interpolate: bool) -> Tensor:
         step = draw.size[0] // draw.shape[0]

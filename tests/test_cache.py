@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from npy_modality import SPACING, Npy, NpyOptions, ramp
 
 from meristem.errors import DataError, MeristemError
-from meristem.modalities.base import Header, Sample
+from meristem.modalities.base import Draw, Header, Sample
 from meristem.platform.data import cache as module
 from meristem.platform.data.cache import Cache, raw_pad
 from meristem.platform.data.check import check
 from meristem.platform.data.manifest import Manifest
 
+CORNER = Draw((0, 0, 0), (4, 4, 4), (4, 4, 4))
 SHAPES = ((7, 9, 5), (12, 6, 20), (4, 4, 4), (20, 20, 20), (9, 9, 9))
 
 
@@ -101,11 +102,57 @@ def test_a_window_equals_a_padded_array_element_by_element(both: tuple[Cache, Ca
         if all(0 <= a < n for a, n in zip(at, mask.shape, strict=True)):
             expected[(0, *place)], expected_mask[place] = whole[(0, *at)], mask[at]
     for cache in both:
-        window, field = cache.window(row, start, size), cache.field_window(row, "mask", start, size)
+        draw = Draw(start, size, size)
+        (window,), field = cache.windows(row, [draw]), cache.field_window(row, "mask", draw)
         assert window.dtype == np.int16 and np.array_equal(window, expected)
         assert field.dtype == np.uint8 and np.array_equal(field, expected_mask)
         window[:] = 0  # a copy: nothing writes into the cache
         assert np.array_equal(cache.array(row), whole)
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 3), st.lists(st.integers(-1, 3), min_size=1, max_size=6), st.integers(-3, 3))
+def test_an_index_shows_its_places_in_order_and_padding_where_it_names_none(both: tuple[Cache, Cache], row: int,
+                                                                            index: list[int], start: int) -> None:
+    if max(index) < 0:
+        return
+    size = (len(index), 3, 3)
+    for cache in both:
+        (window,) = cache.windows(row, [Draw((0, start, 0), size, size, index=tuple(index))])
+        mask = cache.field_window(row, "mask", Draw((0, start, 0), size, size, index=tuple(index)))
+        for i, place in enumerate(index):
+            plane = Draw((place, start, 0), (1, 3, 3), (1, 3, 3))
+            assert np.array_equal(window[:, i:i + 1], cache.windows(row, [plane])[0])
+            assert np.array_equal(mask[i:i + 1], cache.field_window(row, "mask", plane))
+
+
+class InFiles(Npy):
+    """Leaves arrays where they are."""
+
+    name = "in-files"
+
+    def read(self, paths: Sequence[Path], fields: Mapping[str, Path] = {}) -> Sample:
+        sample = super().read(paths, fields)
+        return Sample(None, sample.header, sample.fields)
+
+    def fetch(self, paths: Sequence[Path], header: Header, draws: Sequence[Draw]) -> list[np.ndarray]:
+        self.reads.append(f"{paths[0].stem} {len(draws)}")
+        whole = np.load(paths[0])[None]
+        return [whole[(slice(None), *(slice(a, a + n) for a, n in zip(d.start, d.size, strict=True)))] for d in draws]
+
+
+def test_a_sample_that_stays_in_its_files_is_read_there_once_for_all_looks(data: Path, tmp_path: Path) -> None:
+    manifest = Manifest.discover(data, InFiles())
+    stored = Cache.build(Manifest.discover(data, Npy()), Npy(), tmp_path)
+    for cache in (Cache.build(manifest, InFiles(), tmp_path), Cache.build(manifest, InFiles(), tmp_path)):
+        assert cache.rows == stored.rows and cache.header(0) == stored.header(0)
+        assert cache.nbytes == stored.nbytes - sum(stored.entries[i].array.nbytes for i in stored.rows)
+        assert np.array_equal(cache.array(0), stored.array(0))
+        assert np.array_equal(cache.field(0, "mask"), stored.field(0, "mask"))
+        InFiles.reads.clear()
+        pair = pickle.loads(pickle.dumps(cache)).windows(0, [CORNER, CORNER])
+        assert np.array_equal(pair[1], stored.windows(0, [CORNER])[0]) and InFiles.reads[0].endswith(" 2")
+    assert cache.reused == len(cache)
 
 
 def test_pad_is_the_nearest_stored_value_of_each_channel() -> None:
@@ -118,7 +165,7 @@ def test_channels_are_padded_each_with_its_own(tmp_path: Path) -> None:
     for c in range(2):
         np.save(tmp_path / f"c{c}.npy", ramp((4, 5, 6), 10 * c))
     (tmp_path / "t.csv").write_text("path_0,path_1\nc0.npy,c1.npy\n")
-    window = build(tmp_path / "t.csv", tmp_path / "cache").window(0, (-1, 0, 0), (2, 1, 1))
+    window = build(tmp_path / "t.csv", tmp_path / "cache").windows(0, [Draw((-1, 0, 0), (2, 1, 1), (2, 1, 1))])[0]
     assert window[:, 0, 0, 0].tolist() == [2, 4] and window[:, 1, 0, 0].tolist() == [0, 10]
 
 
@@ -255,13 +302,13 @@ def test_a_full_disk_is_an_error_that_keeps_what_is_stored(data: Path, tmp_path:
 
 
 def _sum(cache: Cache, out: Any) -> None:
-    out.put([int(cache.window(i, (0, 0, 0), (4, 4, 4)).sum()) for i in cache.rows])
+    out.put([int(cache.windows(i, [CORNER])[0].sum()) for i in cache.rows])
 
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["packed", "chunked"])
 def test_a_cache_can_be_forked_and_sent(both: tuple[Cache, Cache], kind: int) -> None:
     cache = both[kind]
-    expected = [int(cache.window(i, (0, 0, 0), (4, 4, 4)).sum()) for i in cache.rows]  # handles are open now
+    expected = [int(cache.windows(i, [CORNER])[0].sum()) for i in cache.rows]  # handles are open now
     context = multiprocessing.get_context("fork")
     out = context.SimpleQueue()
     process = context.Process(target=_sum, args=(cache, out))
@@ -269,7 +316,7 @@ def test_a_cache_can_be_forked_and_sent(both: tuple[Cache, Cache], kind: int) ->
     assert out.get() == expected
     process.join()
     sent = pickle.loads(pickle.dumps(cache))
-    assert not sent._handles and [int(sent.window(i, (0, 0, 0), (4, 4, 4)).sum()) for i in sent.rows] == expected
+    assert not sent._handles and [int(sent.windows(i, [CORNER])[0].sum()) for i in sent.rows] == expected
 
 
 def test_check_sums_up(data: Path, tmp_path: Path) -> None:

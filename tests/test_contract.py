@@ -13,7 +13,7 @@ from scipy.stats import binom
 from torch import Tensor, nn
 
 from meristem.errors import RecipeError
-from meristem.modalities.base import Header, Modality, View, ViewSettings, modality_class
+from meristem.modalities.base import Draw, Header, Modality, View, ViewSettings, modality_class
 from meristem.modalities.frame import Frame
 from meristem.modalities.rng import Rng
 from meristem.modalities.stream import HIDEABLE, TokenStream
@@ -170,9 +170,9 @@ class Noise:
     def header(self, row: int) -> Header:
         return self._header
 
-    def window(self, row: int, start: tuple[int, ...], size: tuple[int, ...]) -> np.ndarray:
+    def windows(self, row: int, draws: list[Draw]) -> list[np.ndarray]:
         sample = np.random.default_rng(row).integers(0, 256, self._header.shape, np.uint8)
-        return sample[(slice(None), *(slice(a, a + n) for a, n in zip(start, size, strict=True)))]
+        return [sample[(slice(None), *(slice(a, a + n) for a, n in zip(d.start, d.size, strict=True)))] for d in draws]
 
 
 def looks(modality: Modality, options: ViewSettings, side: int, first: int, count: int) -> View:

@@ -166,7 +166,7 @@ def test_what_has_no_label_says_so(made: tuple[Manifest, Cache]) -> None:
 
 def test_rows_in_quarantine_are_left_out(made: tuple[Manifest, Cache]) -> None:
     manifest, cache = made
-    smaller = Cache(cache.directory, {i: e for i, e in cache.entries.items() if i != 3})
+    smaller = Cache(cache.directory, {i: e for i, e in cache.entries.items() if i != 3}, Npy())
     drawn = Counter(torch.cat([b.items.row for b in load((manifest, smaller), recipe(3), steps=3)]).tolist())
     assert drawn == {i: 1 for i in range(N) if i != 3}
     with pytest.raises(DataError, match="none of 1 rows"):

@@ -20,6 +20,8 @@ from meristem.modalities.frame import Frame
 from meristem.modalities.rng import Rng
 from meristem.modalities.stream import TokenStream
 
+LOOKS = 64  # of one view and sample that can be told apart: a look's counter is cursor · 64 + number
+
 
 class Settings(BaseModel):
     """A typed part of a recipe: unknown keys are refused, values never change."""
@@ -60,9 +62,12 @@ class Header:
 
 @dataclass
 class Sample:
-    """A whole decoded file: array (C, *S), its header, and companions on the same lattice (mask: integers (*S))."""
+    """A whole decoded file: array (C, *S), its header, and companions on the same lattice (mask: integers (*S)).
 
-    array: np.ndarray
+    array None: it stays in its files, whose windows `Modality.fetch` decodes when they are asked for.
+    """
+
+    array: np.ndarray | None
     header: Header
     fields: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -72,13 +77,33 @@ class Draw:
     """One drawn look at a sample, decided before any byte is read.
 
     start, size: the window in the stored lattice (may reach outside: padded). shape: the view's lattice after resizing.
-    params: what augmentation will do to it, by name; also the pretext labels.
+    params: what augmentation will do to it, by name; also the pretext labels (int64 numbers).
+    index: places along the first axis, in the order shown, where that is no plain window (strided, repeated, reversed): as
+    many as `shape` says, −1 for nothing (padding). spacing: the view's own, where it is not the sample's.
     """
 
     start: tuple[int, ...]
     size: tuple[int, ...]
     shape: tuple[int, ...]
     params: Mapping[str, Any] = field(default_factory=dict)
+    index: tuple[int, ...] = ()
+    spacing: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Look:
+    """Which look is drawn. number: of the view's `count`. rng: its own random numbers, of one sample. sample: random numbers
+    that all looks of all views of that sample share in this step.
+    """
+
+    number: int
+    rng: Rng
+    sample: Rng
+
+    @classmethod
+    def of(cls, seed: int, cursor: int, number: int, view: str) -> Look:
+        """Look `number` of a view at the sample whose place in the run's stream is `cursor`."""
+        return cls(number, Rng.of(seed, cursor * LOOKS + number, view), Rng.of(seed, cursor, "all looks"))
 
 
 @dataclass
@@ -141,7 +166,7 @@ class ViewSettings(Settings):
     count: int = 1
 
     def plain(self) -> Self:
-        """The view of a whole sample as evaluation shows it: one look, nothing random, of the same size."""
+        """The view of a whole sample as evaluation shows it: nothing random, of the same size; its looks are averaged."""
         raise NotImplementedError
 
 
@@ -149,11 +174,13 @@ class ViewSettings(Settings):
 class Modality(Protocol):
     """Reads and writes one kind of data; knows its axes and units. Instances are built from a recipe's `modality` entry.
 
-    Everything but `read` and `write` is pure. `Options` and `ViewOptions` are pydantic models: recipes are validated by them.
+    Everything but `read`, `fetch` and `write` is pure. suffixes: of its files. members: of files of which a whole folder is one
+    sample. `Options` and `ViewOptions` are pydantic models: recipes are validated by them.
     """
 
     name: str
     suffixes: tuple[str, ...]
+    members: tuple[str, ...]
     Options: type[Settings]
     ViewOptions: type[ViewSettings]
     options: Any
@@ -170,12 +197,19 @@ class Modality(Protocol):
         """(scale, offset) per channel that normalise this sample's raw values, folded into its header by `read`."""
         ...
 
-    def draw(self, view: ViewSettings, header: Header, rng: Rng) -> Draw:
-        """Choose window and augmentation for one look. rng holds one sample."""
+    def fetch(self, paths: Sequence[Path], header: Header, draws: Sequence[Draw]) -> list[np.ndarray]:
+        """The windows (C, *size) of a sample that `read` left in its files; with an index, its places stand for the first axis.
+
+        Everything is decoded once for all draws. Raises DataError.
+        """
+        ...
+
+    def draw(self, view: ViewSettings, header: Header, look: Look) -> Draw:
+        """Choose window and augmentation for one look."""
         ...
 
     def load(self, window: np.ndarray, draw: Draw, interpolate: bool) -> Tensor:
-        """A stored window (C, *size) to the view's lattice (C, *shape); nearest for labels."""
+        """A window (C, *size), as stored or fetched, to the view's lattice (C, *shape); nearest for labels."""
         ...
 
     def augment(self, view: View, settings: ViewSettings) -> View:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meristem.modalities.base import View
+from meristem.modalities.base import LOOKS, View
 from meristem.modalities.rng import Rng
 from meristem.modalities.stream import TokenStream
 from meristem.platform import schedules
@@ -16,8 +16,6 @@ from meristem.platform.objectives import Encoded, Items, Plan, Units
 
 if TYPE_CHECKING:
     from meristem.platform.assembly import Assembly
-
-LOOKS = 64  # of one view and sample that can be told apart: a look's counter is cursor · 64 + look
 
 
 class Batch:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from meristem.modalities.base import Draw, Header
+from meristem.modalities.base import Draw, Header, Look
 from meristem.modalities.lattice.intensity import NEUTRAL
 from meristem.modalities.lattice.options import LatticeViewOptions
 from meristem.modalities.rng import Rng
@@ -17,12 +17,13 @@ from meristem.modalities.rng import Rng
 TRIES = 10  # of an area window, as torchvision
 
 
-def draw(view: LatticeViewOptions, header: Header, span: tuple[Sequence[float], Sequence[float]], rng: Rng) -> Draw:
+def draw(view: LatticeViewOptions, header: Header, span: tuple[Sequence[float], Sequence[float]], look: Look) -> Draw:
     """One look: a window of the stored lattice and augmentation parameters, each a float32 or int64 array of fixed shape.
 
     span: black and white per channel, normalised. Parameters exist for the operations the options name; an operation that
     was not chosen has its neutral value.
     """
+    rng = look.rng
     start, size = _window(view, header, rng)
     shape = tuple(n + 2 * view.margin for n in view.size)
     params: dict[str, Any] = {"pad": header.pad, "black": span[0], "white": span[1]}

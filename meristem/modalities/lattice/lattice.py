@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meristem.modalities.base import Axis, Draw, Header, Sample, Settings, View, ViewSettings
+from meristem.modalities.base import Axis, Draw, Header, Look, Sample, Settings, View, ViewSettings
 from meristem.modalities.lattice import geometry
 from meristem.modalities.lattice.drawing import draw
 from meristem.modalities.lattice.intensity import NEUTRAL, SPANNED
@@ -36,6 +36,7 @@ class Lattice:
 
     name: str
     suffixes: tuple[str, ...]
+    members: tuple[str, ...] = ()
     Options: type[Settings] = LatticeOptions
     ViewOptions: type[ViewSettings] = LatticeViewOptions
     axes: tuple[Axis, ...]
@@ -60,10 +61,13 @@ class Lattice:
                         for level in header.source.get("levels", (0, 255)))
         return black, white
 
-    def draw(self, view: ViewSettings, header: Header, rng: Rng) -> Draw:
-        """See `LatticeViewOptions`; rng holds one sample."""
+    def fetch(self, paths: Sequence[Path], header: Header, draws: Sequence[Draw]) -> list[np.ndarray]:
+        raise NotImplementedError  # `read` leaves nothing in its files
+
+    def draw(self, view: ViewSettings, header: Header, look: Look) -> Draw:
+        """See `LatticeViewOptions`."""
         assert isinstance(view, LatticeViewOptions)
-        return draw(view, header, self.span(header), rng)
+        return draw(view, header, self.span(header), look)
 
     def load(self, window: np.ndarray, draw: Draw, interpolate: bool) -> Tensor:
         """A stored window (…, *size) to the view's lattice (…, *shape), of the same integer type.

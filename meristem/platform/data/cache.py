@@ -32,7 +32,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from meristem.errors import DataError, MeristemError
-from meristem.modalities.base import Header, Modality, Sample
+from meristem.modalities.base import Draw, Header, Modality, Sample
 from meristem.platform.data.manifest import Manifest, Problem, Row, pseudonym, split_element, user_key
 
 LAYOUT = 1  # of the files in a cache; another number, another folder
@@ -46,7 +46,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Block:
-    """Where an array lies: a chunked file, or a place in a packed one."""
+    """Where an array lies: a chunked file, or a place in a packed one; without a name, in the sample's own files."""
 
     file: str
     dtype: str
@@ -88,12 +88,14 @@ class Entry:
 class Cache:
     """The stored samples of a manifest, by row index. Opens files on first use in each process, so it may be forked and sent.
 
-    quarantine: rows and files that cannot be used, with the reason. reused: entries that were there before the build.
+    modality, sources: who decodes, and from where, the samples that stayed in their own files. quarantine: rows and files
+    that cannot be used, with the reason. reused: entries that were there before the build.
     """
 
-    def __init__(self, directory: Path, entries: Mapping[int, Entry], quarantine: Sequence[Problem] = (),
-                 reused: int = 0) -> None:
+    def __init__(self, directory: Path, entries: Mapping[int, Entry], modality: Modality,
+                 sources: Mapping[int, Sequence[Path]] = {}, quarantine: Sequence[Problem] = (), reused: int = 0) -> None:
         self.directory, self.entries, self.quarantine, self.reused = directory, dict(entries), tuple(quarantine), reused
+        self._modality, self._sources = modality, dict(sources)
         self._handles: OrderedDict[tuple[int, str], Any] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -132,7 +134,7 @@ class Cache:
                         problems.append(result)
                     else:
                         entry, arrays = result
-                        known[entry.key] = shard.add(entry, arrays) if arrays else entry
+                        known[entry.key] = entry if arrays is None else shard.add(entry, arrays)
                     done += 1
                     if progress:
                         progress(done, len(manifest))
@@ -142,7 +144,8 @@ class Cache:
             finally:
                 shard.write()
             entries = {i: known[key] for i, key in keys.items() if key in known}
-            cache = cls(home, entries, sorted(problems, key=lambda p: p.case), reused)
+            sources = {r.index: r.paths for r in kept if r.index in entries and not entries[r.index].array.file}
+            cache = cls(home, entries, modality, sources, sorted(problems, key=lambda p: p.case), reused)
             cache.write_quarantine(home / "quarantine.csv")
         if not entries:
             reasons = ", ".join(sorted({p.reason for p in problems}))
@@ -165,7 +168,7 @@ class Cache:
     def nbytes(self) -> int:
         """Of all stored arrays, before compression."""
         blocks = (b for e in self.entries.values() for b in (e.array, *e.fields.values()))
-        return sum(b.nbytes for b in blocks)
+        return sum(b.nbytes for b in blocks if b.file)
 
     def header(self, row: int) -> Header:
         return self.entries[row].header
@@ -188,22 +191,29 @@ class Cache:
         return elements * math.prod(self.header(row).spacing)
 
     def array(self, row: int) -> np.ndarray:
-        """The whole stored array (C, *S), integers."""
-        return np.array(self._open(self.entries[row].array)[...])
+        """The whole array (C, *S), integers."""
+        entry = self.entries[row]
+        if not entry.array.file:
+            size = entry.header.shape[1:]
+            return self.windows(row, [Draw((0,) * len(size), size, size)])[0]
+        return np.array(self._open(entry.array)[...])
 
     def field(self, row: int, name: str) -> np.ndarray:
         """A whole stored companion (*S), integers."""
         return np.array(self._open(self.entries[row].fields[name])[...])
 
-    def window(self, row: int, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
-        """Elements (C, *size) from `start` of the stored lattice; outside it the integer nearest to the header's pad."""
+    def windows(self, row: int, draws: Sequence[Draw]) -> list[np.ndarray]:
+        """What each look at a sample reads, (C, *size); outside the lattice the integer nearest to the header's pad."""
         entry = self.entries[row]
-        return _window(self._open(entry.array), entry.array, start, size, raw_pad(entry.header, entry.array.dtype))
+        if not entry.array.file:
+            return self._modality.fetch(self._sources[row], entry.header, draws)
+        stored, pad = self._open(entry.array), raw_pad(entry.header, entry.array.dtype)
+        return [_window(stored, entry.array, draw, pad) for draw in draws]
 
-    def field_window(self, row: int, name: str, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
-        """Elements (*size) of a companion; outside the stored lattice 0."""
+    def field_window(self, row: int, name: str, draw: Draw) -> np.ndarray:
+        """What a look at a companion reads, (*size); outside the lattice 0."""
         block = self.entries[row].fields[name]
-        return _window(self._open(block), block, start, size, np.zeros(1, block.dtype))
+        return _window(self._open(block), block, draw, np.zeros(1, block.dtype))
 
     def write_quarantine(self, path: Path) -> Path:
         """A CSV of case, reason and message; no true names."""
@@ -254,11 +264,12 @@ def decode(row: Row, modality: Modality) -> Sample | Problem:
     """Read a row and check what was read; what is wrong comes back as a Problem without true names."""
     try:
         sample = modality.read(row.paths, row.fields)
-        if sample.array.shape != tuple(sample.header.shape):
-            raise DataError("shape", f"the reader gave shape {sample.array.shape} but announced {sample.header.shape}")
+        shape = tuple(sample.header.shape)
+        if sample.array is not None and sample.array.shape != shape:
+            raise DataError("shape", f"the reader gave shape {sample.array.shape} but announced {shape}")
         for name, companion in sample.fields.items():
-            if companion.shape != sample.array.shape[1:]:
-                raise DataError("shape", f"{name} has shape {companion.shape}, the image {sample.array.shape[1:]}",
+            if companion.shape != shape[1:]:
+                raise DataError("shape", f"{name} has shape {companion.shape}, the image {shape[1:]}",
                                 "Both must lie on one lattice.")
             sample.fields[name] = _smallest(companion)
         return sample
@@ -281,18 +292,29 @@ def _anonymous(message: str, row: Row) -> str:
     return message
 
 
-def _window(stored: Any, block: Block, start: Sequence[int], size: Sequence[int], pad: np.ndarray) -> np.ndarray:
-    lead = block.shape[:len(block.shape) - len(size)]
+def _window(stored: Any, block: Block, draw: Draw, pad: np.ndarray) -> np.ndarray:
+    if draw.index:
+        shown = np.array(draw.index)
+        if (shown < 0).all():
+            raise ValueError("a look shows nothing")
+        first, last = int(shown[shown >= 0].min()), int(shown.max())
+        span = Draw((first, *draw.start[1:]), (last - first + 1, *draw.size[1:]), draw.shape)
+        axis = len(block.shape) - len(draw.size)
+        window = _window(stored, block, span, pad).take(np.maximum(shown - first, 0), axis)
+        if (shown < 0).any():
+            np.moveaxis(window, axis, 0)[shown < 0] = pad.reshape(-1, *[1] * (len(draw.size) - 1)) if axis else pad[0]
+        return window
+    lead = block.shape[:len(block.shape) - len(draw.size)]
     inside, place = [], []
-    for a, n, whole in zip(start, size, block.shape[len(lead):], strict=True):
+    for a, n, whole in zip(draw.start, draw.size, block.shape[len(lead):], strict=True):
         low, high = max(a, 0), min(a + n, whole)
         inside.append(slice(low, max(low, high)))
         place.append(slice(low - a, max(low, high) - a))
     empty = any(s.stop <= s.start for s in inside)
-    if not empty and tuple(s.stop - s.start for s in inside) == tuple(size):
+    if not empty and tuple(s.stop - s.start for s in inside) == tuple(draw.size):
         return np.array(stored[(slice(None),) * len(lead) + tuple(inside)])
-    out = np.empty((*lead, *size), block.dtype)
-    out[...] = pad.reshape(-1, *[1] * len(size)) if lead else pad[0]
+    out = np.empty((*lead, *draw.size), block.dtype)
+    out[...] = pad.reshape(-1, *[1] * len(draw.size)) if lead else pad[0]
     if not empty:
         out[(slice(None),) * len(lead) + tuple(place)] = stored[(slice(None),) * len(lead) + tuple(inside)]
     return out
@@ -300,11 +322,11 @@ def _window(stored: Any, block: Block, start: Sequence[int], size: Sequence[int]
 
 # ---- building
 
-Result = Problem | tuple[Entry, dict[str, np.ndarray]]
+Result = Problem | tuple[Entry, dict[str, np.ndarray] | None]
 
 
 class _Decoding(Dataset[Result]):
-    """Row -> its entry; arrays come along only when they are small: large ones are written where they were decoded."""
+    """Row -> its entry and arrays; None for arrays that were written where they were decoded, because they are large."""
 
     def __init__(self, rows: Sequence[Row], contents: Sequence[str], keys: Sequence[str], modality: Modality,
                  home: Path) -> None:
@@ -318,12 +340,11 @@ class _Decoding(Dataset[Result]):
         sample = decode(row, self.modality)
         if isinstance(sample, Problem):
             return sample
-        arrays = {"": np.ascontiguousarray(sample.array),
-                  **{name: np.ascontiguousarray(x) for name, x in sample.fields.items()}}
+        arrays = {name: np.ascontiguousarray(x) for name, x in {"": sample.array, **sample.fields}.items() if x is not None}
         counts = {name: {int(v): int(n) for v, n in zip(*np.unique(x, return_counts=True), strict=True)}
                   for name, x in arrays.items() if name}
-        large = arrays[""].nbytes > LARGE
-        blocks = {}
+        large = max((x.nbytes for x in arrays.values()), default=0) > LARGE
+        blocks = {"": Block("", "|u1", tuple(sample.header.shape))}
         for name, x in arrays.items():
             file = f"{key}{'.' + name if name else ''}.b2nd" if large else ""
             blocks[name] = Block(file, x.dtype.str, x.shape)
@@ -334,7 +355,7 @@ class _Decoding(Dataset[Result]):
         entry = Entry(key, self.contents[i], sample.header, array, blocks, counts)
         if large:
             _write_index(self.home / f"{key}.json", [entry])
-            return entry, {}
+            return entry, None
         return entry, arrays
 
 
@@ -368,7 +389,7 @@ class _Shard:
 
     def add(self, entry: Entry, arrays: Mapping[str, np.ndarray]) -> Entry:
         blocks = {name: self._append(x) for name, x in arrays.items()}
-        array = blocks.pop("")
+        array = blocks.pop("", entry.array)
         entry = Entry(entry.key, entry.content, entry.header, array, blocks, entry.counts)
         self.entries.append(entry)
         return entry
@@ -383,7 +404,8 @@ class _Shard:
 
     def write(self) -> None:
         if self.entries:
-            _write(self.home / f"{self.name}.bin", self.parts)
+            if self.parts:
+                _write(self.home / f"{self.name}.bin", self.parts)
             _write_index(self.home / f"{self.name}.json", self.entries)
         self._clear()
 
@@ -446,7 +468,8 @@ def _stored(home: Path) -> dict[str, Entry]:
         for data in json.loads(index.read_text()):
             entry = Entry.load(data)
             blocks = (entry.array, *entry.fields.values())
-            if all(b.file in sizes and (b.offset is None or b.offset + b.nbytes <= sizes[b.file]) for b in blocks):
+            stored = [b for b in blocks if b.file]
+            if all(b.file in sizes and (b.offset is None or b.offset + b.nbytes <= sizes[b.file]) for b in stored):
                 known[entry.key] = entry
     return known
 

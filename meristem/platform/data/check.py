@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from meristem.modalities.base import Modality
+from meristem.modalities.base import Draw, Modality
 from meristem.platform.data.cache import Progress, contents, decode, distinct
 from meristem.platform.data.manifest import Manifest, Problem, Row
 
@@ -150,7 +150,11 @@ class _Reading(Dataset[Any]):
         if isinstance(sample, Problem):
             return sample
         h = sample.header
-        values = sample.array[0].reshape(-1)
+        array = sample.array
+        if array is None:  # it stayed in its files: the middle along the first axis tells enough
+            size = (1, *h.shape[2:])
+            array, = self.modality.fetch(row.paths, h, [Draw((h.shape[1] // 2, *(0,) * (len(size) - 1)), size, size)])
+        values = array[0].reshape(-1)
         values = values[::max(len(values) // SAMPLE, 1)].astype(np.float64) * h.scale[0] + h.offset[0]
         intensity = (values.mean(), values.std(), *np.percentile(values, (1, 99)))
         mask = sample.fields.get("mask")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from meristem.errors import DataError, RecipeError
-from meristem.modalities.base import Draw, Header, Modality, View, ViewSettings
+from meristem.modalities.base import LOOKS, Draw, Header, Look, Modality, View, ViewSettings
 from meristem.modalities.frame import Frame
 from meristem.modalities.rng import Rng
 from meristem.platform.data.cache import Cache
 from meristem.platform.data.manifest import Row
 from meristem.platform.objectives import Items
 from meristem.platform.recipe import Recipe
-from meristem.platform.step import LOOKS, Batch
+from meristem.platform.step import Batch
 
 IGNORED = -1  # label of what has none, class or mask
 
@@ -121,16 +122,17 @@ class _Batches(Dataset[Batch]):
         """The view of some looks, each (manifest row, cursor, place in the batch, look)."""
         arrays, affines, spacings, params, weights = [], [], [], [], []
         fields: dict[str, list[Tensor]] = {field: [] for field in self.fields}
-        for row, cursor, _, look in looks:
+        for (row, cursor), of_item in groupby(looks, key=lambda look: look[:2]):  # one reading serves all looks at a sample
             header = self.cache.header(row)
-            draw = self.modality.draw(settings, header, Rng.of(self.seed, cursor * LOOKS + look, name))
-            arrays.append(self.modality.load(self.cache.window(row, draw.start, draw.size), draw, interpolate=True))
-            affines.append(torch.from_numpy(affine(header, draw)))
-            spacings.append(torch.tensor(header.spacing, dtype=torch.float32))
-            params.append({**draw.params, "scale": header.scale, "offset": header.offset})
-            weights.append(inside(header, draw))
-            for field, values in fields.items():
-                values.append(self._field(row, field, draw))
+            draws = [self.modality.draw(settings, header, Look.of(self.seed, cursor, look, name)) for *_, look in of_item]
+            for draw, window in zip(draws, self.cache.windows(row, draws), strict=True):
+                arrays.append(self.modality.load(window, draw, interpolate=True))
+                affines.append(torch.from_numpy(affine(header, draw)))
+                spacings.append(torch.tensor(draw.spacing or header.spacing, dtype=torch.float32))
+                params.append({**draw.params, "scale": header.scale, "offset": header.offset})
+                weights.append(inside(header, draw))
+                for field, values in fields.items():
+                    values.append(self._field(row, field, draw))
         shape = tuple(arrays[0].shape[1:])
         frame = Frame(torch.stack(affines).float(), shape, torch.stack(spacings), tuple(a.unit for a in self.modality.axes))
         weight = None
@@ -144,21 +146,30 @@ class _Batches(Dataset[Batch]):
     def _field(self, row: int, name: str, draw: Draw) -> Tensor:
         if name not in self.cache.fields(row):
             return torch.full(draw.shape, IGNORED, dtype=torch.int64)
-        window = self.cache.field_window(row, name, draw.start, draw.size)[None]
+        window = self.cache.field_window(row, name, draw)[None]
         return self.modality.load(window, draw, interpolate=False)[0].long()
 
 
 def whole(cache: Cache, rows: Sequence[Row], modality: Modality, options: ViewSettings) -> View:
-    """One look at each row in order, as evaluation needs them; options should draw nothing at random."""
+    """The looks at each row in order, as evaluation needs them; options should draw nothing at random."""
     batches = _Batches(cache, [r.index for r in rows], {}, modality, {"x": options}, (), 0, len(rows), 0, 1)
-    return batches.collate("x", options, [(r.index, i, i, 0) for i, r in enumerate(rows)])
+    return batches.collate("x", options, [(r.index, i, i, look) for i, r in enumerate(rows) for look in range(options.count)])
 
 
 def affine(header: Header, draw: Draw) -> np.ndarray:
-    """(D+1, D+1) view index -> source: the header's affine after i -> (i + ½) · size / shape − ½ + start; float64."""
+    """(D+1, D+1) view index -> source: the header's affine after i -> (i + ½) · size / shape − ½ + start; float64.
+
+    Along an index, the place it shows.
+    """
     step = np.array(draw.size) / np.array(draw.shape)
+    start = 0.5 * step - 0.5 + np.array(draw.start)
+    if draw.index:  # the straight line through its first and last place
+        shown = np.flatnonzero(np.array(draw.index) >= 0)
+        (i, j), (a, b) = shown[[0, -1]], np.array(draw.index)[shown[[0, -1]]]
+        step[0] = (b - a) / (j - i) if j > i else 1.0
+        start[0] = a - i * step[0]
     window = np.diag([*step, 1.0])
-    window[:-1, -1] = 0.5 * step - 0.5 + np.array(draw.start)
+    window[:-1, -1] = start
     product: np.ndarray = np.array(header.affine) @ window
     return product
 
@@ -168,8 +179,8 @@ def inside(header: Header, draw: Draw) -> Tensor | None:
     weight = torch.ones(1, *draw.shape)
     whole = True
     for axis, (a, n, m, stored) in enumerate(zip(draw.start, draw.size, draw.shape, header.shape[1:], strict=True)):
-        if a < 0 or a + n > stored:
-            at = (np.arange(m) + 0.5) * n / m - 0.5 + a
+        at = np.array(draw.index) if draw.index and axis == 0 else (np.arange(m) + 0.5) * n / m - 0.5 + a
+        if min(draw.index) < 0 if draw.index and axis == 0 else a < 0 or a + n > stored:
             line = torch.from_numpy((at >= -0.5) & (at <= stored - 0.5))
             weight *= line.reshape(-1, *[1] * (len(draw.shape) - axis - 1))
             whole = False
