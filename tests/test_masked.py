@@ -59,7 +59,7 @@ def patch_of(array: Tensor, token: int, columns: int, patch: int) -> Tensor:
     return array[:, y:y + patch, x:x + patch].reshape(-1)
 
 
-@pytest.mark.parametrize("normalise", ["token", "none"])
+@pytest.mark.parametrize("normalise", ["token", "channel", "none"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_mae_loss_is_the_double_loop_over_hidden_patches(normalise: str, padded: bool) -> None:
     assembly = make("decoder", f"objectives.pixels.masked.target.content.normalise={normalise}")
@@ -78,8 +78,9 @@ def test_mae_loss_is_the_double_loop_over_hidden_patches(normalise: str, padded:
             if not hidden[row, token] or not there.any():
                 continue
             x = patch_of(array[row], token, 6, 4)[there]
-            if normalise == "token":
-                x = (x - x.mean()) / (x.var() + 1e-6).sqrt()  # torch's var has n − 1, as the authors' code
+            groups = {"none": [], "token": [x], "channel": x.chunk(2)}[normalise]  # of two channels
+            if groups:  # torch's var has n − 1, as the authors' code
+                x = torch.cat([(g - g.mean()) / (g.var() + 1e-6).sqrt() for g in groups])
             sums += float((prediction.value[row, place[token]][there].detach() - x).square().sum())
             count += len(x)
     loss = losses["pixels"]
@@ -111,30 +112,32 @@ def test_dense_loss_is_the_mean_over_hidden_voxels() -> None:
 
 @pytest.mark.parametrize("loss", ["mse", "l1", "smooth_l1"])
 def test_each_element_loss_against_its_definition(loss: str) -> None:
-    stream = TokenStream(torch.randn(2, 5, 6), None, torch.ones(2, 5, dtype=torch.bool), None)
-    prediction, weight = torch.randn(2, 5, 6), torch.rand(2, 5)
+    step = Step(make("linear"), batch(torch.randn(2, 2, 16, 24)), 0.0, 0)
+    prediction, weight, content = torch.randn(2, 5, 32), torch.rand(2, 5), step.stream("x").content
+    index = torch.stack([torch.randperm(24)[:5] for _ in range(2)])
     target = Content.model_validate({"loss": loss, "beta": 0.5})
-    sums, count = target.compare(stream, prediction, weight)
+    sums, count = target.compare(step, "x", index, prediction, weight)
     by_hand = 0.0
     for b in range(2):
         for n in range(5):
-            for p in range(6):
-                d = abs(float(prediction[b, n, p] - stream.content[b, n, p]))
+            for p in range(32):
+                d = abs(float(prediction[b, n, p] - content[b, index[b, n], p]))
                 e = {"mse": d * d, "l1": d, "smooth_l1": d * d / (2 * 0.5) if d < 0.5 else d - 0.25}[loss]
                 by_hand += float(weight[b, n]) * e
     assert float(sums) == pytest.approx(by_hand, rel=1e-5)
-    assert float(count) == pytest.approx(6 * float(weight.sum()), rel=1e-5)
+    assert float(count) == pytest.approx(32 * float(weight.sum()), rel=1e-5)
 
 
 def test_what_lies_outside_the_sample_changes_no_target() -> None:
-    weight = torch.ones(2, 1, 8, 8)
+    weight = torch.ones(2, 1, 16, 24)
     weight[0, :, 5:] = 0
-    array = torch.randn(2, 2, 8, 8)
+    array = torch.randn(2, 2, 16, 24)
     other = torch.where(weight > 0, array, 1e3 * torch.randn_like(array))
-    prediction, target = torch.randn(2, 4, 32), Content(normalise="token")
-    results = [target.compare(LatticeStream(x, (4, 4), None, None, weight), prediction, torch.ones(2, 4))
-               for x in (array, other)]
-    assert results[0] == results[1]
+    prediction, assembly = torch.randn(2, 24, 32), make("linear")
+    for target in (Content(normalise="token"), Content(normalise="channel")):
+        results = [target.compare(Step(assembly, batch(x, weight), 0.0, 0), "x", None, prediction, torch.ones(2, 24))
+                   for x in (array, other)]
+        assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

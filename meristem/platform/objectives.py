@@ -22,11 +22,13 @@ class Plan:
 
     keep: (B, k) indices of the tokens that enter the encoder, ascending; None when hidden tokens are replaced instead.
     hidden: (B, N) bool, the tokens whose content the encoder does not get. predict: (B, N) weight of each token in the loss.
+    decode: (B, m) indices of the places that a decoder predicts, ascending, visible ones among them; None: every hidden one.
     """
 
     hidden: Tensor
     predict: Tensor
     keep: Tensor | None = None
+    decode: Tensor | None = None
 
 
 @dataclass

@@ -14,25 +14,88 @@ from meristem.modalities.base import Settings
 from meristem.modalities.rng import Rng
 from meristem.modalities.stream import TokenStream
 from meristem.platform.objectives import Plan
+from meristem.platform.slots import Slot
 
 Positive = Annotated[int, Field(ge=1)]
-Unit = Positive | tuple[Positive, ...]
+Unit = Positive | tuple[Positive | None, ...]  # tokens per axis; None: as many as the axis has
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
+class RunningCell(Settings):
+    """Which places are decoded: a pattern that repeats from cell to cell and moves on by one place with each step along one
+    axis (MAR, Qing et al. 2022, section 3.2; as a decoder's masking, VideoMAE V2, Wang et al. 2023, section 3.2).
+
+    ratio: of a cell's places, the fraction that is not decoded, a whole number of them. cell: its places per axis; null marks
+    the one axis along which it runs. Each step decodes equally many places, and each place is decoded equally often over as
+    many steps as a cell has places. The first step's pattern is drawn for each row.
+    """
+
+    ratio: Fraction = 0.5
+    cell: tuple[Positive | None, ...] = (None, 2, 2)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.cell.count(None) != 1:
+            raise ValueError(f"cell: exactly one axis is null, the one along which it runs; got {list(self.cell)}")
+        skipped = self._places * self.ratio
+        if not math.isclose(skipped, round(skipped)) or not 0 < round(skipped) < self._places:
+            raise ValueError(f"ratio: {self.ratio:g} of a cell of {self._places} places is not a whole number of them")
+        return self
+
+    @property
+    def _places(self) -> int:
+        return math.prod(n for n in self.cell if n is not None)
+
+    def decode(self, stream: TokenStream, rng: Rng) -> Tensor:
+        """(B, m) indices of the places to decode, ascending."""
+        if stream.lattice is None:
+            raise RecipeError("a running cell needs tokens on a lattice, and these lie on none",
+                              "Leave masking.….decode out.")
+        if len(self.cell) != len(stream.lattice):
+            raise RecipeError(f"a running cell has {len(self.cell)} axes, the tokens {len(stream.lattice)}: {stream.lattice}",
+                              "Give masking.….decode.running_cell.cell one entry per axis, null for the one it runs along.")
+        _grain(stream, tuple(n or 1 for n in self.cell))  # whole cells only: all rows decode equally many places
+        token = torch.arange(math.prod(stream.lattice), device=rng.key.device)
+        step = place = torch.zeros_like(token)  # along the axis it runs; number within the cell
+        for at, n in zip(torch.unravel_index(token, stream.lattice), self.cell, strict=True):
+            if n is None:
+                step = at
+            else:
+                place = place * n + at % n
+        places, skipped = self._places, round(self._places * self.ratio)
+        skip = (place + step + rng.integers("decode", places)[:, None]) % places < skipped  # (B, N)
+        return skip.to(torch.uint8).argsort(dim=1, stable=True)[:, :len(token) // places * (places - skipped)]
+
+
+DECODINGS: dict[str, type[Settings]] = {"running_cell": RunningCell}
+
+
 class Masking(Settings):
-    """The typed entry of a masking. corruption: hidden tokens are dropped before the encoder, or replaced."""
+    """The typed entry of a masking.
+
+    corruption: hidden tokens are dropped before the encoder, or replaced. decode: which places a decoder predicts; null: every
+    hidden one. With `decode` it is given a mask token for each of those places, visible ones too, and for no other; the loss
+    counts the hidden ones among them.
+    """
 
     corruption: Literal["drop", "replace"] = "drop"
+    decode: Annotated[RunningCell, Slot("decoder masking", DECODINGS)] | None = None
+
+    @model_validator(mode="after")
+    def _decodes(self) -> Self:
+        if self.decode is not None and self.corruption != "drop":
+            raise ValueError("decode: only a decoder over dropped tokens has places to leave out; set corruption: drop")
+        return self
 
     def plan(self, stream: TokenStream, rng: Rng, unit: tuple[int, ...]) -> Plan:
         """unit: grain, in tokens per lattice axis, at which the encoder can be masked; () for one token."""
         raise NotImplementedError
 
-    def _finish(self, hidden: Tensor, live: Tensor, kept: int) -> Plan:
+    def _finish(self, stream: TokenStream, rng: Rng, hidden: Tensor, live: Tensor, kept: int) -> Plan:
         """hidden, live: (B, N) bool; kept: tokens of each row that are not hidden, the same in every row when dropping."""
         keep = hidden.to(torch.uint8).argsort(dim=1, stable=True)[:, :kept] if self.corruption == "drop" else None
-        return Plan(hidden=hidden, predict=(hidden & live).float(), keep=keep)
+        decode = None if self.decode is None else self.decode.decode(stream, rng)
+        return Plan(hidden=hidden, predict=(hidden & live).float(), keep=keep, decode=decode)
 
 
 def informative(stream: TokenStream) -> Tensor:
@@ -45,15 +108,16 @@ def _rounded(count: int, ratio: float) -> int:
     return math.floor(count * ratio + 0.5)
 
 
-def _grain(stream: TokenStream, *units: int | tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _grain(stream: TokenStream, *units: int | tuple[int | None, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The common multiple of the units, in tokens per axis (one number: of each), and the lattice of cells that it makes.
 
     A set of tokens without a lattice is one axis of cells of one token. Raises RecipeError when cells do not fill the lattice.
     """
-    coarse = [unit for unit in units if (unit > 1 if isinstance(unit, int) else math.prod(unit) > 1)]
+    coarse = [unit for unit in units if (unit > 1 if isinstance(unit, int) else any(n != 1 for n in unit))]
     if stream.lattice is None:
         if coarse:
-            raise RecipeError(f"a mask unit of {coarse[0]} tokens was asked of tokens that lie on no lattice",
+            asked = coarse[0] if isinstance(coarse[0], int) else "×".join(str(n or "all") for n in coarse[0])
+            raise RecipeError(f"a mask unit of {asked} tokens was asked of tokens that lie on no lattice",
                               "Leave masking.….unit out, or choose an encoder that can be masked token by token.")
         return (1,), (len(stream),)
     lattice = stream.lattice
@@ -63,7 +127,7 @@ def _grain(stream: TokenStream, *units: int | tuple[int, ...]) -> tuple[tuple[in
         if len(other) != len(lattice):
             raise RecipeError(f"a mask unit has {len(other)} axes, the tokens have {len(lattice)}: {lattice}",
                               "Give masking.….unit one number, or one for each axis.")
-        unit = tuple(math.lcm(a, b) for a, b in zip(unit, other, strict=True))
+        unit = tuple(math.lcm(a, b or n) for a, b, n in zip(unit, other, lattice, strict=True))
     if any(n % u for n, u in zip(lattice, unit, strict=True)):
         raise RecipeError(f"a lattice of {'×'.join(map(str, lattice))} tokens cannot be masked in units of "
                           f"{'×'.join(map(str, unit))}", "Choose a view size that is a multiple of patch × unit on every axis.")
@@ -95,10 +159,11 @@ def _feasible(hidden: int, cells: int, ratio: float) -> None:
 class Random(Masking):
     """Cells drawn uniformly without replacement (MAE, He et al. 2022, section 3; SimMIM, Xie et al. 2022, section 3.2).
 
-    ratio: hidden fraction, rounded to the nearest cell. unit: grain of the mask in tokens, one number or one per axis;
-    the encoder's own is honoured with it (their least common multiple). Every row keeps equally many tokens. The ratio holds
-    among informative tokens and among the rest (padding, outside the sample) separately, so that neither a row's padding nor
-    its batch mates change how much of its content is hidden; nothing is predicted where there is nothing.
+    ratio: hidden fraction, rounded to the nearest cell. unit: grain of the mask in tokens, one number or one per axis, null
+    for a whole axis: [null, 1, 1] masks tubes (VideoMAE, Tong et al. 2022, section 3.2); the encoder's own is honoured with it
+    (their least common multiple). Every row keeps equally many tokens. The ratio holds among informative tokens and among the
+    rest (padding, outside the sample) separately, so that neither a row's padding nor its batch mates change how much of its
+    content is hidden; nothing is predicted where there is nothing.
     """
 
     ratio: Fraction = 0.75
@@ -119,7 +184,7 @@ class Random(Masking):
         hide_live = (n_live.double() * self.ratio + 0.5).floor().long()  # rounds as `hide` does
         hidden_cell = torch.where(live_cell, rank < hide_live, rank - n_live < hide - hide_live)
         hidden = _to_tokens(hidden_cell, cells, grain)
-        return self._finish(hidden, live, (m - hide) * math.prod(grain))
+        return self._finish(stream, rng, hidden, live, (m - hide) * math.prod(grain))
 
 
 class Block(Masking):
@@ -128,7 +193,8 @@ class Block(Masking):
     ratio: hidden fraction, or a range it is drawn from for each row. min_block: least cells of a box; its volume is uniform
     between this and the wanted number. aspect: the ratio of any two sides lies in [aspect, 1/aspect]. prob: of a row being
     masked at all. unit: as in `Random`. A range or prob < 1 makes the count differ from row to row, which only `replace` can
-    take. Departs from BEiT: the last box is cut to fit where BEiT rejects those that do not, and works in any dimension.
+    take. Departs from BEiT: the last box is cut to fit where BEiT rejects those that do not, and works in any dimension; an
+    axis that is one cell long (unit null) is not one of them.
     """
 
     ratio: Fraction | tuple[Fraction, Fraction] = 0.4
@@ -160,12 +226,12 @@ class Block(Masking):
         hide = torch.full_like(rng.key, most)
         if isinstance(self.ratio, tuple):
             hide = (m * rng.uniform("ratio", low=self.ratio[0], high=self._top) + 0.5).floor().long()
-        when = self._first_covered(rng, cells, hide)
+        when = self._first_covered(rng, tuple(n for n in cells if n > 1), hide)
         order = when.argsort(dim=1, stable=True)
         rank = torch.zeros_like(order).scatter_(1, order, torch.arange(m, device=order.device).expand_as(order))
         masked = rng.uniform("masked") < self.prob
         hidden = _to_tokens((rank < hide[:, None]) & masked[:, None], cells, grain)
-        return self._finish(hidden, informative(stream), (m - most) * math.prod(grain))
+        return self._finish(stream, rng, hidden, informative(stream), (m - most) * math.prod(grain))
 
     def _first_covered(self, rng: Rng, cells: tuple[int, ...], hide: Tensor) -> Tensor:
         """(B, M): when each cell is hidden: the number of the first box over it; within a box, from one of its corners on.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -54,8 +55,14 @@ class Masked(ObjectiveSettings):
             return [f"encode names '{self.encode}': there is no such view (views: {', '.join(recipe.views)})"]
         if self.encode not in recipe.masking:
             return [f"view '{self.encode}' has no masking, so that nothing is hidden; add masking.{self.encode}"]
-        name = next(n for n, part in PREDICTORS.items() if part is type(self.predictor))
-        return self.predictor.check(name, recipe.encoder, recipe.masking[self.encode])
+        name, masking = next(n for n, part in PREDICTORS.items() if part is type(self.predictor)), recipe.masking[self.encode]
+        problems = self.predictor.check(name, recipe.encoder, masking)
+        for line, readout in self.readouts.items():
+            problems += readout.target.check(recipe)
+            if masking.decode is not None and readout.region != "hidden":
+                problems.append(f"readout '{line}' is of the {readout.region} region, but only some places are decoded; set "
+                                f"its region to hidden, or masking.{self.encode}.….decode to null")
+        return problems
 
     def build(self, assembly: Assembly) -> Objective:
         return MaskedObjective(self, assembly)
@@ -71,30 +78,32 @@ class MaskedObjective(Objective):
         super().__init__()
         recipe = assembly.recipe
         self.settings, self.sees = settings, recipe.encoder.sees
-        sizes = {name: readout.target.size(assembly.tokenizer) for name, readout in settings.readouts.items()}
+        sizes = {name: readout.target.size(assembly.tokenizer, assembly.encoder) for name, readout in settings.readouts.items()}
         everywhere = any(readout.region != "hidden" for readout in settings.readouts.values())
         self.predictor = settings.predictor.build(assembly.encoder, assembly.tokenizer, recipe.modality.axes,
                                                   recipe.modality.channels, sizes, everywhere)
 
     def forward(self, step: Step) -> dict[str, Loss]:
-        stream, plan = step.stream(self.settings.encode), step.plan(self.settings.encode)
+        view = self.settings.encode
+        stream, plan = step.stream(view), step.plan(view)
+        for readout in self.settings.readouts.values():
+            readout.target.prepare(step, view)
         losses = {}
-        for name, prediction in self._predict(step).items():
+        for name, prediction in self._predict(step, plan).items():
             readout = self.settings.readouts[name]
             weight = _region(readout.region, stream, plan)
-            chosen = stream
             if prediction.index is not None:
-                weight, chosen = weight.gather(1, prediction.index), stream.take(prediction.index)
-            total, count = readout.target.compare(chosen, prediction.value, weight)
+                weight = weight.gather(1, prediction.index)
+            total, count = readout.target.compare(step, view, prediction.index, prediction.value, weight)
             # a batch may have no masked row when rows are masked with a probability: no loss then, not 0/0
             losses["" if len(self.settings.readouts) == 1 else name] = Loss(
                 total, count.clamp_min(1e-12), self.settings.weight * readout.weight)
         return losses
 
-    def _predict(self, step: Step) -> dict[str, Prediction]:
+    def _predict(self, step: Step, plan: Plan) -> dict[str, Prediction]:
         view = self.settings.encode
         encoded = step.encode(view, masked=True, want=self.settings.predictor.want)
-        predictions: dict[str, Prediction] = self.predictor(encoded, blind(step.stream(view).seen(self.sees)), step.plan(view))
+        predictions: dict[str, Prediction] = self.predictor(encoded, blind(step.stream(view).seen(self.sees)), plan)
         return predictions
 
     @torch.no_grad()
@@ -102,13 +111,16 @@ class MaskedObjective(Objective):
         """Pictures of what the first readout of content makes of the view, as arrays (B, C, *S) of whole tokens.
 
         original; masked: hidden tokens are NaN; prediction: hidden tokens as predicted (a normalised one is given the true
-        token's mean and deviation back), visible ones as they are. Empty when no readout predicts content.
+        token's mean and deviation back; every one, also those that training does not decode), visible ones as they are. Empty
+        when no readout predicts content.
         """
-        stream, plan = step.stream(self.settings.encode), step.plan(self.settings.encode)
-        for name, prediction in self._predict(step).items():
+        stream, plan = step.stream(self.settings.encode), replace(step.plan(self.settings.encode), decode=None)
+        if stream.lattice is None or not any(isinstance(r.target, Content) for r in self.settings.readouts.values()):
+            return {}
+        for name, prediction in self._predict(step, plan).items():
             target = self.settings.readouts[name].target
-            if isinstance(target, Content) and stream.lattice is not None:
-                mean, std = target.statistics(stream)
+            if isinstance(target, Content):
+                mean, std = target.statistics(stream, step.assembly.recipe.modality.channels)
                 hidden, content = plan.hidden[..., None], stream.content
                 value = prediction.value.to(content)
                 if prediction.index is not None:

@@ -108,7 +108,7 @@ class Linear(PredictorSettings):
 
 
 class DecoderPredictor(Predictor):
-    """Visible tokens and mask tokens through transformer blocks; hidden tokens are read out.
+    """Visible tokens and mask tokens through transformer blocks; hidden tokens are read out, or those of the plan's `decode`.
 
     The decoder knows where a token lies by the view-frame positions that the encoder sees, and by nothing else.
     """
@@ -129,6 +129,8 @@ class DecoderPredictor(Predictor):
     def forward(self, encoded: Encoded, stream: TokenStream, plan: Plan) -> dict[str, Prediction]:
         assert plan.keep is not None
         seen = self.enter(encoded.tokens)
+        if plan.decode is not None:
+            return self._some(seen, stream, plan.keep, plan.decode)
         x = self.mask_token.to(seen).expand(*plan.hidden.shape, -1)
         x = x.scatter(1, plan.keep[..., None].expand_as(seen), seen)
         # a lattice has no padding; knowing it spares the device a round trip
@@ -139,6 +141,16 @@ class DecoderPredictor(Predictor):
             index = (~plan.hidden).to(torch.uint8).argsort(dim=1, stable=True)[:, :hidden]
             x = gather(x, index)
         return {name: Prediction(head(x), index) for name, head in self.heads.items()}
+
+    def _some(self, seen: Tensor, stream: TokenStream, keep: Tensor, decode: Tensor) -> dict[str, Prediction]:
+        """As `forward`, with mask tokens at `decode` (B, m) and nowhere else: the cost is that of k + m tokens."""
+        x = torch.cat([seen, self.mask_token.to(seen).expand(*decode.shape, -1)], 1)
+        places = torch.cat([keep, decode], 1)
+        position = None if stream.position is None else gather(stream.position, places)
+        valid = None if isinstance(stream, LatticeStream) else gather(stream.valid, places)
+        x, _, _ = self.blocks(x, position, valid=valid)
+        x = x[:, keep.shape[1]:]
+        return {name: Prediction(head(x), decode) for name, head in self.heads.items()}
 
 
 class Decoder(PredictorSettings):
