@@ -249,7 +249,7 @@ def test_halves_with_all_keys_sum_to_the_whole(part: losses.LossSettings) -> Non
     total = count = 0.0
     for half in (q.key["item"] < 4, q.key["item"] >= 4):
         rows = torch.nonzero(half).squeeze(1)
-        keys = k if loss.keys_of_all_ranks else k.select(rows)
+        keys = k if part.repels else k.select(rows)
         one = loss(q.select(rows), keys, TWO_LOOKS, step())
         total, count = total + float(one.total), count + float(one.count)
     assert total == pytest.approx(float(whole.total), rel=1e-5) and count == float(whole.count)

@@ -22,6 +22,7 @@ from meristem.platform.heads import HEADS, HeadSettings
 from meristem.platform.masked.masking import MASKINGS, Masking
 from meristem.platform.masked.objective import Masked
 from meristem.platform.objectives import ObjectiveSettings
+from meristem.platform.pretext import Pretext
 from meristem.platform.schedules import Scalar
 from meristem.platform.slots import Slot, validated
 
@@ -29,7 +30,7 @@ PARTS = ("modality", "encoder", "predictor", "target", "loss", "task")  # keys t
 NAMED = {"views": "names", "readouts": "names", "masking": "parts", "heads": "parts", "objectives": "parts"}  # the user's names
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-OBJECTIVES: dict[str, type[ObjectiveSettings]] = {"masked": Masked, "contrastive": Contrastive}
+OBJECTIVES: dict[str, type[ObjectiveSettings]] = {"masked": Masked, "contrastive": Contrastive, "pretext": Pretext}
 
 
 class TeacherSettings(Settings):

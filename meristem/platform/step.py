@@ -45,6 +45,11 @@ class Batch:
         return result
 
 
+def drawn_labels(view: View) -> dict[str, Tensor]:
+    """What was drawn for each row that a pretext may ask for: the whole numbers (B,) among a view's parameters, but seeds."""
+    return {name: x for name, x in view.params.items() if x.ndim == 1 and x.dtype == torch.int64 and not name.endswith("_key")}
+
+
 class _Gather(torch.autograd.Function):
     """All ranks' rows in rank order; the gradient of a row is summed over the ranks that used it."""
 
@@ -138,10 +143,11 @@ class Step:
         encoded, looks = self.encode(view, by, masked), self.batch.views[view]
         if level == "global":
             level = "cls" if "cls" in encoded.summary else "mean"
-        keys = {"item": self.batch.items.cursor[looks.item], "view": looks.look + self.assembly.look_offset[view]}
-        for name, label in self.batch.items.labels.items():
-            if label.ndim == 1 and not label.is_floating_point():
-                keys[name] = label[looks.item]
+        keys = {name: label[looks.item] for name, label in self.batch.items.labels.items()
+                if label.ndim == 1 and not label.is_floating_point()}
+        keys |= drawn_labels(looks)
+        keys |= {"item": self.batch.items.cursor[looks.item], "row": self.batch.items.row[looks.item],
+                 "view": looks.look + self.assembly.look_offset[view]}
         if level == "dense":
             b, n = encoded.valid.shape
             index = encoded.index

@@ -5,7 +5,7 @@ All are computed in fp32, whatever precision the encoder runs in.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +18,66 @@ from meristem.platform.schedules import Scalar
 from meristem.platform.step import Step, all_ranks
 
 
-def infonce(q: Units, k: Units, pairs: Pairs, temperature: float) -> Loss:
+def cosines(q: Tensor, k: Tensor) -> Tensor:
+    """(Mq, Mk) cosines of rows q (Mq, D) and k (Mk, D)."""
+    return F.normalize(q.float(), dim=-1) @ F.normalize(k.float(), dim=-1).T
+
+
+def infonce(q: Units, k: Units, pairs: Pairs, temperature: float, own: bool = False) -> Loss:
     """InfoNCE with any number of positives, averaged outside the logarithm.
 
     s_ij = cos(q_i, k_j) / τ
-    L_i = − Σ_j pos_ij (s_ij − log Σ_m (pos_im + neg_im) exp s_im) / Σ_j pos_ij
+    L_i = − Σ_j pos_ij (s_ij − log Z_ij) / Σ_j pos_ij
+    Z_ij = Σ_m (pos_im + neg_im) exp s_im; own: pos_ij exp s_ij + Σ_m neg_im exp s_im, each positive against the negatives alone
     total = Σ_i w_i L_i and count = Σ_i w_i over the queries that have a positive, w the query's weight.
 
     q: (Mq, D), k: (Mk, D). One positive per query and keys = queries: NT-Xent (Chen et al. 2020, eq. 1). Several: L_out of
-    SupCon (Khosla et al. 2020, eq. 2), where the denominator holds the other positives too.
+    SupCon (Khosla et al. 2020, eq. 2); own: the positives in turn, as the A-VID of RSPNet (Chen et al. 2021).
     """
     with torch.autocast(q.z.device.type, enabled=False):
-        s = F.normalize(q.z.float(), dim=-1) @ F.normalize(k.z.float(), dim=-1).T / temperature
+        s = cosines(q.z, k.z) / temperature
         attraction = pairs.pos.sum(1, keepdim=True)
         has = attraction > 0
-        mass = torch.where(has, pairs.pos + pairs.neg, 1.0)  # a row of nothing would have a NaN for a gradient
-        each = (s + mass.log()).logsumexp(1) - (pairs.pos * s / torch.where(has, attraction, 1.0)).sum(1)
+        share = pairs.pos / torch.where(has, attraction, 1.0)
+        if own:
+            repelled = (pairs.neg > 0).any(1, keepdim=True)
+            against = (s + torch.where(repelled, pairs.neg, 1.0).log()).logsumexp(1, keepdim=True)
+            mine = s + torch.where(pairs.pos > 0, pairs.pos, 1.0).log()
+            each = (share * (torch.logaddexp(mine, against.masked_fill(~repelled, -torch.inf)) - s)).sum(1)
+        else:
+            mass = torch.where(has, pairs.pos + pairs.neg, 1.0)  # a row of nothing would have a NaN for a gradient
+            each = (s + mass.log()).logsumexp(1) - (share * s).sum(1)
         weight = q.weight * has[:, 0]
         return Loss((weight * each).sum(), weight.sum())
+
+
+def ranking(q: Units, k: Units, pairs: Pairs, margin: float) -> Loss:
+    """A positive must be nearer than a negative by a margin: the triplet loss on cosines, over all pairs of both.
+
+    L_i = Σ_jm pos_ij neg_im max(0, margin − (cos(q_i, k_j) − cos(q_i, k_m))) / Σ_jm pos_ij neg_im
+    total = Σ_i w_i L_i and count = Σ_i w_i over the queries that have a positive and a negative, w the query's weight.
+
+    q: (Mq, D), k: (Mk, D). Source: the relative speed perception of RSPNet (Chen et al. 2021).
+    """
+    with torch.autocast(q.z.device.type, enabled=False):
+        s = cosines(q.z, k.z)
+        i, j = pairs.pos.nonzero(as_tuple=True)  # a table of all triplets would be (Mq, Mk, Mk)
+        weight = pairs.pos[i, j, None] * pairs.neg[i]
+        hinge = (margin - s[i, j, None] + s[i]).relu()
+        over = torch.zeros(2, len(q), device=s.device).index_add(1, i, torch.stack([(weight * hinge).sum(1), weight.sum(1)]))
+        has = over[1] > 0
+        each = q.weight * has
+        return Loss((each * over[0] / torch.where(has, over[1], 1.0)).sum(), each.sum())
+
+
+def attraction(q: Units, k: Units, matches: Matches) -> Loss:
+    """L = Σ_n weight_n (2 − 2 cos(q_n, k_n)) ; count = Σ_n weight_n.
+
+    q: (Mq, D), k: (Mk, D). BYOL (Grill et al. 2020, eq. 2); twice SimSiam's −cos (Chen and He 2021, eq. 1) but for a constant.
+    """
+    with torch.autocast(q.z.device.type, enabled=False):
+        each = 2 - 2 * F.cosine_similarity(q.z.float()[matches.q], k.z.float()[matches.k], dim=-1)
+        return Loss((matches.weight * each).sum(), matches.weight.sum())
 
 
 def cross_entropy(q: Units, target: Tensor, matches: Matches, temperature: float) -> Loss:
@@ -74,9 +116,7 @@ def sinkhorn(z: Tensor, epsilon: float, iterations: int) -> Tensor:
 
 
 class ContrastiveLoss(nn.Module):
-    """A loss with its numbers and, where it has any, its buffers. keys_of_all_ranks: repels from what other ranks hold."""
-
-    keys_of_all_ranks = False
+    """A loss with its numbers and, where it has any, its buffers."""
 
     def forward(self, q: Units, k: Units, relation: Relation, step: Step) -> Loss:
         raise NotImplementedError
@@ -86,9 +126,15 @@ class ContrastiveLoss(nn.Module):
 
 
 class LossSettings(Settings):
-    """The typed entry of a contrastive loss in a recipe. needs_prototypes: its units must be scores of prototypes."""
+    """The typed entry of a contrastive loss in a recipe.
+
+    needs_prototypes: its units must be scores of prototypes. repels: reads negatives, so that keys of all ranks, and of a
+    queue, matter to it. collapses: at its best when all units are alike, unless keys come without gradient.
+    """
 
     needs_prototypes: ClassVar[bool] = False
+    repels: ClassVar[bool] = False
+    collapses: ClassVar[bool] = False
 
     def build(self, width: int) -> ContrastiveLoss:
         """width: of the units."""
@@ -96,14 +142,27 @@ class LossSettings(Settings):
 
 
 class InfoNCELoss(ContrastiveLoss):
-    keys_of_all_ranks = True
-
     def __init__(self, settings: InfoNCE) -> None:
         super().__init__()
         self.settings = settings
 
     def forward(self, q: Units, k: Units, relation: Relation, step: Step) -> Loss:
-        return infonce(q, k, relation.pairs(q, k), step.value(self.settings.temperature))
+        own = self.settings.denominator == "own"
+        return infonce(q, k, relation.pairs(q, k), step.value(self.settings.temperature), own)
+
+
+class MarginLoss(ContrastiveLoss):
+    def __init__(self, settings: Margin) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, q: Units, k: Units, relation: Relation, step: Step) -> Loss:
+        return ranking(q, k, relation.pairs(q, k), step.value(self.settings.margin))
+
+
+class CosineLoss(ContrastiveLoss):
+    def forward(self, q: Units, k: Units, relation: Relation, step: Step) -> Loss:
+        return attraction(q, k, relation.matches(q, k))
 
 
 class DINOLoss(ContrastiveLoss):
@@ -149,12 +208,33 @@ class SwAVLoss(ContrastiveLoss):
 
 
 class InfoNCE(LossSettings):
-    """SimCLR, MoCo, SupCon. temperature: τ."""
+    """SimCLR, MoCo, SupCon. temperature: τ. denominator: shared by a query's positives, or each positive has its own."""
 
+    repels: ClassVar[bool] = True
     temperature: Scalar = 0.1
+    denominator: Literal["shared", "own"] = "shared"
 
     def build(self, width: int) -> ContrastiveLoss:
         return InfoNCELoss(self)
+
+
+class Margin(LossSettings):
+    """Ranking of positives over negatives. margin: between their cosines."""
+
+    repels: ClassVar[bool] = True
+    margin: Scalar
+
+    def build(self, width: int) -> ContrastiveLoss:
+        return MarginLoss(self)
+
+
+class Cosine(LossSettings):
+    """BYOL, SimSiam: attraction alone."""
+
+    collapses: ClassVar[bool] = True
+
+    def build(self, width: int) -> ContrastiveLoss:
+        return CosineLoss()
 
 
 class DINO(LossSettings):
@@ -181,4 +261,4 @@ class SwAV(LossSettings):
         return SwAVLoss(self)
 
 
-LOSSES: dict[str, type[LossSettings]] = {"infonce": InfoNCE, "dino": DINO, "swav": SwAV}
+LOSSES: dict[str, type[LossSettings]] = {"infonce": InfoNCE, "margin": Margin, "cosine": Cosine, "dino": DINO, "swav": SwAV}

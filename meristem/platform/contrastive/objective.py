@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from meristem.modalities.base import Settings
 from meristem.platform.contrastive.losses import LOSSES, LossSettings
-from meristem.platform.contrastive.relations import Relation, parse
+from meristem.platform.contrastive.queue import Queue
+from meristem.platform.contrastive.relations import IDENTITY, Relation, parse
 from meristem.platform.heads import Prototypes
 from meristem.platform.objectives import Loss, Objective, ObjectiveSettings, Units
 from meristem.platform.slots import Slot
@@ -32,19 +33,23 @@ Sources = tuple[Annotated[Source, BeforeValidator(lambda value: {"view": value} 
 class Contrastive(ObjectiveSettings):
     """Relate units of views to each other.
 
-    queries: encoded by the student. keys: encoded by `by`. level: of the units: cls, mean, global (cls where there is one) or
-    dense (tokens). head: of both sides; predictor: a head on it, for queries only. relation: what attracts; negatives: what
-    may repel (null: everything else); see `relations`.
+    queries: encoded by the student. keys: encoded by `by`; stop_gradient: as if constant (SimSiam). level: of the units: cls,
+    mean, global (cls where there is one) or dense (tokens). head: of both sides; predictor: a head on it, for queries only.
+    relation: what attracts; negatives: what may repel (null: everything else); see `relations`. queue: how many keys of past
+    steps stand beside the batch's (MoCo). They are keys like any other: `item` is a sample's place in the run, so that under
+    same(item) they only repel.
     """
 
     queries: Sources
     keys: Sources
     by: Literal["encoder", "teacher"] = "encoder"
+    stop_gradient: bool = False
     level: Literal["global", "cls", "mean", "dense"] = "global"
     head: str | None = None
     predictor: str | None = None
     relation: str = "same(item) - same(view)"
     negatives: str | None = None
+    queue: Annotated[int, Field(ge=1)] | None = None
     loss: Annotated[LossSettings, Slot("contrastive loss", LOSSES)]
 
     @field_validator("relation", "negatives")
@@ -79,6 +84,13 @@ class Contrastive(ObjectiveSettings):
             problems += [f"keys come from the teacher: add '{name}' to teacher.of" for name in needs if name not in copied]
         if self.loss.needs_prototypes and not (self.head and isinstance(recipe.heads[self.head], Prototypes)):
             problems.append("this loss compares assignments to prototypes; its head must be `prototypes`")
+        constant = self.by == "teacher" or self.stop_gradient
+        if self.loss.collapses and not constant:
+            problems.append("this loss only attracts, and would make all units alike; set by: teacher, or stop_gradient: true")
+        if self.queue is not None and not constant:
+            problems.append("queued keys have no gradient, and the batch's own would; set by: teacher, or stop_gradient: true")
+        if self.queue is not None and not self.loss.repels:
+            problems.append("this loss does not repel, so that it would not use the queue; leave it out")
         return problems + self._check_relation(recipe)
 
     def _check_relation(self, recipe: Any) -> list[str]:
@@ -125,15 +137,25 @@ class ContrastiveObjective(Objective):
         self.settings = settings
         self.relation = Relation(settings.relation, settings.negatives)
         self.loss = settings.loss.build(width)
+        self.queue: Queue | None = None
+        if settings.queue is not None:
+            identity = IDENTITY if settings.level == "dense" else IDENTITY[:2]
+            self.queue = Queue(settings.queue, width, tuple(sorted({*identity, *self.relation.reads} - {"hidden"})))
 
     def forward(self, step: Step) -> dict[str, Loss]:
         s = self.settings
         q = Units.cat(step.units(x.view, level=s.level, head=s.predictor or s.head, masked=x.masked) for x in s.queries)
         k = Units.cat(step.units(x.view, by=s.by, level=s.level, head=s.head, masked=x.masked) for x in s.keys)
-        if self.loss.keys_of_all_ranks:
+        if s.stop_gradient:
+            k = k.with_z(k.z.detach())
+        if s.loss.repels:
             k = step.gather(k)
-        loss = self.loss(q, k, self.relation, step)
+        loss = self.loss(q, k if self.queue is None else Units.cat([k, self.queue.units()]), self.relation, step)
+        if self.queue is not None and self.training:
+            self.queue.note(k, step.progress)
         return {"": Loss(loss.total, loss.count, s.weight)}
 
     def after(self, step: Step) -> None:
         self.loss.after()
+        if self.queue is not None:
+            self.queue.after()
