@@ -1,17 +1,19 @@
 """Encoders behind one contract."""
 
-from meristem.platform.encoders.base import Encoder, EncoderSettings
+from meristem.platform.encoders.base import ENCODERS, Encoder, EncoderSettings
 from meristem.platform.encoders.monai import SegResNetSettings, SwinSettings
+from meristem.platform.encoders.slicewise import SlicewiseSettings
 from meristem.platform.encoders.timm import TimmSettings
 from meristem.platform.encoders.transformer import TransformerSettings
 from meristem.platform.encoders.unet import UNetSettings
 
-ENCODERS: dict[str, type[EncoderSettings]] = {
+ENCODERS.update({
     "transformer": TransformerSettings,
     "unet": UNetSettings,
     "segresnet": SegResNetSettings,
     "swin": SwinSettings,
     "timm": TimmSettings,
-}
+    "slicewise": SlicewiseSettings,
+})
 
 __all__ = ["ENCODERS", "Encoder", "EncoderSettings"]

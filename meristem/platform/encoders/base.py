@@ -75,3 +75,6 @@ class EncoderSettings(Settings):
 
     def build(self, tokenizer: Tokenizer, axes: tuple[Axis, ...], channels: int) -> Encoder:
         raise NotImplementedError
+
+
+ENCODERS: dict[str, type[EncoderSettings]] = {}  # filled by the package; here, since an encoder may hold another
