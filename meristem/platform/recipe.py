@@ -26,7 +26,7 @@ from meristem.platform.pretext import Pretext
 from meristem.platform.schedules import Scalar
 from meristem.platform.slots import Slot, validated
 
-PARTS = ("modality", "encoder", "predictor", "target", "loss", "task")  # keys that hold a part, `name: {arguments}`
+PARTS = ("modality", "encoder", "predictor", "target", "loss", "task", "sample")  # keys that hold a part, `name: {arguments}`
 NAMED = {"views": "names", "readouts": "names", "masking": "parts", "heads": "parts", "objectives": "parts"}  # the user's names
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -41,6 +41,7 @@ class Lattice:
     ViewOptions: type[ViewSettings] = LatticeViewOptions
     axes: tuple[Axis, ...]
     options: LatticeOptions
+    operations = SPANNED
 
     def __init__(self, options: LatticeOptions) -> None:
         self.options = options
@@ -110,7 +111,7 @@ class Lattice:
             black, white = (params[name][touched][each] for name in ("black", "white"))
             span = torch.where(white > black, white - black, torch.ones_like(black))
             unit = (x[touched] - black) / span
-            for name, change in SPANNED.items():
+            for name, change in self.operations.items():
                 if name in rows and len(rows[name]):
                     mine = torch.searchsorted(touched, rows[name])
                     unit[mine] = change(unit[mine], params[name][rows[name]])
