@@ -167,5 +167,75 @@ def test_confusion_counts() -> None:
 
 
 def test_every_metric_has_a_direction_and_a_label() -> None:
-    names = {*metrics.SET_METRICS, "dice", "hd95", "nsd"}
+    tracked = metrics.tracking(np.eye(4)[None].repeat(3, 0), np.eye(4)[None].repeat(3, 0), [1])
+    names = {*metrics.SET_METRICS, "dice", "hd95", "nsd", *tracked}
     assert names == set(metrics.HIGHER) == set(metrics.LABELS)
+
+
+def test_region_similarity_by_hand() -> None:
+    a, b, none = np.zeros((6, 6), bool), np.zeros((6, 6), bool), np.zeros((6, 6), bool)
+    a[1:4, 1:4], b[2:5, 1:4] = True, True
+    assert metrics.jaccard(a, b) == pytest.approx(6 / 12)
+    assert (metrics.jaccard(none, none), metrics.jaccard(a, none)) == (1.0, 0.0)
+
+
+def contour_by_hand(prediction: np.ndarray, truth: np.ndarray, bound: float) -> float:
+    """Each contour element against each of the other contour."""
+    def points(mask: np.ndarray) -> np.ndarray:
+        height, width = mask.shape
+        found = [(y, x) for y in range(height) for x in range(width)
+                 if any(mask[min(y + v, height - 1), min(x + u, width - 1)] != mask[y, x] for v, u in ((0, 1), (1, 0), (1, 1)))]
+        return np.array(found, dtype=float).reshape(-1, 2)
+
+    p, t = points(prediction), points(truth)
+    if not len(p) or not len(t):
+        return float(len(p) == len(t))
+    near = np.linalg.norm(p[:, None] - t[None], axis=-1) <= np.ceil(bound * np.hypot(*truth.shape))
+    precision, recall = near.any(1).mean(), near.any(0).mean()
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), bound=st.sampled_from([0.008, 0.1, 0.2]))
+def test_contour_accuracy_equals_all_pairs(seed: int, bound: float) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = (np.zeros((17, 13), bool) for _ in range(2))
+    for mask in (a, b):
+        for _ in range(rng.integers(0, 3)):
+            y, x = rng.integers(0, 12), rng.integers(0, 9)
+            mask[y:y + rng.integers(1, 9), x:x + rng.integers(1, 9)] = True
+    assert metrics.contour(a, b, bound) == pytest.approx(contour_by_hand(a, b, bound))
+    assert metrics.contour(a, a) == 1.0
+
+
+def test_tracking_scores_the_inner_frames_of_every_object() -> None:
+    """Figures of davis2017-evaluation's own functions on these very masks."""
+    rng = np.random.default_rng(4)
+    truth, found = (rng.integers(1, 3, (11, 40, 50)) * (rng.random((11, 40, 50)) < 0.01) for _ in range(2))
+    for t in range(11):
+        truth[t, 5:25, 4 + 2 * t:20 + 2 * t], found[t, 5:25, 4 + t:20 + t] = 1, 1
+        truth[t, 26:36, 30:45], found[t, 26:36, 30 - t // 2:45 - t // 2] = 2, 2
+    got = metrics.tracking(found, truth, [1, 2])
+    expected = {"J&F": 0.520536869, "J": 0.610388491, "J recall": 0.777777778, "J decay": 0.356199858,
+                "F": 0.430685246, "F recall": 0.222222222, "F decay": 0.262236646}
+    assert got == pytest.approx(expected)
+    swapped = found.copy()
+    swapped[[0, -1]] = 0  # given, and left out
+    assert metrics.tracking(swapped, truth, [1, 2]) == got
+    with pytest.raises(ValueError, match="three"):
+        metrics.tracking(found[:2], truth[:2], [1])
+
+
+def test_keypoints_count_within_a_share_of_the_person() -> None:
+    truth = np.zeros((3, 3, 2))
+    truth[:, 1], truth[:, 2] = (30.0, 0.0), (0.0, 40.0)  # a box of diagonal 50: size 30
+    found = truth.copy()
+    found[1, 0] += (2.9, 0.0)
+    found[2, 0] += (3.1, 0.0)
+    found[1, 1] = np.nan  # lost is wrong
+    found[0] += 100.0  # given
+    assert metrics.pck(found, truth, 0.1) == pytest.approx((0.5 + 0.5 + 1.0) / 3)
+    truth[2, 0] = np.nan  # not there is not scored, and the box is still that of the others
+    assert metrics.pck(found, truth, 0.1) == pytest.approx((1.0 + 0.5 + 1.0) / 3)
+    with pytest.raises(ValueError, match="no keypoint"):
+        metrics.pck(found[:1], truth[:1], 0.1)

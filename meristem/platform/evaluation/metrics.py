@@ -1,4 +1,6 @@
-"""Metrics of a case (segmentation) and of a set (classification); set metrics take case weights, so resampling is one call."""
+"""Metrics of a case (segmentation, propagated masks and points) and of a set (classification); set metrics take case weights,
+so resampling is one call.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ Read = Callable[[Array], Array]
 SetMetric = Callable[..., Array]  # (target, probabilities, weight=None, **own settings) -> (…)
 
 BINS = 15  # of the calibration error; the usual choice since Guo et al. 2017
+BOUND = 0.008  # of the contour accuracy: tolerance as a fraction of the image's diagonal (Perazzi et al. 2016)
 
 
 def segmentation(prediction: Array, truth: Array, spacing: Sequence[float], classes: Mapping[int, str], tolerance: float
@@ -58,6 +61,75 @@ def surface_distances(a: Array, b: Array, spacing: Sequence[float]) -> tuple[Arr
     edge_a, edge_b = a & ~binary_erosion(a), b & ~binary_erosion(b)
     to_a, to_b = (distance_transform_edt(~edge, sampling=spacing) for edge in (edge_a, edge_b))
     return to_b[edge_a], to_a[edge_b]
+
+
+def jaccard(prediction: Array, truth: Array) -> float:
+    """Region similarity J of two masks (*S) bool: |A∩B| / |A∪B|; both empty is 1 (Perazzi et al. 2016, DAVIS)."""
+    union = int((prediction | truth).sum())
+    return int((prediction & truth).sum()) / union if union else 1.0
+
+
+def contour(prediction: Array, truth: Array, bound: float = BOUND) -> float:
+    """Contour accuracy F of two masks (H, W) bool: the harmonic mean of the shares of each contour near the other (DAVIS).
+
+    A contour is the elements that differ from the next one along either axis or the diagonal (Martin's seg2bmap); near is
+    within ⌈bound · diagonal⌉ elements, that is, under the other's dilation by a disk. Both without contour is 1, one is 0.
+    """
+    a, b = _contour(prediction), _contour(truth)
+    if not a.any() or not b.any():
+        return float(a.any() == b.any())
+    joint = np.argwhere(a | b)
+    box = tuple(slice(low, high + 1) for low, high in zip(joint.min(0), joint.max(0), strict=True))
+    a, b, reach = a[box], b[box], np.ceil(bound * np.linalg.norm(truth.shape))
+    precision = float((distance_transform_edt(~b)[a] <= reach).mean())
+    recall = float((distance_transform_edt(~a)[b] <= reach).mean())
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _contour(mask: Array) -> Array:
+    next_ = np.pad(mask, ((0, 1), (0, 1)), mode="edge")  # the image's edge is no contour
+    return np.asarray((mask != next_[:-1, 1:]) | (mask != next_[1:, :-1]) | (mask != next_[1:, 1:]))
+
+
+def tracking(prediction: Array, truth: Array, objects: Sequence[int]) -> dict[str, float]:
+    """Scores of the label maps of one sequence (T, H, W), means over `objects` (label values), as DAVIS semi-supervised does.
+
+    J and F are means over frames, "J&F" the mean of both; "recall" is the share of frames over 0.5, "decay" the mean over the
+    first quarter of frames minus that over the last. The first frame is given and the last is left out by the protocol (Perazzi
+    et al. 2016; Pont-Tuset et al. 2017). Raises ValueError for fewer than three frames and when shapes differ.
+    """
+    if prediction.shape != truth.shape:
+        raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} are not on one grid")
+    if len(truth) < 3:
+        raise ValueError(f"{len(truth)} frames: the first and the last are not scored, so there must be three")
+    scores: dict[str, float] = {}
+    for name, metric in (("J", jaccard), ("F", contour)):
+        frames = np.array([[metric(p == value, t == value) for p, t in zip(prediction[1:-1], truth[1:-1], strict=True)]
+                           for value in objects])
+        edge = np.floor(np.linspace(0, frames.shape[1] - 1, 5) + 0.5).astype(int)  # quarters that share their ends
+        early, late = frames[:, :edge[1] + 1], frames[:, edge[3]:]
+        scores |= {name: float(frames.mean()), f"{name} recall": float((frames > 0.5).mean()),
+                   f"{name} decay": float(early.mean() - late.mean())}
+    return {"J&F": (scores["J"] + scores["F"]) / 2, **scores}
+
+
+def pck(prediction: Array, truth: Array, alpha: float) -> float:
+    """Share of correct keypoints of one sequence: those within alpha · size of the truth, averaged over keypoints.
+
+    prediction, truth: (T, K, 2), NaN where a point is not there: it is not scored where the truth lacks it, and wrong where the
+    prediction does. size: 0.6 times the diagonal of the box around the frame's true points, as JHMDB is scored (Wang et al.
+    2019; Jabri et al. 2020). The first frame is given and not scored. Raises ValueError when no point is left.
+    """
+    known: Array = ~np.isnan(truth[1:]).any(-1)
+    if not known.any():
+        raise ValueError("no keypoint is known after the first frame")
+    filled = np.where(known[..., None], truth[1:], np.nan)
+    seen = known.any(1)
+    size = np.full(len(known), np.nan)
+    size[seen] = 0.6 * np.linalg.norm(np.nanmax(filled[seen], 1) - np.nanmin(filled[seen], 1), axis=-1)
+    right = np.linalg.norm(prediction[1:] - filled, axis=-1) <= alpha * size[:, None]
+    scored = known.any(0)
+    return float(((right & known).sum(0)[scored] / known.sum(0)[scored]).mean())
 
 
 # Set metrics: target (n,) integers; probabilities (n, K) with optional weights (…, n) of the cases, as a bootstrap needs, or
@@ -192,9 +264,12 @@ SET_METRICS: dict[str, SetMetric] = {"auroc": auroc, "auprc": auprc, "accuracy":
                                      "balanced_accuracy": balanced_accuracy, "ece": ece, "brier": brier}
 RANK_METRICS = ("auroc", "auprc")  # depend on the order of scores only
 HIGHER = {"dice": True, "hd95": False, "nsd": True, "auroc": True, "auprc": True, "accuracy": True,
-          "balanced_accuracy": True, "ece": False, "brier": False}
+          "balanced_accuracy": True, "ece": False, "brier": False, "J&F": True, "J": True, "F": True, "J recall": True,
+          "F recall": True, "J decay": False, "F decay": False}
 LABELS = {"dice": "Dice", "hd95": "HD95", "nsd": "NSD", "auroc": "AUROC", "auprc": "AUPRC", "accuracy": "accuracy",
-          "balanced_accuracy": "balanced accuracy", "ece": "calibration error", "brier": "Brier score"}
+          "balanced_accuracy": "balanced accuracy", "ece": "calibration error", "brier": "Brier score", "J&F": "J&F",
+          "J": "J (region)", "F": "F (contour)", "J recall": "J recall", "F recall": "F recall", "J decay": "J decay",
+          "F decay": "F decay"}
 
 
 def classification(target: ArrayLike, probabilities: ArrayLike) -> dict[str, float]:
