@@ -120,7 +120,7 @@ def pck(prediction: Array, truth: Array, alpha: float) -> float:
     prediction does. size: 0.6 times the diagonal of the box around the frame's true points, as JHMDB is scored (Wang et al.
     2019; Jabri et al. 2020). The first frame is given and not scored. Raises ValueError when no point is left.
     """
-    known: Array = ~np.isnan(truth[1:]).any(-1)
+    known = np.asarray(~np.isnan(truth[1:]).any(-1))
     if not known.any():
         raise ValueError("no keypoint is known after the first frame")
     filled = np.where(known[..., None], truth[1:], np.nan)
