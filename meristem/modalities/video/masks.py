@@ -1,0 +1,46 @@
+"""Label maps of a video's frames: a folder of pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from meristem.errors import DataError
+from meristem.modalities.image.files import decode_labels
+
+UNKNOWN = -1  # label of frames that have none
+KINDS = (".png", ".gif", ".bmp", ".tif", ".tiff")
+MAX_PIXELS = 1 << 26
+
+
+def read_masks(folder: Path, names: Sequence[str], size: tuple[int, int]) -> np.ndarray:
+    """int16 (T, H, W): the mask named as each frame; −1 throughout for a frame without one.
+
+    names: stems of the frames; of a film, their numbers, which masks may write with any zeros in front. Raises DataError:
+    missing, mask, shape and those of pictures.
+    """
+    if not folder.is_dir():
+        raise DataError("missing", "the masks of a video are a folder of one picture per frame, and there is no such folder")
+    files = {_key(f.stem): f for f in sorted(folder.iterdir()) if f.suffix.lower() in KINDS and not f.name.startswith(".")}
+    places = {_key(name): i for i, name in enumerate(names)}
+    strange = sorted(files.keys() - places.keys())
+    if strange or not files:
+        what = f"{len(strange)} masks belong to no frame" if strange else "the folder of masks holds no picture"
+        raise DataError("mask", what, "Name masks as their frames are named or numbered.")
+    labels = np.full((len(names), *size), UNKNOWN, np.int16)
+    for key, file in files.items():
+        mask = decode_labels(file, MAX_PIXELS)
+        if mask.shape != size:
+            raise DataError("shape", f"a mask is {mask.shape[0]}×{mask.shape[1]}, the frames {size[0]}×{size[1]}",
+                            "They must cover the same pixels.")
+        labels[places[key]] = mask
+    return labels
+
+
+def _key(stem: str) -> str:
+    """A number without the zeros in front; else the stem."""
+    digits = re.fullmatch(r"\D*?(\d+)", stem)
+    return str(int(digits[1])) if digits else stem

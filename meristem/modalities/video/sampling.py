@@ -1,0 +1,88 @@
+"""Which frames a look at a video shows, and how fast they play."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+
+from meristem.modalities.base import Header, Look
+from meristem.modalities.video.options import Rate, VideoViewOptions
+
+
+def times(header: Header) -> np.ndarray:
+    """(T,) seconds at which each frame of the file comes on screen."""
+    known = header.source.get("times")
+    return np.array(known) if known else np.arange(header.shape[1]) * header.spacing[0]
+
+
+def frames(view: VideoViewOptions, header: Header, look: Look) -> tuple[np.ndarray, float, dict[str, Any]]:
+    """The frames of one look (n,), −1 where there is none; seconds between them as the view plays; the pretext labels.
+
+    n is the view's, and one more where it shows differences. The seconds do not tell speed, direction or order.
+    """
+    n, total = view.size[0] + view.residual, header.shape[1]
+    labels, speed = _speed(view, look)
+    if view.sample == "uniform":
+        u = np.full(n, 0.5) if view.grid else look.rng.uniform("segments", n)[0].double().numpy()
+        index = np.minimum(((np.arange(n) + u) * total / n).astype(int), total - 1)
+        step = total / n * header.spacing[0]
+    elif isinstance(view.sample, Rate):
+        shown, step = times(header), 1 / view.sample.fps
+        at = np.arange(n) * step * speed
+        length = shown[-1] + header.spacing[0]  # the last frame stays on screen as long as any
+        at += _start(view, look, max(length - (at[-1] + step * speed), 0.0))
+        index = _wrapped(at, length, shown, view.short)
+    else:
+        step = view.sample.stride * header.spacing[0]
+        at = np.arange(n) * view.sample.stride * speed
+        at += np.floor(_start(view, look, max(total - at[-1], 0.0)))
+        index = _wrapped(at, total, np.arange(total), view.short)
+    if view.direction is not None:
+        labels["direction"] = int(look.rng.uniform("direction")[0] < view.direction)
+        index = index[::-1] if labels["direction"] else index
+    if view.order is not None:
+        labels["order"] = int(look.rng.integers("order", view.permutations)[0])
+        parts = np.split(index[:view.size[0]], view.order)
+        index = np.concatenate([*(parts[i] for i in list(permutations(range(view.order)))[labels["order"]]),
+                                index[view.size[0]:]])
+    if view.turn:
+        labels["turn"] = int(look.rng.integers("turn", 4)[0])
+    return index, step, labels
+
+
+def _speed(view: VideoViewOptions, look: Look) -> tuple[dict[str, Any], float]:
+    if not view.speed:
+        return {}, 1.0
+    count = len(view.speed)
+    rng = look.rng if view.pace == "own" else look.sample
+    which = int(rng.integers("speed", count)[0])
+    if view.pace == "other":
+        which = (which + 1 + int(look.rng.integers("other speed", count - 1)[0])) % count
+    return {"speed": which}, view.speed[which]
+
+
+def _start(view: VideoViewOptions, look: Look, room: float) -> float:
+    """Where the look starts, from 0 up to `room`, exclusive."""
+    if view.grid is not None:
+        clips, crops = view.grid
+        return room * (look.number // crops + 0.5) / clips
+    if view.apart is None:
+        return room * float(look.rng.uniform("start")[0])
+    place, u = look.sample.uniform("apart", 2)[0].tolist()
+    if view.apart == "linear":
+        gap = 1 - (1 - u) ** 0.5  # the inverse of the distribution function of the density 2 (1 − x)
+    else:
+        gap = view.apart[0] + (view.apart[1] - view.apart[0]) * u
+    return room * ((1 - gap) * place + look.number * gap)
+
+
+def _wrapped(at: np.ndarray, length: float, shown: np.ndarray, short: str) -> np.ndarray:
+    """The frame on screen at each place of a video of that length; shown: where each frame comes on screen."""
+    outside = at >= length
+    if short == "loop":
+        at = np.mod(at, length)
+    index = np.searchsorted(shown, at + 1e-6, side="right") - 1
+    index = np.clip(index, 0, len(shown) - 1)
+    return np.where(outside, -1, index) if short == "pad" else index
