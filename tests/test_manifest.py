@@ -155,7 +155,7 @@ def test_csv_with_channels_and_mistakes(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("path,split\na0.npy,holdout\n")
     with pytest.raises(DataError, match=r"line 2.*holdout"):
         Manifest.discover(tmp_path / "t.csv", Npy())
-    (tmp_path / "t.csv").write_text("file\na0.npy\n")
+    (tmp_path / "t.csv").write_text("image\na0.npy\n")
     with pytest.raises(DataError, match="no column `path`"):
         Manifest.discover(tmp_path / "t.csv", Npy())
 

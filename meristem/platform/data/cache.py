@@ -33,7 +33,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from meristem.errors import DataError, MeristemError
 from meristem.modalities.base import Draw, Header, Modality, Sample
-from meristem.platform.data.manifest import Manifest, Problem, Row, pseudonym, split_element, user_key
+from meristem.platform.data.layouts import member_files, split_element
+from meristem.platform.data.manifest import Manifest, Problem, Row, pseudonym, user_key
 
 LAYOUT = 1  # of the files in a cache; another number, another folder
 LARGE = 4 << 20  # bytes above which a sample gets a chunked file: below, reading it raw is cheaper than opening one
@@ -119,7 +120,7 @@ class Cache:
         with _locked(home):
             known = _stored(home)
             problems = list(manifest.problems)
-            digests = contents(manifest.rows, problems, workers, home / "digests.json")
+            digests = contents(manifest.rows, problems, workers, home / "digests.json", modality.members)
             kept = distinct([r for r in manifest.rows if r.index in digests], digests, problems)
             keys = {r.index: _key(digests[r.index], made_by) for r in kept}
             todo = [r for r in kept if keys[r.index] not in known]
@@ -494,10 +495,12 @@ def _leave_room(home: Path) -> None:
 Digest = tuple[str, tuple[str, ...]]  # of the images together, of each companion
 
 
-def contents(rows: Sequence[Row], problems: list[Problem], workers: int = 0, memory: Path | None = None) -> dict[int, Digest]:
+def contents(rows: Sequence[Row], problems: list[Problem], workers: int = 0, memory: Path | None = None,
+             members: Sequence[str] = ()) -> dict[int, Digest]:
     """Row index -> hashes of its files; what cannot be read is added to `problems`.
 
-    memory: a file in which hashes are kept; a data file whose size and time of change are in it is not read again.
+    memory: a file in which hashes are kept; a data file whose size and time of change are in it is not read again. members:
+    suffixes of the files that count where a path is a folder.
     """
     remembered: dict[str, str] = json.loads(memory.read_text()) if memory and memory.is_file() else {}
     secret = user_key()
@@ -505,11 +508,12 @@ def contents(rows: Sequence[Row], problems: list[Problem], workers: int = 0, mem
     def one(path: Path) -> str:
         element = split_element(path)
         file = element[0] if element else path
-        state = file.stat()
-        place = f"{file}|{state.st_size}|{state.st_mtime_ns}"
+        inside = member_files(file, members)
+        place = "|".join(f"{f}|{s.st_size}|{s.st_mtime_ns}" for f in inside or [file] for s in [f.stat()])
         name = pseudonym("file", f"{path}|{place}", secret)
         if name not in remembered:
-            remembered[name] = _element_digest(place, *element) if element else _file_digest(file)
+            remembered[name] = (_element_digest(place, *element) if element else
+                                _folder_digest(inside) if inside else _file_digest(file))
         return remembered[name]
 
     def all_of(row: Row) -> Digest | Problem:
@@ -532,6 +536,11 @@ def contents(rows: Sequence[Row], problems: list[Problem], workers: int = 0, mem
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _folder_digest(files: Sequence[Path]) -> str:
+    """Of names and contents, in the order given: frames shown in another order are another sample."""
+    return hashlib.sha256("|".join(f"{f.name}:{_file_digest(f)}" for f in files).encode()).hexdigest()
 
 
 def _element_digest(place: str, file: Path, key: str, index: int) -> str:

@@ -98,7 +98,7 @@ def check(path: str | Path, modality: Modality, *, workers: int = 0, progress: P
     """Read every file of a data set as training would. Raises DataError when there is none."""
     manifest = Manifest.discover(path, modality)
     problems = list(manifest.problems)
-    digests = contents(manifest.rows, problems, workers)
+    digests = contents(manifest.rows, problems, workers, members=modality.members)
     kept = distinct([r for r in manifest.rows if r.index in digests], digests, problems)
     figures: list[_Figures] = []
     reading = DataLoader(_Reading(kept, modality), batch_size=None, num_workers=workers, collate_fn=_same,

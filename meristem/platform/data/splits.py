@@ -21,10 +21,10 @@ def divide(manifest: Manifest, split: str = "auto", seed: int = 0,
            volumes: Mapping[int, float] | None = None) -> Manifest:
     """The manifest with every row in train, val or test; a subject is in one of them only.
 
-    split: fractions `train,val,test` of the subjects; `auto`: 0.6,0.2,0.2; `every:k`: labelled subjects sorted by name,
-    i % k == 0 to test, == 1 to val. A split the manifest declares wins, for the subject's other rows too; the rest is drawn,
-    leaving out val or test where labelled rows of it are declared. Where some subjects are labelled, unlabelled ones can
-    only train.
+    split: fractions `train,val,test` of the subjects; `auto`: 0.6,0.2,0.2; `every:k:f`: of the labelled subjects sorted by
+    name, i % k == f to test, == (f + 1) % k to val; `every:k` is fold 0. A split the manifest declares wins, for the subject's
+    other rows too; the rest is drawn, leaving out val or test where labelled rows of it are declared. Where some subjects are
+    labelled, unlabelled ones can only train.
     volumes: row index -> foreground volume, to stratify by where there are no classes.
     Raises DataError when a subject is declared in two splits, RecipeError when `split` cannot be read.
     """
@@ -70,9 +70,12 @@ def budget(rows: Sequence[Row], amount: int | float, seed: int = 0, volumes: Map
 
 
 def _by_subject(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """In the order of true names: an order by pseudonym would make the split depend on the user's key."""
+    """In the order of true names: a subject's own where a table gives it, else its first file's.
+
+    An order by pseudonym would make the split depend on the user's key.
+    """
     subjects: dict[str, list[Row]] = defaultdict(list)
-    for row in sorted(rows, key=lambda r: r.local):
+    for row in sorted(rows, key=lambda r: (r.rank, r.local)):
         subjects[row.subject].append(row)
     return dict(subjects)
 
@@ -136,9 +139,10 @@ def _spread(quota: Sequence[int]) -> list[int]:
 
 def _every(split: str, open_: Sequence[str]) -> dict[str, str]:
     try:
-        k = int(split.removeprefix("every:"))
+        k, fold = (int(part) for part in f"{split}:0".split(":")[1:3])
     except ValueError:
-        k = 0
-    if k < 3:
-        raise RecipeError(f"split '{split}' cannot be read", "Write every:5, or any whole number from 3.")
-    return {s: {0: "test", 1: "val"}.get(i % k, "train") for i, s in enumerate(open_)}
+        k = fold = 0
+    if k < 3 or not 0 <= fold < k or split.count(":") > 2:
+        raise RecipeError(f"split '{split}' cannot be read",
+                          "Write every:5, or any whole number from 3; every:5:0 to every:5:4 are its folds.")
+    return {s: {0: "test", 1: "val"}.get((i - fold) % k, "train") for i, s in enumerate(open_)}

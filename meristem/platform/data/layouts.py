@@ -1,0 +1,342 @@
+"""The layouts people have: which files or folders below a place are samples, and what belongs to each."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from meristem.errors import DataError
+
+IMAGES = ("images", "jpegimages", "frames", "rgb")
+PARTNERS = {**dict.fromkeys(("labels", "masks", "annotations"), IMAGES), "labelstr": ("imagestr",), "labelsts": ("imagests",)}
+IMAGE_FOLDERS = {image for images in PARTNERS.values() for image in images}
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+          "test": "test", "testing": "test", "imagests": "test"}
+MASK_SUFFIXES = (".png", ".gif", ".bmp", ".tif", ".tiff")  # likeliest first: a mask is stored without loss
+PAIRED = 0.8  # of a folder's stems must come as image and mask, or the second suffix is just another image
+NUMBERED = 0.8  # of a folder's members must carry a number, or the folder holds pictures of this and that
+SEQUENCE = 8  # members below which a numbered folder does not say of itself that it is one sample
+
+
+def split_element(path: Path) -> tuple[Path, str, int] | None:
+    """(file, key, index) of an element path `file.npz#key/17`; None for an ordinary file."""
+    file, mark, element = str(path).rpartition(".npz#")
+    if not mark:
+        return None
+    key, _, index = element.rpartition("/")
+    return Path(file + ".npz"), key, int(index)
+
+
+def relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+
+
+def natural(name: str) -> list[str | int]:
+    """A key that sorts frame_2 before frame_10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def member_files(folder: Path, members: Iterable[str]) -> list[Path]:
+    """The files of one sample that is a folder, in natural order; hidden ones are no data."""
+    if not folder.is_dir():
+        return []
+    ends = tuple(members)
+    return sorted((f for f in folder.iterdir() if not f.name.startswith(".") and f.name.lower().endswith(ends)),
+                  key=lambda f: natural(f.name))
+
+
+def sequences(root: Path, members: Iterable[str]) -> dict[Path, list[str]]:
+    """Folder -> its members in natural order, where the folders below root are clearly one sample each; else nothing.
+
+    Clearly: of all folders with members nearly every one holds at least 8, numbered without a gap, and is not called by what
+    it holds (images, masks) or by a split.
+    """
+    ends = tuple(members)
+    inside = {Path(folder): sorted((n for n in names if not n.startswith(".") and n.lower().endswith(ends)), key=natural)
+              for folder, _, names in os.walk(root, followlinks=True) if "/." not in Path(folder).relative_to(root).as_posix()}
+    inside = {folder: names for folder, names in inside.items() if names}
+    plain = {*IMAGE_FOLDERS, *PARTNERS, *SPLITS}
+    found = {folder: names for folder, names in inside.items()
+             if len(names) >= SEQUENCE and _gapless(names) and folder.name.lower() not in plain}
+    return found if len(found) >= NUMBERED * len(inside) else {}
+
+
+def _gapless(names: list[str]) -> bool:
+    """Whether the last numbers of the stems are n, n + 1, n + 2, …"""
+    numbers = [re.findall(r"\d+", n.rpartition(".")[0])[-1:] for n in names]
+    return all(numbers) and [int(n[0]) for n in numbers] == list(range(int(numbers[0][0]), int(numbers[0][0]) + len(names)))
+
+
+@dataclass
+class Found:
+    """A sample on its way to becoming a row. subject: '' while only its path can say."""
+
+    paths: tuple[Path, ...]
+    local: str
+    subject: str
+    mask: Path | None = None
+    label: str | None = None
+    split: str = ""
+    meta: dict[str, float | str] = field(default_factory=dict)
+
+
+class Search:
+    """Collects samples in one layout. suffixes: of files. members: of files of which a whole folder is one sample."""
+
+    def __init__(self, suffixes: Iterable[str], members: Iterable[str] = ()) -> None:
+        self.suffixes = sorted((s.lower() for s in suffixes), key=len, reverse=True)
+        self.members = tuple(s.lower() for s in members)
+        self.frames: dict[Path, int] = {}  # folder that is a sample, relative to where it was looked for -> files in it
+        self.found: list[Found] = []
+        self.lost: list[tuple[str, str, str, str]] = []  # reason, local, message, remedy
+        self.layout = ""
+        self.ranked = False  # a list says whose the samples are
+        self.class_names: tuple[str, ...] = ()
+        self.mask_names: tuple[str, ...] = ()
+        self.channel_names: tuple[str, ...] = ()
+
+    def suffix(self, name: str) -> str:
+        return next((s for s in self.suffixes if name.lower().endswith(s)), "")
+
+    def stem(self, name: str) -> str:
+        suffix = self.suffix(name)
+        return name[:-len(suffix)] if suffix else name
+
+    def add(self, paths: tuple[Path, ...], local: str, subject: str, **more: Any) -> None:
+        self.found.append(Found(paths, local, subject, **more))
+
+    def files(self, root: Path) -> list[Path]:
+        """All samples below root, relative to it, sorted: readable files, and folders of numbered members without such a file.
+
+        Hidden ones (`._scan.nii.gz`) are no data.
+        """
+        found, seen = [], set()
+        for folder, below, names in os.walk(root, followlinks=True):
+            below[:] = sorted(d for d in below if not d.startswith("."))
+            if (real := os.path.realpath(folder)) in seen:  # a link that leads back up
+                below.clear()
+                continue
+            seen.add(real)
+            here = Path(folder).relative_to(root)
+            names = [n for n in names if not n.startswith(".")]
+            files = [here / n for n in names if self.suffix(n)]
+            if not files and here.name and (count := self._numbered(names)):
+                self.frames[here] = count
+                files = [here]
+            found += files
+        return sorted(found)
+
+    def _numbered(self, names: Iterable[str]) -> int:
+        """How many members these are; 0 where most have no number."""
+        stems = [n.rpartition(".")[0] for n in names if n.lower().endswith(self.members)] if self.members else []
+        return len(stems) if sum(bool(re.search(r"\d", s)) for s in stems) >= NUMBERED * len(stems) else 0
+
+    # ---- layouts
+
+    def folder(self, root: Path) -> None:
+        files = self.files(root)
+        images, masks = self._beside(files)
+        images = {f: key for f, key in images.items() if self.frames.get(f, 2) > 1}  # a mask may be drawn on one frame only
+        self.layout = "images and masks in sibling folders"
+        if not masks:
+            images, masks = self._paired(list(images))
+            self.layout = "images and masks paired by name"
+        matched = {image: masks.pop(key) for image, key in images.items() if key in masks}
+        for mask in masks.values():
+            self.lost.append(("label", mask.as_posix(), "a label without an image", "Add the image, or remove the label."))
+        classes: dict[Path, str] = {}
+        patients = False
+        if not matched:
+            classes, patients = self._folders(list(images))
+            self.layout = "one folder per class" if classes else "one folder per subject" if patients else "folder"
+        if any(f in self.frames for f in images):
+            self.layout += ", numbered files in folders"
+        subjects = self._subjects(list(images), bool(classes), patients)
+        for image in images:
+            self.add((root / image,), image.as_posix(), subjects[image], label=classes.get(image), split=_split_of(image),
+                     mask=root / matched[image] if image in matched else None)
+
+    def _beside(self, files: list[Path]) -> tuple[dict[Path, tuple[str, ...]], dict[tuple[str, ...], Path]]:
+        """image -> key, key -> mask, for `images/…` beside `labels/…`, and the other names that people give the two."""
+        inner = {f: f.parts if f in self.frames else f.parts[:-1] for f in files}
+        lower = {tuple(p.lower() for p in parts[:i + 1]) for parts in inner.values() for i in range(len(parts))}
+        images, masks = {}, {}
+        for f in files:
+            key, is_mask = (*f.parts[:-1], self.stem(f.name)), False
+            for i, part in enumerate(p.lower() for p in inner[f]):
+                above = tuple(p.lower() for p in f.parts[:i])
+                image = next((name for name in PARTNERS.get(part, ()) if (*above, name) in lower), None)
+                if image:
+                    key, is_mask = (*key[:i], image, *key[i + 1:]), True
+                elif part in IMAGE_FOLDERS:
+                    key = (*key[:i], part, *key[i + 1:])
+            if is_mask:
+                masks[key] = f
+            else:
+                images[f] = key
+        return images, masks
+
+    def _paired(self, files: list[Path]) -> tuple[dict[Path, tuple[str, ...]], dict[tuple[str, ...], Path]]:
+        """image -> key, key -> mask, for `001.bmp` with `001.png` in one folder."""
+        by_folder: dict[Path, list[Path]] = defaultdict(list)
+        for f in files:
+            by_folder[f.parent].append(f)
+        images, masks = {}, {}
+        for folder, inside in by_folder.items():
+            suffixes = {self.suffix(f.name) for f in inside}
+            mask_suffix = next((s for s in MASK_SUFFIXES if s in suffixes), None) if len(suffixes) == 2 else None
+            count = Counter(self.stem(f.name) for f in inside)
+            if sum(n == 2 for n in count.values()) < PAIRED * len(count):
+                mask_suffix = None
+            for f in inside:
+                if self.suffix(f.name) == mask_suffix:
+                    masks[(*folder.parts, self.stem(f.name))] = f
+                else:  # without a pairing, two files of one stem are two images
+                    images[f] = (*folder.parts, self.stem(f.name) if mask_suffix else f.name)
+        return images, masks
+
+    def _folders(self, files: list[Path]) -> tuple[dict[Path, str], bool]:
+        """Where every file lies exactly one folder deep (split folders aside): class by folder, or that folders are patients.
+
+        Patients' folders hold one file each, or the same few names in each of many; a wrong guess would lose labels, or split
+        patients and show their names as classes.
+        """
+        above = {f: [p for p in f.parts[:-1] if p.lower() not in SPLITS] for f in files}
+        if any(len(a) != 1 for a in above.values()):
+            return {}, False
+        inside: dict[str, list[str]] = defaultdict(list)
+        for f, (folder,) in above.items():
+            inside[folder].append(f.name.replace(folder, ""))
+        if len(inside) < 2:
+            return {}, False
+        sizes = [len(names) for names in inside.values()]
+        alike = len({frozenset(names) for names in inside.values()}) == 1 and len(inside) > sizes[0]
+        patients = alike or min(sizes) < 2 or any(folder.lower().startswith("sub-") for folder in inside)
+        return ({} if patients else {f: a[0] for f, a in above.items()}), patients
+
+    def _subjects(self, files: list[Path], classes: bool, patients: bool) -> dict[Path, str]:
+        """`sub-*` of the path; else the folder of a patient; else the stem, made unique."""
+        subjects: dict[Path, str] = {}
+        stems = Counter(self.stem(f.name) for f in files)
+        for f in files:
+            named = next((p for p in f.parts[:-1] if p.lower().startswith("sub-")), None)
+            in_name = re.match(r"sub-[a-zA-Z0-9]+(?=_)", f.name)
+            stem = self.stem(f.name)
+            shared = stems[stem] > 1
+            above = [p for p in f.parts[:-1] if p.lower() not in SPLITS and p.lower() not in IMAGE_FOLDERS]
+            if named or in_name:
+                subjects[f] = named or f.name[:in_name.end()]  # type: ignore[union-attr]
+            elif above and (patients or (shared and not classes)):
+                subjects[f] = above[0]
+            else:
+                subjects[f] = f.with_name(stem).as_posix() if shared else stem
+        return subjects
+
+    def described(self, root: Path) -> None:
+        """MSD or nnU-Net: a folder with `dataset.json`."""
+        try:
+            about = json.loads((root / "dataset.json").read_text())
+            labels = about.get("labels", {})
+        except (ValueError, AttributeError) as error:
+            raise DataError("unreadable", f"dataset.json is not a JSON object: {error}",
+                            "See the nnU-Net or MSD format.") from None
+        values = {int(k): str(v) for k, v in labels.items() if k.isdigit()}  # MSD: value -> name
+        values |= {v: k for k, v in labels.items() if isinstance(v, int)}  # nnU-Net: name -> value; regions are lists
+        if values:
+            self.mask_names = tuple(values.get(i, "") for i in range(max(values) + 1))
+        channels = about.get("channel_names") or about.get("modality") or {}
+        self.channel_names = tuple(str(channels[k]) for k in sorted(channels, key=int))
+        if any(self.stem(f.name).endswith("_0000") for f in (root / "imagesTr").glob("*_0000.*")):
+            self.layout = "nnU-Net"
+            for part, split in (("Tr", ""), ("Ts", "test")):
+                self._channels(root, part, split)
+            return
+        self.layout = "MSD"
+        for split, entries in (("", about.get("training", [])), ("test", about.get("test", []))):
+            for entry in entries:
+                image = entry["image"] if isinstance(entry, dict) else entry
+                label = entry.get("label") if isinstance(entry, dict) else None
+                self.listed(root, (image,), label, self.stem(Path(image).name), split)
+
+    def _channels(self, root: Path, part: str, split: str) -> None:
+        """imagesTr/case_0000.nii.gz … and labelsTr/case.nii.gz."""
+        cases: dict[str, dict[int, str]] = defaultdict(dict)
+        for f in self.files(root / f"images{part}"):
+            case, _, channel = self.stem(f.name).rpartition("_")
+            if case and re.fullmatch(r"\d{4}", channel):
+                cases[case][int(channel)] = f"images{part}/{f.as_posix()}"
+            else:
+                remedy = "nnU-Net names images case_0000.nii.gz, case_0001.nii.gz, …"
+                self.lost.append(("channel", f.as_posix(), "an image without a channel number", remedy))
+        labels = {self.stem(f.name): f"labels{part}/{f.as_posix()}" for f in self.files(root / f"labels{part}")}
+        expected = set(range(len(self.channel_names))) or set().union(*cases.values()) if cases else set()
+        for case, files in sorted(cases.items()):
+            label = labels.pop(case, None)
+            if set(files) != expected:
+                missing = ", ".join(f"_{c:04d}" for c in sorted(expected - set(files))) or "none"
+                message = f"has channels {sorted(files)}, expected {sorted(expected)} (missing: {missing})"
+                remedy = "Add the missing channel files, or correct dataset.json."
+                self.lost.append(("channel", files[min(files)], message, remedy))
+                continue
+            self.listed(root, tuple(files[c] for c in sorted(files)), label, case, split)
+        for label in labels.values():
+            self.lost.append(("label", label, "a label without an image", "Add the image, or remove the label."))
+
+    def listed(self, root: Path, images: tuple[str, ...], mask: str | None, subject: str, split: str,
+               label: str | None = None, meta: dict[str, float | str] | None = None) -> None:
+        """Add a sample that a list names, when its files are there."""
+        paths = tuple(root / image for image in images)
+        masks = (root / mask,) if mask else ()
+        for p in (*paths, *masks):
+            element = split_element(p)
+            if not (element[0] if element else p).is_file() and not member_files(p, self.members):
+                message = "is listed but holds no file of a known kind" if p.is_dir() else "is listed but does not exist"
+                self.lost.append(("missing", relative(p, root), message, "Correct the list, or add the file."))
+                return
+        self.add(paths, relative(paths[0], root), subject, mask=masks[0] if masks else None, label=label, split=split,
+                 meta=meta or {})
+
+    def name_subjects(self) -> None:
+        """Subjects, by their paths, of the samples that no list gave one."""
+        unnamed = [f for f in self.found if not f.subject]
+        subjects = self._subjects([Path(f.local) for f in unnamed], classes=True, patients=False)
+        for f in unnamed:
+            f.subject = subjects[Path(f.local)]
+
+    def arrays(self, path: Path) -> None:
+        """A MedMNIST-style npz: {train,val,test}_images and _labels; one row per element."""
+        splits = splits_of(path)
+        if not splits:
+            raise DataError("unreadable", f"{path.name} holds no train_images, val_images or test_images",
+                            "Give a MedMNIST-style npz, or a folder of files.")
+        self.layout = "MedMNIST npz"
+        with np.load(path, allow_pickle=False) as archive:
+            for split in splits:
+                labels = archive[f"{split}_labels"] if f"{split}_labels" in archive.files else None
+                single = labels is not None and labels.reshape(len(labels), -1).shape[1] == 1
+                count = len(labels) if labels is not None else len(archive[f"{split}_images"])
+                for i in range(count):
+                    local = f"{path.name}#{split}_images/{i}"
+                    label = str(labels.reshape(-1)[i]) if labels is not None and single else None
+                    self.add((path.parent / local,), local, local, label=label, split=split)
+
+
+def splits_of(path: Path) -> list[str]:
+    """Which of train, val, test a MedMNIST-style npz holds."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return [s for s in ("train", "val", "test") if f"{s}_images" in archive.files]
+    except (OSError, ValueError):
+        return []
+
+
+def _split_of(path: Path) -> str:
+    return next((SPLITS[p.lower()] for p in path.parts[:-1] if p.lower() in SPLITS), "")
