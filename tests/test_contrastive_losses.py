@@ -12,7 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meristem.platform.contrastive import losses
-from meristem.platform.contrastive.losses import DINO, InfoNCE, SwAV, centred, cross_entropy, infonce, sinkhorn
+from meristem.platform.contrastive.losses import (
+    DINO,
+    Cosine,
+    InfoNCE,
+    Margin,
+    SwAV,
+    attraction,
+    centred,
+    cross_entropy,
+    infonce,
+    ranking,
+    sinkhorn,
+)
 from meristem.platform.contrastive.relations import Relation
 from meristem.platform.objectives import Pairs, Units
 from meristem.platform.schedules import Ramp, value
@@ -134,6 +146,96 @@ def test_infonce_gradient() -> None:
     assert torch.allclose(z.grad, numeric, atol=1e-3)
 
 
+def test_infonce_with_own_denominators_takes_the_positives_in_turn() -> None:
+    """RSPNet's A-VID: two cross-entropies, each of one positive against the same negatives, summed."""
+    g, tau = torch.Generator().manual_seed(4), 0.07
+    query, same, other, queue = (torch.nn.functional.normalize(torch.randn(n, 6, generator=g), dim=1) for n in (5, 5, 5, 9))
+    target = torch.zeros(5, dtype=torch.int64)
+    logits = [torch.cat([(query * k).sum(1, keepdim=True), query @ queue.T], 1) / tau for k in (same, other)]
+    expected = sum(torch.nn.functional.cross_entropy(x, target) for x in logits)
+    item = torch.arange(5)
+    q = Units(query, {"item": item, "row": item}, torch.ones(5))
+    k = Units(torch.cat([same, other, queue]), {"item": torch.cat([item, item, torch.arange(10, 19)]),
+                                                "row": torch.cat([item, item, torch.arange(10, 19)])}, torch.ones(19))
+    pos = (q.key["item"][:, None] == k.key["item"]).float()
+    loss = infonce(q, k, Pairs(pos, (k.key["item"] >= 10).float().expand(5, -1)), tau, own=True)
+    assert 2 * float(loss.total / loss.count) == pytest.approx(float(expected), rel=1e-5)
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_own_and_shared_denominators_agree_on_single_positives(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    q = Units(torch.randn(6, 3, generator=g).requires_grad_(), {}, torch.rand(6, generator=g) + 0.1)
+    k = Units(torch.randn(7, 3, generator=g), {}, torch.ones(7))
+    pos = torch.nn.functional.one_hot(torch.randint(0, 7, (6,), generator=g), 7) * torch.rand(6, 1, generator=g)
+    pos[0] = 0  # a query without a positive
+    neg = torch.rand(6, 7, generator=g) * (torch.rand(6, 7, generator=g) < 0.5) * (pos == 0)
+    neg[1] = 0  # and one without a negative
+    gradients = []
+    for own in (False, True):
+        loss = infonce(q, k, Pairs(pos, neg), 0.3, own)
+        gradients.append((float(loss.total.detach()), float(loss.count), torch.autograd.grad(loss.total, q.z)[0]))
+    assert gradients[0][:2] == pytest.approx(gradients[1][:2], rel=1e-4, abs=1e-6)
+    assert torch.allclose(gradients[0][2], gradients[1][2], atol=1e-5) and gradients[1][2].isfinite().all()
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.14, 1.5]))
+@settings(max_examples=20, deadline=None)
+def test_ranking_is_the_triple_loop(seed: int, margin: float) -> None:
+    g = torch.Generator().manual_seed(seed)
+    q = Units(torch.randn(5, 3, generator=g), {}, torch.rand(5, generator=g) + 0.1)
+    k = Units(torch.randn(6, 3, generator=g), {}, torch.ones(6))
+    pos = torch.rand(5, 6, generator=g) * (torch.rand(5, 6, generator=g) < 0.3)
+    neg = torch.rand(5, 6, generator=g) * (torch.rand(5, 6, generator=g) < 0.5)
+    a, b, p, n = (x.double().numpy() for x in (q.z, k.z, pos, neg))
+    total = count = 0.0
+    for i in range(5):
+        up = down = 0.0
+        for j in range(6):
+            for m in range(6):
+                up += p[i, j] * n[i, m] * max(0.0, margin - (cosine(a[i], b[j]) - cosine(a[i], b[m])))
+                down += p[i, j] * n[i, m]
+        if down > 0:
+            total, count = total + float(q.weight[i]) * up / down, count + float(q.weight[i])
+    loss = ranking(q, k, Pairs(pos, neg), margin)
+    assert float(loss.total) == pytest.approx(total, rel=1e-4, abs=1e-6)
+    assert float(loss.count) == pytest.approx(count, rel=1e-5)
+
+
+def test_ranking_of_one_pair_each_is_torchs_margin_ranking_of_scaled_logits() -> None:
+    """RSPNet's relative speed line as its authors compute it: cosines over τ, margin 2, is margin 2 τ and weight 1/τ here."""
+    q, k, tau = looks(8, 5, count=1, seed=1), looks(8, 5, count=2, seed=2), 0.07
+    same, other = k.z[:8], k.z[8:]
+    up, down = (torch.nn.functional.cosine_similarity(q.z, z) / tau for z in (same, other))
+    expected = torch.nn.functional.margin_ranking_loss(up, down, torch.ones(8), margin=2.0)
+    speed = torch.arange(8) % 2
+    q = Units(q.z, q.key | {"speed": speed}, q.weight)
+    k = Units(k.z, k.key | {"view": k.key["view"] + 1, "speed": torch.cat([speed, 1 - speed])}, k.weight)
+    relation = Relation("same(item) & same(speed) - same(view)", "same(item) & ~same(speed)")
+    loss = Margin(margin=2 * tau).build(5)(q, k, relation, step())
+    assert loss.count == 8 and float(loss.total / loss.count) / tau == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_ranking_without_triplets_is_nothing_and_has_a_finite_gradient() -> None:
+    u = looks(3, 4)
+    z = u.z.requires_grad_()
+    loss = ranking(u, u, Pairs(torch.eye(6), torch.zeros(6, 6)), 0.5)
+    loss.total.backward()
+    assert float(loss.total.detach()) == float(loss.count) == 0 and torch.equal(z.grad, torch.zeros_like(z))
+
+
+def test_attraction_is_twice_simsiams_but_for_a_constant() -> None:
+    q, k = looks(6, 5, seed=1), looks(6, 5, seed=2)
+    terms = [-cosine(q.z[i].double().numpy(), k.z[j].double().numpy())
+             for i in range(12) for j in range(12) if i % 6 == j % 6 and i // 6 != j // 6]
+    loss = attraction(q, k, TWO_LOOKS.matches(q, k))
+    assert loss.count == len(terms) == 12
+    assert float(loss.total / loss.count) == pytest.approx(2 + 2 * float(np.mean(terms)), rel=1e-5)
+    squared = (torch.nn.functional.normalize(q.z, dim=1) - torch.nn.functional.normalize(k.z.roll(6, 0), dim=1)).square().sum(1)
+    assert float(loss.total / loss.count) == pytest.approx(float(squared.mean()), rel=1e-5)  # BYOL's eq. 2
+
+
 def dino_loop(student: np.ndarray, teacher: np.ndarray, q: Units, k: Units, tau: float) -> float:
     """Mean over pairs of one sample's different looks of the cross-entropy of teacher and student."""
     terms = []
@@ -240,7 +342,8 @@ def test_sinkhorn_over_ranks_is_sinkhorn_of_the_whole(monkeypatch: pytest.Monkey
     assert torch.allclose(sinkhorn(z[:8], 0.3, 3), whole[:8], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("part", [InfoNCE(temperature=0.2), DINO()])
+@pytest.mark.parametrize("part", [InfoNCE(temperature=0.2), InfoNCE(temperature=0.2, denominator="own"), Margin(margin=0.3),
+                                  Cosine(), DINO()])
 def test_halves_with_all_keys_sum_to_the_whole(part: losses.LossSettings) -> None:
     """Two ranks with half of the items each, keys of both where the loss wants them."""
     q, k = looks(8, 6, seed=8), looks(8, 6, seed=9)
@@ -293,5 +396,8 @@ def test_temperatures_may_be_schedules() -> None:
 def test_losses_are_computed_in_full_precision_under_autocast() -> None:
     u = looks(6, 32)
     expected = infonce(u, u, TWO_LOOKS.pairs(u, u), 0.1).total
+    rank, near = ranking(u, u, TWO_LOOKS.pairs(u, u), 0.1).total, attraction(u, u, TWO_LOOKS.matches(u, u)).total
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(infonce(u, u, TWO_LOOKS.pairs(u, u), 0.1).total, expected)
+        assert torch.equal(ranking(u, u, TWO_LOOKS.pairs(u, u), 0.1).total, rank)
+        assert torch.equal(attraction(u, u, TWO_LOOKS.matches(u, u)).total, near)

@@ -107,3 +107,24 @@ def test_a_key_that_units_lack_is_named() -> None:
     q = table(3, 0)
     with pytest.raises(RecipeError, match=r"needs the key 'label'.*\n.*hidden, item, token, view"):
         Relation("same(item) - same(label)").matches(q, q)
+
+
+def test_drawn_speeds_pair_the_looks_of_a_sample() -> None:
+    """Relative speed perception: the same sample at the same speed attracts, at another speed repels, other samples neither."""
+    q = Units(torch.zeros(2, 1), {"item": torch.tensor([0, 1]), "view": torch.tensor([0, 0]), "speed": torch.tensor([0, 1])},
+              torch.ones(2))
+    k = Units(torch.zeros(4, 1), {"item": torch.tensor([0, 0, 1, 1]), "view": torch.tensor([1, 2, 1, 2]),
+                                  "speed": torch.tensor([0, 1, 1, 0])}, torch.ones(4))
+    pairs = Relation("same(item) & same(speed) - same(view)", "same(item) & ~same(speed)").pairs(q, k)
+    assert pairs.pos.tolist() == [[1, 0, 0, 0], [0, 0, 1, 0]]
+    assert pairs.neg.tolist() == [[0, 1, 0, 0], [0, 0, 0, 1]]
+
+
+def test_a_sample_met_before_repels_unless_its_row_is_named() -> None:
+    """Under same(item) a key of an earlier epoch is another item; `~same(row)` keeps it out of the negatives."""
+    key = {"item": torch.tensor([12]), "view": torch.tensor([0]), "row": torch.tensor([3])}
+    q = Units(torch.zeros(1, 1), key, torch.ones(1))
+    k = Units(torch.zeros(3, 1), {"item": torch.tensor([12, 2, 5]), "view": torch.tensor([1, 0, 0]),
+                                  "row": torch.tensor([3, 3, 4])}, torch.tensor([1.0, 1.0, 0.5]))
+    assert Relation("same(item) - same(view)").pairs(q, k).neg.tolist() == [[0, 1, 0.5]]
+    assert Relation("same(item) - same(view)", "~same(row)").pairs(q, k).neg.tolist() == [[0, 0, 0.5]]
