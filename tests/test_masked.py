@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import einops
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from meristem.errors import RecipeError
 from meristem.modalities.base import View
 from meristem.modalities.frame import Frame
 from meristem.modalities.stream import LatticeStream, TokenStream
@@ -25,9 +27,11 @@ from meristem.platform.step import Batch, Step
 SMALL = ["modality.image={channels: 2, patch: 4}", "views.x={size: [16, 24]}",
          "encoder.transformer={width: 48, depth: 2, heads: 4}"]
 DECODER = "objectives.pixels.masked.predictor.decoder={depth: 1, width: 24, heads: 2}"
+CELL = "masking.x.random.decode={running_cell: {ratio: 0.5, cell: [null, 2]}}"
 UNET = ["encoder.unet={widths: [4, 8, 8], blocks: [1, 1, 1]}", "masking.x.random.corruption=replace",
         "objectives.pixels.masked.predictor=dense"]
-KINDS = {"decoder": ("image/mae", [DECODER]), "linear": ("image/simmim", []), "dense": ("image/mae", UNET)}
+KINDS = {"decoder": ("image/mae", [DECODER]), "dual": ("image/mae", [DECODER, CELL]), "linear": ("image/simmim", []),
+         "dense": ("image/mae", UNET)}
 
 
 def make(kind: str, *assignments: str) -> Assembly:
@@ -86,6 +90,55 @@ def test_mae_loss_is_the_double_loop_over_hidden_patches(normalise: str, padded:
     loss = losses["pixels"]
     assert count == pytest.approx(float(loss.count))
     torch.testing.assert_close(loss.total / loss.count, torch.tensor(sums / count))
+
+
+def test_dual_masking_counts_what_is_decoded_and_hidden() -> None:
+    assembly = make("dual")
+    array = torch.randn(3, 2, 16, 24)
+    losses, caught, step = predictions(assembly, batch(array))
+    plan, (prediction,) = step.plan("x"), caught.values()
+    assert plan.decode is not None and torch.equal(prediction.index, plan.decode)
+    sums, count = 0.0, 0
+    for row in range(3):
+        for k, token in enumerate(plan.decode[row].tolist()):
+            if plan.hidden[row, token]:
+                x = patch_of(array[row], token, 6, 4)
+                sums += float((prediction.value[row, k].detach() - (x - x.mean()) / (x.var() + 1e-6).sqrt()).square().sum())
+                count += len(x)
+    assert 0 < count == float(losses["pixels"].count) < float(plan.hidden.sum() * 32)
+    torch.testing.assert_close(losses["pixels"].total / losses["pixels"].count, torch.tensor(sums / count))
+
+
+def test_to_decode_all_that_is_hidden_is_to_decode_without_a_plan() -> None:
+    assembly = make("decoder")
+    predictor = assembly.objectives["pixels"].predictor
+    for parameter in predictor.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    step = Step(assembly, batch(torch.randn(3, 2, 16, 24)), 0.0, 0)
+    plain = step.plan("x")
+    hidden = torch.nonzero(plain.hidden)[:, 1].reshape(3, -1)
+    losses = []
+    for plan in (plain, replace(plain, decode=hidden)):
+        step._plans["x"] = plan
+        loss = assembly.objectives["pixels"](step)[""]
+        gradient = torch.autograd.grad(loss.total, predictor.parameters())
+        losses.append((loss.total, loss.count, *gradient))
+    for a, b in zip(*losses, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_decoder_works_on_visible_and_decoded_places_alone() -> None:
+    assembly, seen = make("dual"), []
+    for block in assembly.objectives["pixels"].predictor.blocks.blocks:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    assembly(batch(torch.randn(2, 2, 16, 24)), 0.0)
+    assert seen == [6 + 12]  # of 24 tokens a quarter is visible, a half decoded
+
+
+def test_a_readout_of_what_is_not_decoded_is_refused() -> None:
+    readouts = "{a: {target: content, region: all}}"
+    with pytest.raises(RecipeError, match="readout 'a' is of the all region, but only some places are decoded"):
+        make("dual", "objectives.pixels.masked.target=null", f"objectives.pixels.masked.readouts={readouts}")
 
 
 def test_simmim_loss_is_the_published_formula() -> None:

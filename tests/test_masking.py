@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -14,7 +15,8 @@ from pydantic import ValidationError
 from meristem.errors import RecipeError
 from meristem.modalities.rng import Rng
 from meristem.modalities.stream import LatticeStream, TokenStream
-from meristem.platform.masked.masking import MASKINGS, Block, Masking, Random, informative
+from meristem.platform.masked.masking import MASKINGS, Block, Masking, Random, RunningCell, informative
+from meristem.platform.recipe import Recipe, build, load, override, read
 
 
 def lattice(shape: tuple[int, ...], batch: int = 3, weight: torch.Tensor | None = None) -> LatticeStream:
@@ -194,6 +196,104 @@ def test_what_cannot_be_masked_is_refused_with_the_reason() -> None:
         Random(ratio=0.75).plan(lattice((4, 4)), rng(3), (4, 4))
     with pytest.raises(ValidationError):
         Random(ratio=1.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=st.lists(st.integers(3, 6), min_size=2, max_size=3), axis=st.integers(0, 2),
+       name=st.sampled_from(sorted(MASKINGS)), seed=st.integers(0, 99))
+def test_a_unit_as_long_as_an_axis_hides_the_same_everywhere_along_it(
+        shape: list[int], axis: int, name: str, seed: int) -> None:
+    axis %= len(shape)
+    unit = [None if a == axis else 1 for a in range(len(shape))]
+    plan = MASKINGS[name].model_validate({"ratio": 0.5, "unit": unit}).plan(lattice(tuple(shape)), rng(3, seed), ())
+    grid = plan.hidden.reshape(3, *shape).movedim(1 + axis, 1).flatten(2)
+    assert torch.equal(grid, grid[:, :1].expand_as(grid))
+    n = math.prod(shape) // shape[axis]
+    assert (grid[:, 0].sum(1) == math.floor(n * 0.5 + 0.5)).all()
+    assert plan.keep is not None and plan.keep.shape[1] == math.prod(shape) - int(plan.hidden[0].sum())
+
+
+@pytest.mark.parametrize("masking", [Block(ratio=0.5, min_block=9), Random(ratio=0.5)])
+def test_tubes_are_the_masks_of_a_lattice_without_that_axis(masking: Masking) -> None:
+    flat = masking.plan(lattice((8, 6), 20), rng(20), ()).hidden.reshape(20, 1, 8, 6)
+    tubes = masking.model_copy(update={"unit": (None, 1, 1)}).plan(lattice((5, 8, 6), 20), rng(20), ()).hidden
+    assert torch.equal(tubes.reshape(20, 5, 8, 6), flat.expand(-1, 5, -1, -1))
+
+
+def test_a_whole_axis_and_the_encoders_own_grain_are_both_honoured() -> None:
+    plan = Random(ratio=0.5, unit=(None, 1, 2)).plan(lattice((4, 6, 4)), rng(3), (2, 3, 1))
+    assert whole_cells(plan.hidden, (4, 6, 4), (4, 3, 2)) and (plan.hidden.sum(1) == 48).all()
+    with pytest.raises(RecipeError, match="unit of all×1 tokens was asked of tokens that lie on no lattice"):
+        Random(ratio=0.5, unit=(None, 1)).plan(ragged(torch.ones(2, 8, dtype=torch.bool)), rng(2), ())
+
+
+@settings(max_examples=40, deadline=None)
+@given(cell=st.lists(st.integers(1, 3), min_size=1, max_size=2).filter(lambda c: math.prod(c) > 1), axis=st.integers(0, 2),
+       times=st.integers(1, 3), steps=st.integers(1, 9), skipped=st.integers(1, 8), seed=st.integers(0, 99))
+def test_a_running_cell_decodes_every_place_equally_often(
+        cell: list[int], axis: int, times: int, steps: int, skipped: int, seed: int) -> None:
+    places, axis = math.prod(cell), axis % (len(cell) + 1)
+    skipped = 1 + skipped % (places - 1)
+    sizes = [times * c for c in cell]
+    shape = (*sizes[:axis], steps, *sizes[axis:])
+    running = RunningCell(ratio=skipped / places, cell=(*cell[:axis], None, *cell[axis:]))
+    index = running.decode(lattice(shape, 7), rng(7, seed))
+    n = math.prod(shape)
+    assert index.shape == (7, n * (places - skipped) // places) and (index.diff(dim=1) > 0).all()
+    decoded = torch.zeros(7, n, dtype=torch.long).scatter(1, index, 1).reshape(7, *shape)
+    for row in decoded.movedim(1 + axis, 1):  # (steps, *sizes)
+        seen = []  # each step's pattern of one cell, as a list of places
+        for at in row:
+            patterns = set()
+            for corner in torch.cartesian_prod(*(torch.arange(0, s, c) for s, c in zip(sizes, cell, strict=True))).reshape(
+                    -1, len(cell)).tolist():
+                window = tuple(slice(p, p + c) for p, c in zip(corner, cell, strict=True))
+                patterns.add(tuple(at[window].flatten().tolist()))
+            assert len(patterns) == 1  # all cells of a step are alike
+            seen += patterns
+        for pattern, following in itertools.pairwise(seen):
+            assert following == (*pattern[1:], pattern[0])  # runs on by one place
+        assert all(sum(pattern) == places - skipped for pattern in seen)
+        for start in range(steps - places + 1):
+            often = {sum(pattern[p] for pattern in seen[start:start + places]) for p in range(places)}
+            assert often == {places - skipped}
+
+
+def test_running_cells_start_anywhere_and_a_row_by_itself() -> None:
+    masking = Random(ratio=0.75, unit=(None, 1, 1), decode=RunningCell(ratio=0.5, cell=(None, 2, 2)))
+    stream = lattice((8, 4, 4), 64)
+    plan = masking.plan(stream, rng(64), ())
+    assert plan.decode is not None and plan.keep is not None
+    first = [tuple(row[row < 16].tolist()) for row in plan.decode]
+    assert {first.count(pattern) > 4 for pattern in set(first)} == {True} and len(set(first)) == 4
+    alone = masking.plan(lattice((8, 4, 4), 1), Rng(rng(64).key[9:10]), ())
+    assert alone.decode is not None and torch.equal(alone.decode, plan.decode[9:10])
+    plain = masking.model_copy(update={"decode": None}).plan(stream, rng(64), ())
+    assert plain.decode is None and torch.equal(plain.hidden, plan.hidden) and torch.equal(plain.predict, plan.predict)
+
+
+def test_running_cells_that_cannot_be_are_refused() -> None:
+    for wrong, why in (({"cell": [1, 2, 2]}, "exactly one axis is null"), ({"cell": [None, None, 2]}, "exactly one axis"),
+                       ({"ratio": 0.3}, "not a whole number"), ({"cell": [None, 1, 1]}, "not a whole number")):
+        with pytest.raises(ValidationError, match=why):
+            RunningCell.model_validate(wrong)
+    with pytest.raises(ValidationError, match="set corruption: drop"):
+        Random(ratio=0.5, corruption="replace", decode=RunningCell())
+    with pytest.raises(RecipeError, match="cannot be masked in units of 1×2×2"):
+        RunningCell().decode(lattice((4, 5, 4)), rng(3))
+    with pytest.raises(RecipeError, match="has 3 axes, the tokens 2"):
+        RunningCell().decode(lattice((4, 4)), rng(3))
+    with pytest.raises(RecipeError, match="lie on none"):
+        RunningCell().decode(ragged(torch.ones(2, 8, dtype=torch.bool)), rng(2))
+
+
+def test_a_recipe_names_whole_axes_and_running_cells() -> None:
+    words = ["masking.x.random.unit=[null, 1, 1]", "masking.x.random.decode={running_cell: {ratio: 0.5, cell: [null, 2, 2]}}"]
+    recipe = load("volume/mae", words)
+    assert recipe.masking["x"] == Random(ratio=0.75, unit=(None, 1, 1), decode=RunningCell(ratio=0.5, cell=(None, 2, 2)))
+    assert build(recipe.dump(), Recipe).hash == recipe.hash != load("volume/mae").hash
+    with pytest.raises(RecipeError, match="no decoder masking called 'runing_cell'; did you mean running_cell"):
+        build(override(read("volume/mae"), ["masking.x.random.decode=runing_cell"]), Recipe)
 
 
 def test_a_range_from_high_to_low_is_refused() -> None:
