@@ -8,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
-from sklearn.metrics import accuracy_score, average_precision_score, balanced_accuracy_score, roc_auc_score
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    balanced_accuracy_score,
+    recall_score,
+    roc_auc_score,
+    top_k_accuracy_score,
+)
 
 from meristem.platform.evaluation import metrics
 
@@ -128,6 +135,33 @@ def test_classification_equals_sklearn(classes: int, coarse: bool) -> None:
     assert got["brier"] == pytest.approx(sum((p[i, c] - (target[i] == c))**2 for i in range(61) for c in range(classes)) / 61)
 
 
+def test_top_five_of_many_classes_and_the_recall_of_each() -> None:
+    target, p = predictions(4, 120, 9, coarse=False)
+    got = metrics.classification(target, p)
+    assert got["top5"] == pytest.approx(top_k_accuracy_score(target, p, k=5))
+    assert "top5" not in metrics.classification(*predictions(4, 60, 5, coarse=False))  # where it would be 1 whatever is guessed
+    recalls = recall_score(target, p.argmax(1), average=None)
+    assert [float(metrics.recall(target, p, c)) for c in range(9)] == pytest.approx(recalls)
+    assert np.mean(recalls) == pytest.approx(got["balanced_accuracy"])
+    weight = np.random.default_rng(1).integers(0, 3, (4, 120)).astype(float)
+    expected = [[recall_score(target, p.argmax(1), sample_weight=w, average=None)[c] for w in weight] for c in range(9)]
+    assert np.array([metrics.recall(target, p, c, weight) for c in range(9)]) == pytest.approx(np.array(expected))
+    assert np.isnan(metrics.recall(target[target != 2], p[target != 2], 2))
+
+
+def test_a_constant_guess_is_lenient_to_five_classes_only() -> None:
+    target = np.arange(70) % 7
+    assert float(metrics.top5(target, np.full((70, 7), 1 / 7))) == pytest.approx(5 / 7)
+
+
+@pytest.mark.parametrize("name", metrics.CASE_METRICS)
+def test_case_metrics_are_means_of_their_cases(name: str) -> None:
+    target, p = predictions(8, 40, 7, coarse=True)
+    values = metrics.CASE_METRICS[name](target, np.stack([p, p[::-1]]))
+    assert values.shape == (2, 40)
+    assert values.mean(1) == pytest.approx(metrics.SET_METRICS[name](target, np.stack([p, p[::-1]])))
+
+
 def test_calibration_error_by_hand() -> None:
     p = np.array([[0.3, 0.7], [0.3, 0.7], [0.05, 0.95], [0.9, 0.1]])
     target = np.array([1, 0, 1, 0])
@@ -168,7 +202,7 @@ def test_confusion_counts() -> None:
 
 def test_every_metric_has_a_direction_and_a_label() -> None:
     tracked = metrics.tracking(np.eye(4)[None].repeat(3, 0), np.eye(4)[None].repeat(3, 0), [1])
-    names = {*metrics.SET_METRICS, "dice", "hd95", "nsd", *tracked}
+    names = {*metrics.SET_METRICS, "dice", "hd95", "nsd", *tracked, "mAP", *(f"R@{k}" for k in metrics.RECALLS)}
     assert names == set(metrics.HIGHER) == set(metrics.LABELS)
 
 

@@ -16,6 +16,8 @@ Read = Callable[[Array], Array]
 SetMetric = Callable[..., Array]  # (target, probabilities, weight=None, **own settings) -> (…)
 
 BINS = 15  # of the calibration error; the usual choice since Guo et al. 2017
+TOP = 5  # guesses that the lenient accuracy allows; the usual choice since ImageNet (Russakovsky et al. 2015)
+RECALLS = (1, 5, 10, 20)  # neighbours looked at by clip retrieval on UCF101 (Buchler et al. 2018; Xu et al. 2019)
 BOUND = 0.008  # of the contour accuracy: tolerance as a fraction of the image's diagonal (Perazzi et al. 2016)
 
 
@@ -210,12 +212,38 @@ def auprc(target: Array, probabilities: Array, weight: Array | None = None) -> A
 
 
 def accuracy(target: Array, probabilities: Array, weight: Array | None = None) -> Array:
-    return _mean((probabilities.argmax(-1) == target).astype(float), weight)
+    return _mean(_hit(target, probabilities), weight)
+
+
+def _hit(target: Array, probabilities: Array) -> Array:
+    return np.asarray((probabilities.argmax(-1) == target).astype(float))
+
+
+def top5(target: Array, probabilities: Array, weight: Array | None = None) -> Array:
+    """Share of cases whose class is among the five most probable; of equals the first class counts as the more probable."""
+    return _mean(_among(target, probabilities), weight)
+
+
+def _among(target: Array, probabilities: Array) -> Array:
+    own = np.take_along_axis(probabilities, np.broadcast_to(target[:, None], (*probabilities.shape[:-1], 1)), -1)
+    before = np.arange(probabilities.shape[-1]) < target[:, None]
+    rank = ((probabilities > own) | (before & (probabilities == own))).sum(-1)
+    return np.asarray((rank < TOP).astype(float))
+
+
+def recall(target: Array, probabilities: Array, label: int, weight: Array | None = None) -> Array:
+    """Accuracy on the cases of one class; NaN when it has no weight. The mean over classes is the balanced accuracy."""
+    mine = target == label
+    hit = (probabilities[..., mine, :].argmax(-1) == label).astype(float)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if weight is None:
+            return np.asarray(hit.mean(-1) if mine.any() else np.full(hit.shape[:-1], np.nan))
+        return np.asarray(weight[..., mine] @ hit / weight[..., mine].sum(-1))
 
 
 def balanced_accuracy(target: Array, probabilities: Array, weight: Array | None = None) -> Array:
     """Mean recall over the classes that occur."""
-    hit = (probabilities.argmax(-1) == target).astype(float)
+    hit = _hit(target, probabilities)
     member = np.eye(probabilities.shape[-1])[target]
     right = hit @ member if weight is None else weight @ (hit[:, None] * member)
     mass = member.sum(0) if weight is None else weight @ member
@@ -237,11 +265,15 @@ def ece(target: Array, probabilities: Array, weight: Array | None = None, bins: 
 def brier(target: Array, probabilities: Array, weight: Array | None = None) -> Array:
     """Mean over cases of Σ_c (p_c − [c is the target])²: 0 is perfect, 2 the worst (Brier's own form, over all classes)."""
     truth = np.eye(probabilities.shape[-1])[target]
-    return _mean(((probabilities - truth) ** 2).sum(-1), weight)
+    return np.asarray(((probabilities - truth) ** 2).sum(-1))
 
 
+    return _mean(_squares(target, probabilities), weight)
+
+
+def _squares(target: Array, probabilities: Array) -> Array:
 def _confidence(target: Array, probabilities: Array, bins: int) -> tuple[Array, Array, Array]:
-    hit = (probabilities.argmax(-1) == target).astype(float)
+    hit = _hit(target, probabilities)
     confidence = probabilities.max(-1)
     return hit, confidence, np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
 
@@ -260,21 +292,29 @@ def confusion(target: ArrayLike, predicted: ArrayLike, classes: int) -> Array:
     return table
 
 
-SET_METRICS: dict[str, SetMetric] = {"auroc": auroc, "auprc": auprc, "accuracy": accuracy,
+SET_METRICS: dict[str, SetMetric] = {"auroc": auroc, "auprc": auprc, "accuracy": accuracy, "top5": top5,
                                      "balanced_accuracy": balanced_accuracy, "ece": ece, "brier": brier}
 RANK_METRICS = ("auroc", "auprc")  # depend on the order of scores only
-HIGHER = {"dice": True, "hd95": False, "nsd": True, "auroc": True, "auprc": True, "accuracy": True,
+CASE_METRICS: dict[str, Callable[[Array, Array], Array]] = {  # means of one value per case, (…, n)
+    "accuracy": _hit, "top5": _among, "brier": _squares}
+HIGHER = {"dice": True, "hd95": False, "nsd": True, "auroc": True, "auprc": True, "accuracy": True, "top5": True,
           "balanced_accuracy": True, "ece": False, "brier": False, "J&F": True, "J": True, "F": True, "J recall": True,
-          "F recall": True, "J decay": False, "F decay": False}
+          "F recall": True, "J decay": False, "F decay": False, "mAP": True, **{f"R@{k}": True for k in RECALLS}}
 LABELS = {"dice": "Dice", "hd95": "HD95", "nsd": "NSD", "auroc": "AUROC", "auprc": "AUPRC", "accuracy": "accuracy",
-          "balanced_accuracy": "balanced accuracy", "ece": "calibration error", "brier": "Brier score", "J&F": "J&F",
-          "J": "J (region)", "F": "F (contour)", "J recall": "J recall", "F recall": "F recall", "J decay": "J decay",
-          "F decay": "F decay"}
+          "top5": "top-5 accuracy", "balanced_accuracy": "balanced accuracy", "ece": "calibration error",
+          "brier": "Brier score", "J&F": "J&F", "J": "J (region)", "F": "F (contour)", "J recall": "J recall",
+          "F recall": "F recall", "J decay": "J decay", "F decay": "F decay", "mAP": "mAP",
+          **{f"R@{k}": f"R@{k}" for k in RECALLS}}
+
+
+def set_metrics(classes: int) -> dict[str, SetMetric]:
+    """Those that say something of so many classes: of up to five, the five most probable are all."""
+    return {name: metric for name, metric in SET_METRICS.items() if name != "top5" or classes > TOP}
 
 
 def classification(target: ArrayLike, probabilities: ArrayLike) -> dict[str, float]:
-    """All set metrics of a test set. target: (n,) integers; probabilities: (n, K), rows sum to 1. NaN where undefined."""
+    """The set metrics of a test set. target: (n,) integers; probabilities: (n, K), rows sum to 1. NaN where undefined."""
     t, p = np.asarray(target), np.asarray(probabilities, dtype=float)
     if p.ndim != 2 or t.shape != p.shape[:1]:
         raise ValueError(f"target {t.shape} and probabilities {p.shape} do not fit; wanted (n,) and (n, classes)")
-    return {name: float(metric(t, p)) for name, metric in SET_METRICS.items()}
+    return {name: float(metric(t, p)) for name, metric in set_metrics(p.shape[1]).items()}

@@ -65,9 +65,10 @@ class Case(Model):
 class Cell(Model):
     """One trained-and-tested combination.
 
-    arm: its name on the page. init: hash of the checkpoint it started from; None: random weights, the arm is a baseline.
-    protocol: finetune | linear | knn | …. labels: the budget as asked for; labelled_subjects: what it came to. chosen: what was
-    picked on validation (k, C). encoder: name of the architecture.
+    arm: its name on the page. init: hash of the checkpoint it started from; None: random weights, or no pixel at all
+    (`METADATA`): the arm is a baseline. protocol: finetune | attentive | linear | knn | retrieval | …. labels: the budget as
+    asked for; labelled_subjects: what it came to. chosen: what was picked on validation (k, C, lr, …). encoder: name of the
+    architecture.
     """
 
     arm: str
@@ -100,12 +101,13 @@ class Results(Model):
     """One task on one data set, with all its cells. The file `results.json`.
 
     metric: the primary one, by which arms are compared. classes: those scored (segmentation: foreground; classification: all,
-    in the order of the probabilities). unit: of distances (mm | px). tolerance: of the NSD. pretraining: arm -> excerpt of its
-    card. leakage: arm -> audit. cost: anything worth printing, by name. settings: the resolved recipes, by name.
+    in the order of the probabilities; retrieval: `QUERIES` alone). unit: of distances (mm | px). tolerance: of the NSD.
+    pretraining: arm -> excerpt of its card. leakage: arm -> audit. cost: anything worth printing, by name. settings: the
+    resolved recipes, by name.
     """
 
     task: str
-    kind: Literal["segmentation", "classification"]
+    kind: Literal["segmentation", "classification", "retrieval"]
     metric: str
     classes: tuple[str, ...]
     dataset: Dataset
@@ -141,7 +143,7 @@ class Results(Model):
                 for name, by_class in case.metrics.items():
                     if set(by_class) != set(self.classes):
                         raise ValueError(f"{case.case} has {name} of {', '.join(by_class)}, not of {', '.join(self.classes)}")
-                if self.kind == "segmentation" and self.metric not in case.metrics:
+                if self.kind != "classification" and self.metric not in case.metrics:
                     raise ValueError(f"{case.case} has no {self.metric}")
         return self
 
@@ -187,7 +189,10 @@ class Row(Model):
 
 
 class Comparison(Model):
-    """A pretrained arm minus a baseline over the same subjects and seeds. p, p_holm: primary metric only."""
+    """A pretrained arm minus a baseline over the same subjects and seeds. p, p_holm: primary metric only.
+
+    equal_budget: both were trained alike, so that the difference is due to the weights; never so of `METADATA`.
+    """
 
     arm: str
     baseline: str
@@ -224,7 +229,7 @@ class Summary(Model):
 class Group:
     """The cells of one arm × protocol × labels as arrays over the cases they share.
 
-    cases, owner: case names and, for each, the index in `subjects`. values: metric -> (seeds, classes, cases), segmentation;
+    cases, owner: case names and, for each, the index in `subjects`. values: metric -> (seeds, classes, cases), of scored cases;
     target (cases,) and probabilities (seeds, cases, K), classification.
     """
 
@@ -257,7 +262,7 @@ class Group:
 
     @property
     def metrics(self) -> list[str]:
-        return list(metrics.SET_METRICS) if self.target is not None else list(self.values)
+        return list(self.values) if self.probabilities is None else list(metrics.set_metrics(self.probabilities.shape[-1]))
 
     def subject_values(self, metric: str, label: int | None = None) -> Array:
         """Segmentation: one value per subject, the mean over seeds, classes (or of one class) and the subject's cases."""
@@ -265,14 +270,22 @@ class Group:
         return per_subject(v.mean(0) if label is None else v[label], self.owner)
 
     def statistic(self, metric: str, label: int | None = None) -> Statistic:
-        """The mean over seeds as a function of subject weights. label: of one class (segmentation, or one against the rest)."""
+        """The mean over seeds as a function of subject weights.
+
+        label: of one class: its own scores, itself against the rest (rank metrics), its recall (accuracy).
+        """
         if self.target is None:
             return mean_of(self.subject_values(metric, label))
         target, probabilities, owner = self.target, self.probabilities, self.owner
         assert probabilities is not None
+        if label is None and metric in metrics.CASE_METRICS:
+            values = metrics.CASE_METRICS[metric](target, probabilities).mean(0)
+            return lambda w: w[:, owner] @ values / w[:, owner].sum(1)
         if label is None:
             function = metrics.SET_METRICS[metric]
             return lambda w: np.mean([function(target, p, w[:, owner]) for p in probabilities], axis=0)
+        if metric == "accuracy":
+            return lambda w: np.mean([metrics.recall(target, p, label, w[:, owner]) for p in probabilities], axis=0)
         binary = {"auroc": metrics.binary_auroc, "auprc": metrics.binary_auprc}[metric]
         return lambda w: np.mean([binary(target == label, p[:, label], w[:, owner]) for p in probabilities], axis=0)
 
@@ -284,7 +297,10 @@ class Group:
         return {seed: float(v) for seed, v in zip(self.seeds, found, strict=True)}
 
 
-PROTOCOLS = {"finetune": "fine-tuned", "linear": "linear probe", "knn": "nearest neighbours"}
+PROTOCOLS = {"finetune": "fine-tuned", "attentive": "attentive probe", "linear": "linear probe", "knn": "nearest neighbours",
+             "retrieval": "retrieval"}
+METADATA = "metadata"  # the arm that knows what a file's header says and no pixel
+QUERIES = "queries"  # the one class of retrieval: all of them
 
 
 def groups(results: Results) -> dict[tuple[str, str, Labels], list[Cell]]:
@@ -326,7 +342,7 @@ def summarise(results: Results, replicates: int = REPLICATES, seed: int = 0) -> 
         if arm in results.baselines:
             continue
         rivals = [key for key in cells if key[0] in results.baselines and key[1:] == (protocol, labels)]
-        if not rivals:
+        if all(key[0] == METADATA for key in rivals):
             warnings.append(f"{_where(arm, protocol, labels)}: there is no arm from random weights to compare with.")
         for rival in rivals:
             found, said = _compare(results, mine, cells[rival], replicates, seed)
@@ -335,13 +351,23 @@ def summarise(results: Results, replicates: int = REPLICATES, seed: int = 0) -> 
     tested = [c for c in comparisons if c.p is not None]
     corrected = dict(zip(map(id, tested), holm([c.p for c in tested if c.p is not None]), strict=True))
     comparisons = [c.model_copy(update={"p_holm": corrected.get(id(c))}) for c in comparisons]
-    warnings += _thin(made)
+    warnings += [*_shortcuts(results, rows), *_thin(made)]
     return Summary(metric=results.metric, rows=tuple(rows), comparisons=tuple(comparisons), warnings=tuple(warnings),
                    verdict=tuple(_verdict(results, comparisons)))
 
 
 def _where(arm: str, protocol: str, labels: Labels) -> str:
     return f"{arm}, {protocol}, {'all labels' if labels == 'all' else f'{labels} labelled subjects'}"
+
+
+def _shortcuts(results: Results, rows: Sequence[Row]) -> list[str]:
+    """How far the labels can be read off the way samples were acquired."""
+    found = {r.protocol: r for r in sorted(rows, key=lambda r: _size(r.labels))  # with the most labels, where it reads best
+             if r.arm == METADATA and r.metric == results.metric}
+    name = metrics.LABELS.get(results.metric, results.metric)
+    return [f"{_where(METADATA, r.protocol, r.labels)}: what the files' headers say, without a pixel, reaches {name} "
+            f"{r.mean.value:.3f} [{r.mean.low:.3f}, {r.mean.high:.3f}]; an arm that is no better than this may have learned how "
+            "samples were acquired." for r in found.values()]
 
 
 def _thin(made: Mapping[tuple[str, str, Labels], Group]) -> list[str]:
@@ -363,7 +389,8 @@ def _row(results: Results, key: tuple[str, str, Labels], cells: Sequence[Cell], 
     def interval(label: int | None = None) -> Estimate:
         return bootstrap(group.statistic(metric, label), n, replicates=replicates, seed=seed, widen=widen)
 
-    split = results.kind == "segmentation" or (metric in metrics.RANK_METRICS and len(results.classes) > 2)
+    ranked = metric in metrics.RANK_METRICS and len(results.classes) > 2  # of two classes one's area is the other's
+    split = results.kind == "segmentation" or ranked or metric == "accuracy"
     seeds = group.per_seed(metric)
     return Row(arm=key[0], protocol=key[1], labels=key[2], labelled_subjects=cells[0].labelled_subjects, metric=metric,
                mean=interval(), classes={c: interval(i) for i, c in enumerate(results.classes)} if split else {}, seeds=seeds,
@@ -382,7 +409,7 @@ def _compare(results: Results, mine: Sequence[Cell], theirs: Sequence[Cell], rep
     mine, theirs = ([c for c in cells if c.seed in seeds] for cells in (mine, theirs))
     unequal = [f"{what} ({', '.join(map(str, sorted(x)))} against {', '.join(map(str, sorted(y)))})"
                for what, x, y in ((what, {get(c) for c in mine}, {get(c) for c in theirs}) for what, get in _EQUAL.items())
-               if x != y]
+               if x != y and b.arm != METADATA]
     if unequal:
         warnings.append(f"{where}: unequal budgets, so the difference is not due to pretraining alone: {'; '.join(unequal)}.")
     tested = [{case.case for case in cell.cases} for cell in (*mine, *theirs)]
@@ -403,7 +430,7 @@ def _compare(results: Results, mine: Sequence[Cell], theirs: Sequence[Cell], rep
         p = _test(one, two, metric, replicates, seed) if metric == results.metric else None
         found.append(Comparison(arm=a.arm, baseline=b.arm, protocol=a.protocol, labels=a.labels, metric=metric, p=p,
                                 labelled_subjects=a.labelled_subjects, difference=difference, subjects=len(one.subjects),
-                                seeds=len(seeds), equal_budget=not unequal))
+                                seeds=len(seeds), equal_budget=not unequal and b.arm != METADATA))
     return found, warnings
 
 
@@ -442,7 +469,7 @@ def _verdict(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
             told[c.arm, c.protocol].append(c)
     sentences = []
     for (arm, protocol), mine in told.items():
-        rival = next((c.baseline for c in mine if c.equal_budget), mine[0].baseline)
+        rival = min(mine, key=lambda c: (not c.equal_budget, c.baseline == METADATA)).baseline
         first, *more = sorted((c for c in mine if c.baseline == rival), key=lambda c: _size(c.labels))
         by = f" by {PROTOCOLS.get(protocol, protocol)}" if protocol != "finetune" else ""
         counts = f"({first.seeds} seed{'s' * (first.seeds != 1)}, {first.subjects} test subjects)"
