@@ -130,7 +130,7 @@ def test_a_dump_is_plain_data_in_one_order() -> None:
     ("masking.x.random.ratoi=0.5", "masking.x.random.ratoi: no such key; did you mean ratio"),
     ("masking.x.random.ratio=2", "masking.x.random.ratio: Input should be less than 1"),
     ("objectives.pixels.masked.predictor.decoder.widht=4", "predictor.decoder.widht: no such key; did you mean width"),
-    ("objectives.pixels.masked.target.content.normalise=patch", "content.normalise: Input should be 'none' or 'token'"),
+    ("objectives.pixels.masked.target.content.normalise=patch", "content.normalise: Input should be 'none', 'token' or 'channel'"),
     ("objectives={p: {masked: {encode: x, predictor: decoder, readouts: {a: {target: content, regoin: all}}}}}",
      "readouts.a.regoin: no such key; did you mean region"),
     ("train.steps=many", "train.steps: Input should be a valid integer"),
