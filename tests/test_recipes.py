@@ -20,18 +20,21 @@ from meristem.platform.step import Batch
 from meristem.tasks import TaskRecipe
 
 SMALL = {"transformer": "encoder.transformer={width: 48, depth: 2, heads: 4}",
-         "unet": "encoder.unet={widths: [4, 8, 8, 8], blocks: [1, 1, 1, 1]}"}
+         "unet": "encoder.unet={widths: [4, 8, 8, 8], blocks: [1, 1, 1, 1]}",
+         "slicewise": "encoder.slicewise.encoder.transformer={width: 48, depth: 2, heads: 4}"}
 
 
 def made(recipe: Recipe, rows: int) -> Batch:
-    """Random views of the sizes that the recipe asks for."""
+    """Random views of the sizes that the recipe asks for, with labels for those that draw some."""
     views = {}
     for name, settings in recipe.views.items():
         shape, n, dims = settings.size, rows * settings.count, len(settings.size)
         array = torch.randn(n, recipe.modality.channels, *shape)
         unit = tuple(axis.unit for axis in recipe.modality.axes)
         frame = Frame(torch.eye(dims + 1).repeat(n, 1, 1), shape, torch.ones(n, dims), unit)
-        views[name] = View(name, array, frame, torch.arange(n) // settings.count, torch.arange(n) % settings.count)
+        labels = {"speed": (torch.arange(n) + len(views)) % 2, "turn": torch.arange(n) % 4}
+        drawn = {label: x for label, x in labels.items() if getattr(settings, label, None)}
+        views[name] = View(name, array, frame, torch.arange(n) // settings.count, torch.arange(n) % settings.count, drawn)
     return Batch(Items(torch.arange(rows), torch.arange(rows)), views)
 
 
