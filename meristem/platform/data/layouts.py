@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,18 @@ def member_files(folder: Path, members: Iterable[str]) -> list[Path]:
                   key=lambda f: natural(f.name))
 
 
+def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """(folder relative to root, names of the files in it) of all folders; hidden ones (`._scan.nii.gz`) are no data."""
+    seen = set()
+    for folder, below, names in os.walk(root, followlinks=True):
+        below[:] = sorted(d for d in below if not d.startswith("."))
+        if (real := os.path.realpath(folder)) in seen:  # a link that leads back up
+            below.clear()
+            continue
+        seen.add(real)
+        yield Path(folder).relative_to(root), [n for n in names if not n.startswith(".")]
+
+
 def sequences(root: Path, members: Iterable[str]) -> dict[Path, list[str]]:
     """Folder -> its members in natural order, where the folders below root are clearly one sample each; else nothing.
 
@@ -60,13 +72,19 @@ def sequences(root: Path, members: Iterable[str]) -> dict[Path, list[str]]:
     it holds (images, masks) or by a split.
     """
     ends = tuple(members)
-    inside = {Path(folder): sorted((n for n in names if not n.startswith(".") and n.lower().endswith(ends)), key=natural)
-              for folder, _, names in os.walk(root, followlinks=True) if "/." not in Path(folder).relative_to(root).as_posix()}
+    inside = {root / here: sorted((n for n in names if n.lower().endswith(ends)), key=natural) for here, names in walk(root)}
     inside = {folder: names for folder, names in inside.items() if names}
     plain = {*IMAGE_FOLDERS, *PARTNERS, *SPLITS}
     found = {folder: names for folder, names in inside.items()
              if len(names) >= SEQUENCE and _gapless(names) and folder.name.lower() not in plain}
     return found if len(found) >= NUMBERED * len(inside) else {}
+
+
+def nested(folders: Iterable[Path]) -> bool:
+    """Whether some folders lie deeper than one below what all share, splits aside: such are no classes."""
+    places = [Path(*(p for p in f.parts if p.lower() not in SPLITS)) for f in folders]
+    shared = len(Path(os.path.commonpath(places)).parts)
+    return any(len(p.parts) > shared + 1 for p in places)
 
 
 def _gapless(names: list[str]) -> bool:
@@ -114,19 +132,9 @@ class Search:
         self.found.append(Found(paths, local, subject, **more))
 
     def files(self, root: Path) -> list[Path]:
-        """All samples below root, relative to it, sorted: readable files, and folders of numbered members without such a file.
-
-        Hidden ones (`._scan.nii.gz`) are no data.
-        """
-        found, seen = [], set()
-        for folder, below, names in os.walk(root, followlinks=True):
-            below[:] = sorted(d for d in below if not d.startswith("."))
-            if (real := os.path.realpath(folder)) in seen:  # a link that leads back up
-                below.clear()
-                continue
-            seen.add(real)
-            here = Path(folder).relative_to(root)
-            names = [n for n in names if not n.startswith(".")]
+        """All samples below root, relative to it, sorted: readable files, and folders of numbered members without one."""
+        found = []
+        for here, names in walk(root):
             files = [here / n for n in names if self.suffix(n)]
             if not files and here.name and (count := self._numbered(names)):
                 self.frames[here] = count
@@ -143,6 +151,9 @@ class Search:
 
     def folder(self, root: Path) -> None:
         files = self.files(root)
+        if not files and self._numbered([f.name for f in member_files(root, self.members)]) > 1:
+            self.layout = "numbered files"
+            self.add((root,), root.name, root.name)
         images, masks = self._beside(files)
         images = {f: key for f, key in images.items() if self.frames.get(f, 2) > 1}  # a mask may be drawn on one frame only
         self.layout = "images and masks in sibling folders"

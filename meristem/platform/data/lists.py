@@ -23,6 +23,13 @@ def is_list(search: Search, path: Path) -> bool:
     return path.suffix.lower() == ".csv" or (path.suffix.lower() in SUFFIXES and not search.suffix(path.name))
 
 
+def folders(text: str, base: Path) -> list[Path]:
+    """The existing folders that the lines of a list name."""
+    pieces = [{*re.split(r"[,\t]", line), line.rsplit(None, 1)[0], line.rsplit(None, 2)[0]}
+              for line in text.split("\n") if line.strip()]
+    return [base / _bare(p) for some in pieces for p in sorted(some) if _there(base, p) == "folder"]
+
+
 def of_splits(search: Search, folder: Path) -> dict[Path, str]:
     """The lists of a folder by what they are for, e.g. train.csv, val.csv and test.csv; none without one to train on."""
     found = {}
