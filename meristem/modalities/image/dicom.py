@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ TAGS = ("SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "
         "BluePaletteColorLookupTableData", "PixelData")
 
 
-def _spacing(ds: pydicom.Dataset) -> tuple[float, float] | None:
+def pixel_spacing(ds: pydicom.Dataset) -> tuple[float, float] | None:
     """mm between rows and between columns (PS3.3 10.7.1.3), or None."""
     for tag in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
         value = ds.get(tag)
@@ -31,16 +32,21 @@ def _spacing(ds: pydicom.Dataset) -> tuple[float, float] | None:
     return None
 
 
+def dataset(path: Path, tags: Sequence[str], pixels: bool = True) -> pydicom.Dataset:
+    """The named elements of a file, without its pixels where they are not wanted. Raises DataError."""
+    try:
+        return pydicom.dcmread(path, specific_tags=list(tags), stop_before_pixels=not pixels)
+    except pydicom.errors.InvalidDicomError:
+        raise DataError("unreadable", "not a DICOM file: the 'DICM' mark is missing") from None
+    except (OSError, ValueError, EOFError, KeyError, AttributeError, NotImplementedError):
+        raise DataError("truncated", "the DICOM header ends early or is damaged", "Export the file again.") from None
+
+
 def decode(path: Path, max_pixels: int) -> Raster:
     """A frame with its rescale (PS3.3 C.11.1) and spacing. Raises DataError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they quote the file's values
-        try:
-            ds = pydicom.dcmread(path, specific_tags=list(TAGS))
-        except pydicom.errors.InvalidDicomError:
-            raise DataError("unreadable", "not a DICOM file: the 'DICM' mark is missing") from None
-        except (OSError, ValueError, EOFError, KeyError, AttributeError, NotImplementedError):
-            raise DataError("truncated", "the DICOM header ends early or is damaged", "Export the file again.") from None
+        ds = dataset(path, TAGS)
         if "PixelData" not in ds:
             raise DataError("unreadable", "the DICOM file holds no pixels (or lost them)", "Export the image again.")
         frames = int(ds.get("NumberOfFrames") or 1)
@@ -63,11 +69,11 @@ def decode(path: Path, max_pixels: int) -> Raster:
             raise DataError("truncated", "the DICOM pixel data ends early or is damaged", "Export the file again.") from None
     array = np.moveaxis(array, -1, 0) if array.ndim == 3 else array[None]
     if len(array) == 3 or "ModalityLUTSequence" in ds:
-        return Raster(array, colour=len(array) == 3, spacing=_spacing(ds), inverted=photometric == "MONOCHROME1",
+        return Raster(array, colour=len(array) == 3, spacing=pixel_spacing(ds), inverted=photometric == "MONOCHROME1",
                       limits=(0, 65535 if array.dtype.itemsize > 1 else 255))
     bits, signed = int(ds.BitsStored), bool(ds.PixelRepresentation)
     slope, intercept = float(ds.get("RescaleSlope", 1) or 1), float(ds.get("RescaleIntercept", 0) or 0)
     low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
     if slope < 0:
         array, slope, low, high = -array.astype(np.int32), -slope, -high, -low
-    return Raster(array, slope, intercept, (low, high), photometric == "MONOCHROME1", spacing=_spacing(ds))
+    return Raster(array, slope, intercept, (low, high), photometric == "MONOCHROME1", spacing=pixel_spacing(ds))
