@@ -38,7 +38,8 @@ Inits = Annotated[list[str] | None, typer.Option("--init", help="A pretraining r
 Labels = Annotated[str, typer.Option("--labels", help="Labelled subjects to use: a count, a fraction, or all.")]
 TrainOn = Annotated[str, typer.Option("--train-on", help="Splits to learn from: train, or train,val once all is tuned.")]
 Budgets = Annotated[list[str] | None, typer.Option("--labels", help="Label budgets: counts, fractions or all; repeatable.")]
-Protocols = Annotated[list[str] | None, typer.Option("--protocol", help="finetune, linear or knn; repeatable.")]
+Protocols = Annotated[list[str] | None,
+                      typer.Option("--protocol", help="finetune, linear, knn, …; default: the task's usual one; repeatable.")]
 
 
 @app.command()
@@ -69,7 +70,7 @@ def evaluate(task: Task, data: DataOption, out: OutOption, overrides: Overrides 
     """Compare encoders at several label budgets; write the transfer report. An interrupted grid goes on where it stopped."""
     from meristem import api
     page = api.evaluate(task, data, out, overrides or (), inits=init or ["scratch"], labels=labels or ["all"], seeds=seeds,
-                        protocols=protocol or ["finetune"], split=split, cache=cache, quiet=quiet)
+                        protocols=protocol or (), split=split, cache=cache, quiet=quiet)
     if not quiet:
         print(page)
 

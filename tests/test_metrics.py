@@ -256,8 +256,20 @@ def test_tracking_scores_the_inner_frames_of_every_object() -> None:
     swapped = found.copy()
     swapped[[0, -1]] = 0  # given, and left out
     assert metrics.tracking(swapped, truth, [1, 2]) == got
-    with pytest.raises(ValueError, match="three"):
+    with pytest.raises(ValueError, match="2 known frames"):
         metrics.tracking(found[:2], truth[:2], [1])
+
+
+def test_tracking_looks_at_known_elements_only() -> None:
+    truth = np.zeros((6, 12, 12), int)
+    truth[:, 2:8, 2:8] = 1
+    found = truth.copy()
+    truth[[1, 3]], found[[1, 3, 4]] = -1, 0
+    got = metrics.tracking(found, truth, [1])
+    assert (got["J"], got["F"]) == (pytest.approx(2 / 3), pytest.approx(2 / 3))  # frames 2, 4 and 5; 4 is lost
+    found[2, 5:] = 1
+    truth[2, 8:], truth[2, 5:8, :2], truth[2, 5:8, 8:] = -1, -1, -1
+    assert metrics.tracking(found, truth, [1])["J"] == pytest.approx(2 / 3)
 
 
 def test_keypoints_count_within_a_share_of_the_person() -> None:

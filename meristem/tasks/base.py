@@ -54,11 +54,19 @@ class TaskObjective(Objective):
 
 
 class TaskSettings(Settings):
-    """The typed entry of a task in a recipe. fields: companions of a sample it trains on."""
+    """The typed entry of a task in a recipe. fields: companions of a sample it trains on.
 
-    kind: ClassVar[Literal["segmentation", "classification"]]
+    protocols: how encoders are compared by it, the usual one first; one that has no `finetune` trains on no labels.
+    """
+
+    kind: ClassVar[Literal["segmentation", "classification", "propagation"]]
     metric: ClassVar[str]
+    protocols: ClassVar[tuple[str, ...]] = ("finetune",)
     fields: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def learns(self) -> bool:
+        return "finetune" in self.protocols
 
     def scope(self, data: Data) -> Scope:
         """The classes of this data. Raises DataError when it has no labels for the task."""

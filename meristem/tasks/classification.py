@@ -94,6 +94,7 @@ class Classification(TaskSettings):
 
     kind = "classification"
     metric = "auroc"
+    protocols = ("finetune", "linear", "knn")
     pool: Literal["auto", "cls", "mean", "attention"] = "auto"
     batch_norm: bool = False
     dropout: Share = 0.0

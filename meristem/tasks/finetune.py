@@ -145,6 +145,8 @@ def finetune(recipe: TaskRecipe, data: Data, directory: Path, *, init: Path | No
     A run that was asked to stop is not scored. Every rank scores, so that none waits for another; rank 0 writes.
     """
     began = time.perf_counter()
+    if not recipe.task.learns:
+        raise RecipeError(f"{recipe.task.kind} trains nothing", "Compare encoders by it: `meristem evaluate`.")
     scope = recipe.task.scope(data)
     unknown = set(train_on) - set(NAMES)
     if unknown:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,8 +31,7 @@ from meristem.platform.training.loop import first_rank
 from meristem.tasks.base import Scope, TaskRecipe
 from meristem.tasks.embedding import embed
 from meristem.tasks.finetune import SCRATCH, choose, mean_scores, score, tune
-
-PROTOCOLS = ("finetune", "linear", "knn")
+from meristem.tasks.propagation import write_masks
 
 
 @dataclass(frozen=True)
@@ -82,21 +81,25 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
     """Run the grid. Finished cells are kept in `directory`/cells and not run again.
 
     Writes results.json (every case), metrics.json (a line per cell) and recipe.yaml.
-    A seed draws the labelled subjects and trains; all arms share the draw. Label maps and logs of the first seed's fine-tuned
-    cells are kept for the report.
+    protocols: the task's first where none is named. A seed draws the labelled subjects and trains; all arms share the draw.
+    Label maps and logs of the first seed's cells are kept for the report. Where nothing is trained, a seed draws the random
+    weights of the scratch arm, and the others are tested once.
     """
-    unknown = [p for p in protocols if p not in PROTOCOLS]
-    if unknown:
-        raise RecipeError(f"no protocol called '{unknown[0]}'", f"Choose of {', '.join(PROTOCOLS)}.")
-    if recipe.task.kind != "classification" and set(protocols) != {"finetune"}:
-        raise RecipeError("kNN and linear probes are for classification", "Use --protocol finetune.")
+    offered, learns = recipe.task.protocols, recipe.task.learns
+    protocols = list(dict.fromkeys(protocols)) or [offered[0]]
+    unfit = [p for p in protocols if p not in offered]
+    if unfit:
+        raise RecipeError(f"{recipe.task.kind} has no protocol '{unfit[0]}'", f"Choose of {', '.join(offered)}.")
+    if not learns and list(labels) != ["all"]:
+        raise RecipeError(f"{recipe.task.kind} trains on no labels, so it has no label budgets", "Leave --labels out.")
     scope = recipe.task.scope(data)
-    pool, test = recipe.task.labelled(data.rows("train")), recipe.task.labelled(data.rows("test"))
+    pool = recipe.task.labelled(data.rows("train")) if learns else []
+    test = recipe.task.labelled(data.rows("test"))
     if not test:
-        raise MeristemError("there is no labelled test sample", "Check --split.")
+        raise MeristemError("there is no labelled test sample", "Check --split; 0,0,1 tests all.")
     if seeds < 1:
         raise RecipeError(f"{seeds} seeds give nothing to report", "Use --seeds 1 or more.")
-    labels, protocols = list(dict.fromkeys(labels)), list(dict.fromkeys(protocols))
+    labels = list(dict.fromkeys(labels))
     sizes = {label: len({row.subject for row in choose(pool, label, 0, data)}) for label in labels if label != "all"}
     twice = next((label for label, size in sizes.items() if list(sizes.values()).count(size) > 1), None)
     if twice is not None:
@@ -119,6 +122,8 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
                     title = f"[{len(cells) + 1}/{total}] {arm.name}, {protocol}, {subjects} labelled subjects, seed {seed}"
                     if file.exists():
                         cell = Cell.model_validate_json(file.read_text())
+                    elif seed and not learns and arm.init is not None:
+                        cell = next(c for c in cells if c.arm == arm.name).model_copy(update={"seed": seed})
                     else:
                         # fine-tuning has a bar of its own; a probe would leave the terminal still for minutes
                         still = protocol != "finetune" and not quiet and first_rank() and sys.stderr.isatty()
@@ -146,9 +151,10 @@ def _run(recipe: TaskRecipe, data: Data, arm: Arm, protocol: str, labels: str, r
     began = time.perf_counter()
     chosen: dict[str, float] = {}
     subjects = len({row.subject for row in rows})
-    name = f"{arm.name}, {'all' if labels == 'all' else subjects} labels"
+    amount: int | Literal["all"] = "all" if labels == "all" and recipe.task.learns else subjects
+    name = f"{arm.name}, {amount} labels"
+    maps: dict[str, np.ndarray] = {}
     if protocol == "finetune":
-        maps: dict[str, np.ndarray] = {}
         with tempfile.TemporaryDirectory() as folder:
             tuned = tune(recipe, data, rows, scope, arm.init, title, log=Path(folder), quiet=quiet)
             if tuned.outcome.stopped:
@@ -159,15 +165,30 @@ def _run(recipe: TaskRecipe, data: Data, arm: Arm, protocol: str, labels: str, r
         cases = score(tuned.outcome.assembly, data, test, scope, lambda row, map_: maps.__setitem__(row.case, map_))
         cost = Budget(steps=tuned.outcome.steps, batch=recipe.train.batch, trainable=tuned.trainable,
                       seconds=round(time.perf_counter() - began, 2))
-        if maps and keep is not None:
-            (keep / "pictures").mkdir(exist_ok=True)
-            np.savez_compressed(keep / "pictures" / f"{name}.npz", **maps)  # type: ignore[arg-type]
+    elif protocol == "propagate":
+        cases = score(_frozen(recipe, arm, scope), data, test, scope, lambda row, map_: maps.__setitem__(row.case, map_))
+        cost = Budget(steps=0, batch=0, trainable=0, seconds=round(time.perf_counter() - began, 2))
+        if keep is not None:
+            for row in test:
+                write_masks(data, row, maps[row.case], keep / "predictions" / arm.name)
     else:
         cases, chosen = _probe(recipe, data, arm, protocol, rows, test, scope, embedded)
         cost = Budget(steps=0, batch=0, trainable=0, seconds=round(time.perf_counter() - began, 2))
-    return Cell(arm=arm.name, init=arm.hash, protocol=protocol, labels="all" if labels == "all" else subjects,
+    if maps and keep is not None:
+        (keep / "pictures").mkdir(exist_ok=True)
+        np.savez_compressed(keep / "pictures" / f"{name}.npz", **maps)  # type: ignore[arg-type]
+    return Cell(arm=arm.name, init=arm.hash, protocol=protocol, labels=amount,
                 labelled_subjects=subjects, seed=seed, budget=cost, cases=tuple(cases),
                 encoder=next(iter(recipe.dump()["encoder"])), chosen=chosen)
+
+
+def _frozen(recipe: TaskRecipe, arm: Arm, scope: Scope) -> Assembly:
+    """The task's assembly with an arm's encoder, untrained, on the device."""
+    torch.manual_seed(recipe.train.seed)
+    assembly = recipe.assemble(scope.classes)
+    if arm.init is not None:
+        checkpoint.load_encoder(arm.init, assembly.encoder, recipe.modality, recipe.encoder.sees)
+    return assembly.cuda() if torch.cuda.is_available() else assembly
 
 
 def _probe(recipe: TaskRecipe, data: Data, arm: Arm, protocol: str, rows: list[Row], test: list[Row], scope: Scope,

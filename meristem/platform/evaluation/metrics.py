@@ -97,17 +97,22 @@ def tracking(prediction: Array, truth: Array, objects: Sequence[int]) -> dict[st
     """Scores of the label maps of one sequence (T, H, W), means over `objects` (label values), as DAVIS semi-supervised does.
 
     J and F are means over frames, "J&F" the mean of both; "recall" is the share of frames over 0.5, "decay" the mean over the
-    first quarter of frames minus that over the last. The first frame is given and the last is left out by the protocol (Perazzi
-    et al. 2016; Pont-Tuset et al. 2017). Raises ValueError for fewer than three frames and when shapes differ.
+    first quarter of frames minus that over the last. The first frame is given, and the last is left out by the protocol
+    (Perazzi et al. 2016; Pont-Tuset et al. 2017), which knows every frame; where truth is −1 throughout some, all known ones
+    after the first count. An element of −1 in a known frame counts nowhere. Raises ValueError when shapes differ or no frame is
+    left.
     """
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} are not on one grid")
-    if len(truth) < 3:
-        raise ValueError(f"{len(truth)} frames: the first and the last are not scored, so there must be three")
+    known = np.asarray((truth >= 0).any((1, 2)))
+    scored = np.flatnonzero(known)
+    scored = scored[(scored > 0) & (scored < len(truth) - bool(known.all()))]
+    if not len(scored):
+        raise ValueError(f"{int(known.sum())} known frames: none is left beside the first and the last")
     scores: dict[str, float] = {}
+    pairs = [(np.where(truth[i] < 0, -1, prediction[i]), truth[i]) for i in scored]
     for name, metric in (("J", jaccard), ("F", contour)):
-        frames = np.array([[metric(p == value, t == value) for p, t in zip(prediction[1:-1], truth[1:-1], strict=True)]
-                           for value in objects])
+        frames = np.array([[metric(p == value, t == value) for p, t in pairs] for value in objects])
         edge = np.floor(np.linspace(0, frames.shape[1] - 1, 5) + 0.5).astype(int)  # quarters that share their ends
         early, late = frames[:, :edge[1] + 1], frames[:, edge[3]:]
         scores |= {name: float(frames.mean()), f"{name} recall": float((frames > 0.5).mean()),
@@ -264,14 +269,14 @@ def ece(target: Array, probabilities: Array, weight: Array | None = None, bins: 
 
 def brier(target: Array, probabilities: Array, weight: Array | None = None) -> Array:
     """Mean over cases of Σ_c (p_c − [c is the target])²: 0 is perfect, 2 the worst (Brier's own form, over all classes)."""
-    truth = np.eye(probabilities.shape[-1])[target]
-    return np.asarray(((probabilities - truth) ** 2).sum(-1))
-
-
     return _mean(_squares(target, probabilities), weight)
 
 
 def _squares(target: Array, probabilities: Array) -> Array:
+    truth = np.eye(probabilities.shape[-1])[target]
+    return np.asarray(((probabilities - truth) ** 2).sum(-1))
+
+
 def _confidence(target: Array, probabilities: Array, bins: int) -> tuple[Array, Array, Array]:
     hit = _hit(target, probabilities)
     confidence = probabilities.max(-1)

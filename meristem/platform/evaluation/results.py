@@ -66,9 +66,9 @@ class Cell(Model):
     """One trained-and-tested combination.
 
     arm: its name on the page. init: hash of the checkpoint it started from; None: random weights, or no pixel at all
-    (`METADATA`): the arm is a baseline. protocol: finetune | attentive | linear | knn | retrieval | …. labels: the budget as
-    asked for; labelled_subjects: what it came to. chosen: what was picked on validation (k, C, lr, …). encoder: name of the
-    architecture.
+    (`METADATA`): the arm is a baseline. protocol: finetune | attentive | linear | knn | retrieval | propagate | …. labels: the
+    budget as asked for; labelled_subjects: what it came to. chosen: what was picked on validation (k, C, lr, …). encoder: name
+    of the architecture.
     """
 
     arm: str
@@ -107,7 +107,7 @@ class Results(Model):
     """
 
     task: str
-    kind: Literal["segmentation", "classification", "retrieval"]
+    kind: Literal["segmentation", "classification", "retrieval", "propagation"]
     metric: str
     classes: tuple[str, ...]
     dataset: Dataset
@@ -298,7 +298,7 @@ class Group:
 
 
 PROTOCOLS = {"finetune": "fine-tuned", "attentive": "attentive probe", "linear": "linear probe", "knn": "nearest neighbours",
-             "retrieval": "retrieval"}
+             "retrieval": "retrieval", "propagate": "label propagation"}
 METADATA = "metadata"  # the arm that knows what a file's header says and no pixel
 QUERIES = "queries"  # the one class of retrieval: all of them
 
