@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
@@ -60,7 +61,7 @@ class PretextObjective(Objective):
             raise RecipeError(f"view '{s.view}' draws no '{s.label}' for a pretext",
                               f"It draws {', '.join(drawn)}." if drawn else f"Set an option of views.{s.view} that draws one.")
         target = drawn[s.label]
-        low, high = (int(x) for x in target.aminmax())
+        low, high = torch.stack(target.aminmax()).tolist()
         if low < 0 or high >= s.classes:
             remedy = f"set classes to at least {high + 1}." if low >= 0 else f"'{s.label}' cannot be a pretext's label."
             raise RecipeError(f"view '{s.view}' drew {s.label} {min(low, 0) or high}, and the pretext has {s.classes} classes",

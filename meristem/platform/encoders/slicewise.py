@@ -34,7 +34,7 @@ class SlicewiseSettings(EncoderSettings):
         return self.model_copy(update={"encoder": self.encoder.detached()})
 
     def build(self, tokenizer: Tokenizer, axes: tuple[Axis, ...], channels: int) -> Slicewise:
-        patch = getattr(tokenizer, "patch", ())
+        patch: tuple[int, ...] = getattr(tokenizer, "patch", ())
         if len(axes) != 3 or len(patch) != 3:
             raise RecipeError(f"encoder: slicewise cuts 3D arrays into slices; the modality has {len(axes)} axes",
                               "Choose its encoder itself.")
