@@ -24,11 +24,14 @@ def read_masks(folder: Path, names: Sequence[str], size: tuple[int, int]) -> np.
     """
     if not folder.is_dir():
         raise DataError("missing", "the masks of a video are a folder of one picture per frame, and there is no such folder")
-    files = {_key(f.stem): f for f in sorted(folder.iterdir()) if f.suffix.lower() in KINDS and not f.name.startswith(".")}
+    pictures = sorted(f for f in folder.iterdir() if f.suffix.lower() in KINDS and not f.name.startswith("."))
+    files = {_key(f.stem): f for f in pictures}
     places = {_key(name): i for i, name in enumerate(names)}
-    strange = sorted(files.keys() - places.keys())
-    if strange or not files:
-        what = f"{len(strange)} masks belong to no frame" if strange else "the folder of masks holds no picture"
+    strange = files.keys() - places.keys()
+    twice = len(files) < len(pictures) or len(places) < len(names)
+    if strange or twice or not files:
+        what = (f"{len(strange)} masks belong to no frame" if strange else
+                "two masks or two frames have one number" if twice else "the folder of masks holds no picture")
         raise DataError("mask", what, "Name masks as their frames are named or numbered.")
     labels = np.full((len(names), *size), UNKNOWN, np.int16)
     for key, file in files.items():
@@ -38,6 +41,13 @@ def read_masks(folder: Path, names: Sequence[str], size: tuple[int, int]) -> np.
                             "They must cover the same pixels.")
         labels[places[key]] = mask
     return labels
+
+
+def first_number(names: Sequence[str]) -> int:
+    """From which number the frames are counted: 0 unless their names count on from another."""
+    keys = [_key(name) for name in names]
+    first = int(keys[0]) if keys[0].isdecimal() else 0
+    return first if keys == [str(first + i) for i in range(len(keys))] else 0
 
 
 def _key(stem: str) -> str:

@@ -23,9 +23,10 @@ class VideoOptions(LatticeOptions):
     patch: frames, rows and columns of a tubelet. store: `file` decodes the frames of each look when it is drawn; `decoded`
     keeps all frames in the cache, their short side shrunk to `resize`, which costs disk and spares decoding. normalise:
     `imagenet` (ImageNet's mean and std), `unit` (to [0, 1]), or `zscore` (each channel of each video). reader: who decodes;
-    auto takes decord where it is exact, else PyAV. fps: of frame folders and other files that do not tell theirs. unit: of
-    positions within a frame; mm refuses files that do not know their pixel size. mask_values: pixel value of a mask -> class;
-    null: as stored. scales: finest and coarsest length, in `unit`, that the encoder must tell apart; seconds: the same of time.
+    auto takes decord where it is exact, else PyAV. fps: of frame folders and other files that do not tell theirs. max_pixels:
+    larger frames are refused. unit: of positions within a frame; mm refuses files that do not know their pixel size.
+    mask_values: pixel value of a mask -> class; null: as stored. scales: finest and coarsest length, in `unit`, that the
+    encoder must tell apart; seconds: the same of time.
     """
 
     channels: Literal[3] = 3
@@ -35,6 +36,7 @@ class VideoOptions(LatticeOptions):
     normalise: Literal["imagenet", "unit", "zscore"] = "imagenet"
     reader: Literal["auto", "decord", "pyav", "torchcodec"] = "auto"
     fps: Annotated[float, Field(gt=0)] = 25.0
+    max_pixels: Positive = 1 << 26
     unit: Literal["px", "mm"] = "px"
     mask_values: Mapping[int, int] | None = None
     scales: tuple[float, float] = (4.0, 512.0)
@@ -72,9 +74,13 @@ class VideoViewOptions(LatticeViewOptions):
     sample share (`same`), or any `other` one. direction: probability of playing backwards. order: number of parts that
     are shuffled. turn: by any of the four right angles. All but `order` as in `LatticeViewOptions` hold for the whole clip.
     These four are also the pretext labels, as int64 params: which speed, backwards or not, which permutation, how many turns.
+    What repeats gives speed and order away without any motion being understood: frames shown twice, because `fps` over the
+    file's own rate, or factors under 1, ask for more than there are, and the beginning again, where the video is shorter than
+    the clip at its greatest speed.
     residual: show differences of successive frames instead of frames.
     window and intensities: as `LatticeViewOptions`, of the frames, drawn once for a clip; no affine, elastic or margin.
-    clips, crops: what `plain` shows: evenly spread clips × crops along the frame's longer side. grid: set by `plain`.
+    clips, crops: what `plain` shows: clips evenly spread from the first frame to the last (one: of the middle), each with as
+    many crops along the frame's longer side. grid: set by `plain`.
     """
 
     size: tuple[Positive, Positive, Positive]
@@ -103,8 +109,12 @@ class VideoViewOptions(LatticeViewOptions):
             raise ValueError(f"turn needs square frames, size has {rows}×{columns}")
         if self.order and frames % self.order:
             raise ValueError(f"{frames} frames cannot be shuffled in {self.order} equal parts")
+        if self.speed and self.sample == "uniform":
+            raise ValueError("speed is for clips with a rate; `sample: uniform` shows the whole video, however long")
         if self.pace == "other" and len(self.speed) < 2:
             raise ValueError("pace: other needs two speeds or more")
+        if self.apart is not None and self.apart != "linear" and self.apart[0] > self.apart[1]:
+            raise ValueError(f"apart goes from the least to the greatest fraction, got {list(self.apart)}")
         if self.apart is not None and self.count != 2:
             raise ValueError("apart places the second of two looks: set count: 2")
         if self.apart is not None and self.sample == "uniform":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import permutations
 from typing import Any
 
@@ -25,19 +26,21 @@ def frames(view: VideoViewOptions, header: Header, look: Look) -> tuple[np.ndarr
     n, total = view.size[0] + view.residual, header.shape[1]
     labels, speed = _speed(view, look)
     if view.sample == "uniform":
-        u = np.full(n, 0.5) if view.grid else look.rng.uniform("segments", n)[0].double().numpy()
+        clip = (_clip(view, look) + 0.5) / view.grid[0] if view.grid else 0.0
+        u = np.full(n, clip) if view.grid else look.rng.uniform("segments", n)[0].double().numpy()
         index = np.minimum(((np.arange(n) + u) * total / n).astype(int), total - 1)
         step = total / n * header.spacing[0]
     elif isinstance(view.sample, Rate):
         shown, step = times(header), 1 / view.sample.fps
         at = np.arange(n) * step * speed
         length = shown[-1] + header.spacing[0]  # the last frame stays on screen as long as any
-        at += _start(view, look, max(length - (at[-1] + step * speed), 0.0))
+        at += _place(view, look) * max(length - (at[-1] + step * speed), 0.0)
         index = _wrapped(at, length, shown, view.short)
     else:
         step = view.sample.stride * header.spacing[0]
         at = np.arange(n) * view.sample.stride * speed
-        at += np.floor(_start(view, look, max(total - at[-1], 0.0)))
+        last = max(math.ceil(total - at[-1]) - 1, 0)
+        at += min(int(_place(view, look) * (last + 1)), last)
         index = _wrapped(at, total, np.arange(total), view.short)
     if view.direction is not None:
         labels["direction"] = int(look.rng.uniform("direction")[0] < view.direction)
@@ -63,19 +66,22 @@ def _speed(view: VideoViewOptions, look: Look) -> tuple[dict[str, Any], float]:
     return {"speed": which}, view.speed[which]
 
 
-def _start(view: VideoViewOptions, look: Look, room: float) -> float:
-    """Where the look starts, from 0 up to `room`, exclusive."""
+def _clip(view: VideoViewOptions, look: Look) -> int:
+    return look.number // view.grid[1] if view.grid else 0
+
+
+def _place(view: VideoViewOptions, look: Look) -> float:
+    """Where the look starts, from 0 (the earliest that is possible) to 1 (the latest)."""
     if view.grid is not None:
-        clips, crops = view.grid
-        return room * (look.number // crops + 0.5) / clips
+        return _clip(view, look) / (view.grid[0] - 1) if view.grid[0] > 1 else 0.5
     if view.apart is None:
-        return room * float(look.rng.uniform("start")[0])
-    place, u = look.sample.uniform("apart", 2)[0].tolist()
+        return float(look.rng.uniform("start")[0])
+    first, u = look.sample.uniform("apart", 2)[0].tolist()
+    low, high = (0.0, 1.0) if view.apart == "linear" else view.apart
     if view.apart == "linear":
-        gap = 1 - (1 - u) ** 0.5  # the inverse of the distribution function of the density 2 (1 − x)
-    else:
-        gap = view.apart[0] + (view.apart[1] - view.apart[0]) * u
-    return room * ((1 - gap) * place + look.number * gap)
+        u = 1 - (1 - u) ** 0.5  # the inverse of the distribution function of the density 2 (1 − x)
+    gap = low + (high - low) * u
+    return float((1 - gap) * first + look.number * gap)
 
 
 def _wrapped(at: np.ndarray, length: float, shown: np.ndarray, short: str) -> np.ndarray:

@@ -18,7 +18,7 @@ from meristem.modalities.image.image import IMAGENET
 from meristem.modalities.lattice import Lattice
 from meristem.modalities.lattice.drawing import draw as draw_frames
 from meristem.modalities.lattice.intensity import SPANNED, blur
-from meristem.modalities.video.masks import read_masks
+from meristem.modalities.video.masks import first_number, read_masks
 from meristem.modalities.video.options import VideoOptions, VideoViewOptions
 from meristem.modalities.video.readers import Frames, open_video, scan
 from meristem.modalities.video.sampling import frames as choose_frames
@@ -51,7 +51,7 @@ class Video(Lattice):
         Raises DataError: missing, empty, truncated, unreadable, frames, bomb, no-spacing, shape, mask.
         """
         options = self.options
-        video = open_video(paths[0], options.reader, fps=options.fps)
+        video = open_video(paths[0], options.reader, options.fps, options.max_pixels)
         try:
             if options.unit == "mm" and video.spacing is None:
                 raise DataError("no-spacing", "the file does not say how large its pixels are, the recipe wants mm",
@@ -75,8 +75,7 @@ class Video(Lattice):
             video.close()
 
     def _header(self, video: Frames, shape: tuple[int, ...], mean: np.ndarray, std: np.ndarray) -> Header:
-        gaps = np.diff(video.times)
-        period = float(np.median(gaps)) if len(gaps) else 1 / self.options.fps
+        period, steady = _period(video.times, self.options.fps)
         mm = video.spacing if self.options.unit == "mm" and video.spacing else (1.0, 1.0)
         factor = [n / m for n, m in zip(video.size, shape[2:], strict=True)]
         (dy, y), (dx, x) = ((f * s, (f - 1) / 2 * s) for f, s in zip(factor, mm, strict=True))
@@ -87,12 +86,12 @@ class Video(Lattice):
         elif self.options.normalise == "unit":
             mean, std = np.zeros(3), np.full(3, 255.0)
         std = np.where(std > 0, std, 1.0)
-        steady = not len(gaps) or bool(np.abs(video.times - period * np.arange(len(video.times))).max() < period / 4)
         return Header(
             shape=shape, affine=((period, 0.0, 0.0, 0.0), (0.0, dy, 0.0, y), (0.0, 0.0, dx, x), (0.0, 0.0, 0.0, 1.0)),
             spacing=spacing, scale=tuple((1 / std).tolist()), offset=tuple((-mean / std).tolist()), pad=(0.0, 0.0, 0.0),
             source={"shape": [len(video.times), *video.size], "unit": self.options.unit, "levels": [0, 255],
-                    "reader": video.reader, **({} if steady else {"times": video.times.tolist()})})
+                    "reader": video.reader, "first": first_number(video.names),
+                    **({} if steady else {"times": video.times.tolist()})})
 
     def _masks(self, path: Path, video: Frames) -> np.ndarray:
         labels = read_masks(path, video.names, video.size)
@@ -114,7 +113,7 @@ class Video(Lattice):
 
     def fetch(self, paths: Sequence[Path], header: Header, draws: Sequence[Draw]) -> list[np.ndarray]:
         """See `Modality.fetch`; frames are cropped and resized as they are decoded, so windows are (3, *shape) already."""
-        video = open_video(paths[0], header.source["reader"], fps=self.options.fps)
+        video = open_video(paths[0], header.source["reader"], self.options.fps, self.options.max_pixels)
         grey = np.clip(np.rint(-np.array(header.offset) / np.array(header.scale)), 0, 255).astype(np.uint8)
         windows = [np.empty((*draw.shape, 3), np.uint8) for draw in draws]
         places = [np.array(draw.index or range(draw.start[0], draw.start[0] + draw.size[0])) for draw in draws]
@@ -141,13 +140,13 @@ class Video(Lattice):
         """See `VideoViewOptions`."""
         assert isinstance(view, VideoViewOptions)
         index, step, labels = choose_frames(view, header, look)
-        frame = draw_frames(view.of_frames(), replace(header, shape=(header.shape[0], *header.shape[2:])), self.span(header), look)
+        still = replace(header, shape=(header.shape[0], *header.shape[2:]))
+        frame = draw_frames(view.of_frames(), still, self.span(header), look)
         start, size = frame.start, frame.size
         if view.grid is not None and view.grid[1] > 1:
             room = np.array(header.shape[2:]) - size
-            along = int(room.argmax())
-            start = tuple(round(room[a] * (look.number % view.grid[1]) / (view.grid[1] - 1)) if a == along and room[a] > 0 else s
-                          for a, s in enumerate(start))
+            along, place = int(room.argmax()), look.number % view.grid[1] / (view.grid[1] - 1)
+            start = tuple(round(room[a] * place) if a == along and room[a] > 0 else s for a, s in enumerate(start))
         params = dict(frame.params) | {name: np.int64(value) for name, value in labels.items()}
         if "flip" in params:
             params["flip"] = np.concatenate([np.zeros(1, np.float32), params["flip"]])
@@ -175,7 +174,7 @@ class Video(Lattice):
         return _differences(view) if settings.residual else view
 
     def write(self, prediction: np.ndarray, header: Header, path: Path) -> Path:
-        """Label maps (T, H, W) as a folder of grey PNGs of the source's size. Returns the folder."""
+        """Label maps (T, H, W) as a folder of grey PNGs of the source's size, numbered as its frames. Returns the folder."""
         labels = _nearest(np.asarray(prediction), tuple(header.source["shape"]))
         if self.options.mask_values is not None:
             back = {c: v for v, c in sorted(self.options.mask_values.items(), reverse=True)}
@@ -187,9 +186,20 @@ class Video(Lattice):
             labels = np.array([back[int(c)] for c in found])[where.reshape(labels.shape)]
         folder = path.with_suffix("") if path.suffix.lower() in self.suffixes else path
         folder.mkdir(parents=True, exist_ok=True)
-        for i, frame in enumerate(labels):
-            Pillow.fromarray(frame.astype(np.uint8 if labels.max() < 256 else np.uint16)).save(folder / f"{i:05d}.png")
+        labels = labels.astype(np.uint8 if labels.max() < 256 else np.uint16)
+        for i, frame in enumerate(labels, header.source["first"]):
+            Pillow.fromarray(frame).save(folder / f"{i:05d}.png")
         return folder
+
+
+def _period(times: np.ndarray, fps: float) -> tuple[float, bool]:
+    """Seconds from frame to frame, and whether they say when every frame is shown: else they are the most usual ones."""
+    if len(times) < 2:
+        return 1 / fps, True
+    mean = float(times[-1]) / (len(times) - 1)
+    if np.abs(times - mean * np.arange(len(times))).max() < mean / 4:
+        return mean, True
+    return float(np.median(np.diff(times))), False
 
 
 def _short_side(size: tuple[int, int], short: int | None) -> tuple[int, int]:
