@@ -81,7 +81,7 @@ def test_most_frames_must_be_numbered(tmp_path: Path) -> None:
 
 def test_the_folder_itself(tmp_path: Path) -> None:
     m = found(touch(tmp_path, *frames("walk")) / "walk")
-    assert [(r.local, r.paths) for r in m.rows] == [("walk", (tmp_path / "walk",))]
+    assert [(r.local, r.paths) for r in m.rows] == [("walk", (tmp_path / "walk",))] and m.layout == "numbered files"
 
 
 def test_class_and_split_folders_above(tmp_path: Path) -> None:

@@ -154,6 +154,7 @@ class Search:
         if not files and self._numbered([f.name for f in member_files(root, self.members)]) > 1:
             self.layout = "numbered files"
             self.add((root,), root.name, root.name)
+            return
         images, masks = self._beside(files)
         images = {f: key for f, key in images.items() if self.frames.get(f, 2) > 1}  # a mask may be drawn on one frame only
         self.layout = "images and masks in sibling folders"
