@@ -1,31 +1,51 @@
-"""What the transfer report shows of an evaluation: slices, reconstructions and curves, gathered and handed to the page."""
+"""What the transfer report shows of an evaluation: pictures, reconstructions, attention and curves, gathered for the page.
+
+Samples whose first axis is time are shown as strips of frames, others as one slice.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from meristem.modalities.base import Header
+from meristem.modalities.base import Draw, Header, Modality, View
+from meristem.modalities.stream import LatticeStream
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.loader import whole
+from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
 from meristem.platform.evaluation.results import Results
 from meristem.platform.masked.objective import MaskedObjective
-from meristem.platform.objectives import Items
-from meristem.platform.recipe import Recipe, build
+from meristem.platform.objectives import Encoded, Items
+from meristem.platform.recipe import Recipe, build, read
 from meristem.platform.report.figures import Curve
 from meristem.platform.report.page import write_report
-from meristem.platform.report.pictures import Overlay, Pictures, Reconstruction, Slice, pick_cases, pick_slice
+from meristem.platform.report.pictures import (
+    Attention,
+    Overlay,
+    Pictures,
+    Reconstruction,
+    Slice,
+    Strip,
+    pick_cases,
+    pick_samples,
+    pick_slice,
+    sample_groups,
+)
 from meristem.platform.step import Batch, Step
 from meristem.platform.training import checkpoint
+from meristem.tasks.base import TaskRecipe
 from meristem.tasks.transfer import arms
 
 SHOWN = 4  # reconstructions of each masked run
+ATTENDED = 3  # samples whose attention is shown
+FRAMES = 6  # of a strip
+SIDE = 240  # elements along the longer side of a strip's frame
 
 
 def report(directories: Sequence[Path], out: Path) -> Path:
@@ -43,8 +63,10 @@ def gather(directory: Path, data: Data, inits: Sequence[Path]) -> None:
     results = Results.load(directory / "results.json")
     pretrained = {arm.name: arm.init for arm in arms([str(init) for init in inits]) if arm.init is not None}
     shown = [replace(picture, label=name) for name, init in pretrained.items() for picture in reconstructions(init, data)]
-    overlays = _overlays(directory, results, data) if results.kind == "segmentation" else []
-    Pictures(shown, overlays).save(directory / "pictures.npz")
+    overlays = _overlays(directory, results, data) if results.kind in ("segmentation", "propagation") else []
+    strips = _strips(results, data) if timed(data.modality) else []
+    seen = attentions(directory / "recipe.yaml", pretrained, data) if timed(data.modality) else []
+    Pictures(shown, overlays, strips, seen).save(directory / "pictures.npz")
     logs = directory / "logs"
     logs.mkdir(exist_ok=True)
     for name, init in pretrained.items():
@@ -72,18 +94,59 @@ def _visible(array: np.ndarray, header: Header, plane: Slice) -> np.ndarray:
 
 
 def _picture(values: np.ndarray) -> np.ndarray:
-    """(C, *S) -> (*S, 3) scaled to 0…1, or the first channel."""
-    if len(values) != 3:
-        first: np.ndarray = values[0]
-        return first
-    low, high = np.nanmin(values), np.nanmax(values)
-    scaled: np.ndarray = np.moveaxis((values - low) / max(high - low, 1e-12), 0, -1)
-    return scaled
+    """(C, *S) -> (*S, 3) of three channels, else the first."""
+    return np.moveaxis(values, 0, -1) if len(values) == 3 else np.asarray(values[0])
+
+
+def timed(modality: Modality) -> bool:
+    """Whether samples are sequences: their first axis is in seconds."""
+    return modality.axes[0].unit == "s" and len(modality.axes) == 3
+
+
+def _thin(x: np.ndarray) -> np.ndarray:
+    """Every n-th row and column of (…, H, W), so that at most `SIDE` are left."""
+    step = -(-max(x.shape[-2:]) // SIDE)
+    return x[..., ::step, ::step]
+
+
+def _frames(values: np.ndarray, places: Sequence[int], header: Header) -> np.ndarray:
+    """Frames of normalised values (C, T, H, W) as they are stored: (n, H, W, 3) or (n, H, W), thinned."""
+    each = (-1, 1, 1, 1)
+    stored = (values[:, list(places)] - np.array(header.offset).reshape(each)) / np.array(header.scale).reshape(each)
+    return _picture(_thin(stored)).astype(np.float32)
+
+
+def _spread(first: int, last: int) -> list[int]:
+    """Up to `FRAMES` whole numbers from first to last, evenly spread."""
+    return sorted({round(x) for x in np.linspace(first, last, FRAMES).tolist()})
+
+
+def _stored(data: Data, row: Row, places: Sequence[int]) -> tuple[np.ndarray, tuple[float, ...]]:
+    """Whole stored frames (n, H, W[, 3]) at some places and their seconds."""
+    header = data.cache.header(row.index)
+    size = header.shape[2:]
+    draw = Draw((0, 0, 0), (len(places), *size), (len(places), *size), index=tuple(places))
+    (window,) = data.cache.windows(row.index, [draw])
+    return _picture(_thin(window)), tuple(header.affine[0][0] * i + header.affine[0][3] for i in places)
+
+
+def _strips(results: Results, data: Data) -> list[Strip]:
+    """Frames over the whole of every sample that a contact sheet shows."""
+    rows = {row.case: row for row in data.rows()}
+    chosen = {group.cases[i]: None for group in sample_groups(results).values()
+              for places in pick_samples(group).values() for i in places}
+    found = []
+    for case in (case for case in chosen if case in rows):
+        header = data.cache.header(rows[case].index)
+        shown, times = _stored(data, rows[case], _spread(0, header.shape[1] - 1))
+        found.append(Strip(case, shown, times, header.spacing[1] / header.spacing[2]))
+    return found
 
 
 def _overlays(directory: Path, results: Results, data: Data) -> list[Overlay]:
     """Worst, median and best case at the fewest labels, as the first seed's models of every arm drew them."""
-    cells = [c for c in results.cells if c.protocol == "finetune" and c.seed == 0]
+    protocol = results.cells[0].protocol
+    cells = [c for c in results.cells if c.protocol == protocol and c.seed == 0]
     if not cells:
         return []
     fewest = min(cells, key=lambda c: c.labelled_subjects).labels
@@ -95,17 +158,80 @@ def _overlays(directory: Path, results: Results, data: Data) -> list[Overlay]:
                 maps[cell.arm] = {name: stored[name] for name in stored.files}
     rows = {row.case: row for row in data.manifest.rows}
     found = []
-    for rank, case in pick_cases(results, "finetune", fewest).items():
-        if case not in rows or any(case not in drawn for drawn in maps.values()):
+    for rank, case in pick_cases(results, protocol, fewest).items():
+        if not maps or case not in rows or any(case not in drawn for drawn in maps.values()):
             continue
         row = rows[case]
         header, truth = data.cache.header(row.index), data.cache.field(row.index, "mask")
-        plane = pick_slice(truth, header.spacing)
         scores = {c.arm: float(np.mean(list(next(x for x in c.cases if x.case == case).metrics[results.metric].values())))
                   for c in cells if c.labels == fewest}
+        drawn = {arm: of[case] for arm, of in maps.items()}
+        if timed(data.modality):
+            known = np.flatnonzero((truth.astype(int) >= 0).any((1, 2)))  # frames that somebody labelled
+            places = [int(known[i]) for i in _spread(0, len(known) - 1)]
+            image, times = _stored(data, row, places)
+            found.append(Overlay(case, rank, image, _thin(truth[places]), {arm: _thin(x[places]) for arm, x in drawn.items()},
+                                 scores, header.spacing[1] / header.spacing[2], times))
+            continue
+        plane = pick_slice(truth, header.spacing)
         found.append(Overlay(case, rank, _visible(data.cache.array(row.index), header, plane), plane.of(truth),
-                             {arm: plane.of(drawn[case]) for arm, drawn in maps.items()}, scores, plane.aspect))
+                             {arm: plane.of(x) for arm, x in drawn.items()}, scores, plane.aspect))
     return found
+
+
+def _first_look(data: Data, rows: Sequence[Row], recipe: Recipe, name: str) -> View:
+    """The first plain look of a view at each row."""
+    plain = recipe.views[name].plain().model_copy(update={"count": 1})
+    view = recipe.modality.augment(whole(data.cache, rows, recipe.modality, plain), plain)
+    view.name = name
+    return view
+
+
+@torch.no_grad()
+def attentions(recipe: Path, pretrained: Mapping[str, Path], data: Data) -> list[Attention]:
+    """Where the pretrained encoders of an evaluation, whose task recipe is given, attend in some test samples, one per class
+    as far as that goes; none where the encoder does not tell.
+    """
+    if not recipe.is_file():
+        return []
+    task = build(read(str(recipe)), TaskRecipe)
+    test = data.rows("test") or data.rows()
+    rows = [*{row.labels.get("class"): row for row in reversed(test)}.values()][::-1]
+    rows = [*rows, *(row for row in test if row not in rows)][:ATTENDED]
+    if "attention" not in task.encoder.provides or not rows:
+        return []
+    found = []
+    view = _first_look(data, rows, task, "x")
+    for name, init in pretrained.items():
+        assembly = Assembly(task).eval()
+        checkpoint.load_encoder(init, assembly.encoder, task.modality, task.encoder.sees)
+        stream = assembly.tokenizer.stream(view)
+        if not isinstance(stream, LatticeStream) or stream.source is None or stream.lattice is None:
+            return []
+        for i, row in enumerate(rows):
+            one = assembly.tokenizer.stream(view.select(torch.tensor([i])))
+            weight = attended(assembly.encoder(one.seen(task.encoder.sees), want=frozenset({"attention"})))
+            heat = weight[0].reshape(stream.lattice)
+            seconds = stream.source[i, :, 0].reshape(stream.lattice)[:, 0, 0]
+            picks = _spread(0, len(heat) - 1)
+            places = [t * stream.patch[0] + stream.patch[0] // 2 for t in picks]
+            shown = _frames(view.array[i].float().numpy(), places, data.cache.header(row.index))
+            spacing = view.frame.spacing[i]
+            found.append(Attention(row.case, name, shown, tuple(seconds[picks].tolist()), (heat[picks] * heat.numel()).numpy(),
+                                   tuple(heat.sum((1, 2)).tolist()), tuple(seconds.tolist()), float(spacing[1] / spacing[2])))
+    return found
+
+
+def attended(encoded: Encoded) -> torch.Tensor:
+    """(B, n) share of the last block's attention that each token gets, heads averaged, rows summing to 1: from the class token
+    where there is one, else the mean over all tokens.
+    """
+    assert encoded.attention is not None
+    mean = encoded.attention.float().mean(1)
+    prefix = mean.shape[-1] - encoded.tokens.shape[1]
+    given = mean[:, 0, prefix:] if "cls" in encoded.summary else mean[:, prefix:, prefix:].mean(1)
+    given = given * encoded.valid
+    return given / given.sum(1, keepdim=True)
 
 
 @torch.no_grad()
@@ -120,21 +246,26 @@ def reconstructions(init: Path, data: Data) -> list[Reconstruction]:
         return []
     assembly.load_state_dict(checkpoint.read_weights(init))
     assembly.eval()
-    views = {}
-    for name, options in recipe.views.items():
-        plain = options.plain()
-        views[name] = recipe.modality.augment(whole(data.cache, rows, recipe.modality, plain), plain)
-        views[name].name = name
+    views = {name: _first_look(data, rows, recipe, name) for name in recipe.views}
     index = torch.tensor([row.index for row in rows])
     drawn = masked.reconstruct(Step(assembly, Batch(Items(index, index), views), 1.0, 0))
     if not drawn:
         return []
     found: list[Reconstruction] = []
-    for original, hidden, filled in zip(*(drawn[k].float().numpy() for k in ("original", "masked", "prediction")), strict=True):
-        plane = pick_slice(np.zeros(original.shape[1:], np.uint8), data.cache.header(rows[len(found)].index).spacing)
+    for i, parts in enumerate(zip(*(drawn[k].float().numpy() for k in ("original", "masked", "prediction")), strict=True)):
+        original = parts[0]
+        if timed(recipe.modality):
+            frame = views[masked.settings.encode].frame
+            places = _spread(0, original.shape[1] - 1)
+            index = torch.tensor([[float(t), 0.0, 0.0] for t in places])
+            times = frame.select(slice(i, i + 1)).to_source(index[None])[0, :, 0]
+            aspect = float(frame.spacing[i, 1] / frame.spacing[i, 2])
+            shown = [_frames(x, places, data.cache.header(rows[i].index)) for x in parts]
+            found.append(Reconstruction(shown[0], shown[1], shown[2], aspect, recipe.name, tuple(times.tolist())))
+            continue
+        plane = pick_slice(np.zeros(original.shape[1:], np.uint8), data.cache.header(rows[i].index).spacing)
         if original.ndim == 3:
             plane = Slice(None, 0, 1.0)
-        original, hidden, filled = (plane.of(_picture(x)) for x in (original, hidden, filled))
-        found.append(Reconstruction(original, hidden, filled, plane.aspect, recipe.name))
+        shown = [plane.of(_picture(x)) for x in parts]
+        found.append(Reconstruction(shown[0], shown[1], shown[2], plane.aspect, recipe.name))
     return found
-

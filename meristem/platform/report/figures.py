@@ -17,11 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from numpy.typing import NDArray
+from scipy.ndimage import zoom
 
 from meristem.platform.evaluation import metrics
-from meristem.platform.evaluation.results import PROTOCOLS, Group, Labels, Results, Summary, groups, signed
+from meristem.platform.evaluation.results import PROTOCOLS, Group, Labels, Results, Row, Summary, groups, signed
 from meristem.platform.evaluation.statistics import Estimate
-from meristem.platform.report.pictures import Overlay, Reconstruction
+from meristem.platform.report.pictures import Attention, Overlay, Reconstruction, Strip, pick_samples, sample_groups
 
 Array = NDArray[Any]
 
@@ -35,16 +36,26 @@ STYLE = {"font.family": "sans-serif", "font.size": 9.5, "axes.spines.top": False
          "svg.hashsalt": "meristem", "figure.facecolor": "white", "lines.linewidth": 1.5}
 
 
+PANELS = 12  # classes beyond which a panel for each says less than one for all
+NAMED = 30  # classes beyond which their names no longer stand beside a figure
+PANELS = 12  # classes beyond which a panel for each says less than one for all
+NAMED = 30  # classes beyond which their names no longer stand beside a figure
 _MANY = 300  # points beyond which a cloud is stored as pixels
+_UNKNOWN = np.array([201, 206, 214]) / 255  # light grey
+_UNKNOWN = np.array([201, 206, 214]) / 255  # light grey
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One image of the page. source: a data URI. alt: what a reader who cannot see it needs. caption: plain text."""
+    """One image of the page.
+
+    source: a data URI. alt: what a reader who cannot see it needs. caption: plain text. wide: it is a strip of frames.
+    """
 
     source: str
     alt: str
     caption: str = ""
+    wide: bool = False
 
 
 def draw(paint: Callable[[Axes], None], alt: str, caption: str = "", size: tuple[float, float] = (3.5, 2.7)) -> Plot:
@@ -66,8 +77,10 @@ def palette(results: Results) -> dict[str, str]:
 
 
 def interval(e: Estimate, sign: bool = False) -> str:
-    """0.812 [0.795, 0.828]."""
+    """0.812 [0.795, 0.828]; without the brackets where one subject gives no interval; – where there is no value."""
     show = signed if sign else "{:.3f}".format
+    if np.isnan(e.low):
+        return "–" if np.isnan(e.value) else show(e.value)
     return f"{show(e.value)} [{show(e.low)}, {show(e.high)}]"
 
 
@@ -80,7 +93,8 @@ def metric_label(results: Results, name: str) -> str:
     return label
 
 
-def _chosen(results: Results, protocol: str, labels: Labels) -> dict[str, Group]:
+def chosen(results: Results, protocol: str, labels: Labels) -> dict[str, Group]:
+    """arm -> its group at a protocol and label budget."""
     return {a: Group.of(cells, results.classes) for (a, p, n), cells in groups(results).items() if (p, n) == (protocol, labels)}
 
 
@@ -91,7 +105,8 @@ def _probabilities(group: Group) -> Array:
 
 def label_efficiency(results: Results, summary: Summary, protocol: str) -> Plot:
     """The primary metric against the number of labelled subjects: means, intervals, and each seed as a dot."""
-    rows = [r for r in summary.rows if r.protocol == protocol and r.metric == summary.metric]
+    metric = summary_metric(summary, protocol)
+    rows = [r for r in summary.rows if r.protocol == protocol and r.metric == metric]
     arms = [a for a in results.arms if any(r.arm == a for r in rows)]
     colours = palette(results)
     ticks = sorted({r.labelled_subjects: r.labels for r in rows}.items())
@@ -110,19 +125,48 @@ def label_efficiency(results: Results, summary: Summary, protocol: str) -> Plot:
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xticklabels([f"{n}\n(all)" if labels == "all" else str(n) for n, labels in ticks])
         ax.set_xlabel("labelled subjects in training")
-        ax.set_ylabel(metric_label(results, summary.metric))
+        ax.set_ylabel(metric_label(results, metric))
         ax.legend()
 
     told = "; ".join(f"{r.arm} at {r.labelled_subjects}: {r.mean.value:.3f}" for r in rows)
     how = PROTOCOLS.get(protocol, protocol)
-    return draw(paint, f"{metric_label(results, summary.metric)} against labelled subjects, {how}. {told}.",
+    return draw(paint, f"{metric_label(results, metric)} against labelled subjects, {how}. {told}.",
                 f"{how.capitalize()}. Points: mean over subjects and seeds. Bars: 95 % interval over test subjects. Faint "
                 "dots: single seeds.", size=(4.6, 3.1))
 
 
+def means(results: Results, summary: Summary, protocol: str) -> Plot:
+    """The protocol's metric of each arm where no label budget varies: means, intervals, and each seed as a dot."""
+    metric = summary_metric(summary, protocol)
+    rows = [r for r in summary.rows if r.protocol == protocol and r.metric == metric]
+    colours = palette(results)
+
+    def paint(ax: Axes) -> None:
+        for i, r in enumerate(rows):
+            mean, low, high = r.mean
+            ax.errorbar(mean, i, xerr=np.nan_to_num([[mean - low], [high - mean]]), color=colours[r.arm], marker="o",
+                        markersize=4.5, capsize=3)
+            ax.plot(list(r.seeds.values()), [i] * len(r.seeds), ".", color=colours[r.arm], alpha=0.35, markersize=5)
+        ax.set_yticks(range(len(rows)), [r.arm for r in rows])
+        ax.set_ylim(len(rows) - 0.4, -0.6)
+        ax.set_xlabel(metric_label(results, metric))
+        ax.grid(axis="y", visible=False)
+
+    told = "; ".join(f"{r.arm}: {r.mean.value:.3f}" for r in rows)
+    return draw(paint, f"{metric_label(results, metric)} of each arm: {told}.",
+                "Points: mean. Bars: 95 % interval over what was tested. Faint dots: single seeds.",
+                size=(4.6, 0.8 + 0.32 * len(rows)))
+
+
+def summary_metric(summary: Summary, protocol: str) -> str:
+    """The metric a protocol is compared by: the study's, or where the protocol does not have it the first it has."""
+    held = [r.metric for r in summary.rows if r.protocol == protocol]
+    return summary.metric if summary.metric in held else held[0]
+
+
 def per_class(results: Results, protocol: str, labels: Labels) -> list[Plot]:
     """For each class, the values of the primary metric over cases (mean over seeds), one box and its points per arm."""
-    made, colours = _chosen(results, protocol, labels), palette(results)
+    made, colours = chosen(results, protocol, labels), palette(results)
     plots = []
     for i, name in enumerate(results.classes):
         values = {arm: group.values[results.metric][:, i].mean(0) for arm, group in made.items()}
@@ -139,7 +183,7 @@ def per_class(results: Results, protocol: str, labels: Labels) -> list[Plot]:
 
 def true_class(results: Results, protocol: str, labels: Labels) -> list[Plot]:
     """For each class, the probability given to the true class over its cases (mean over seeds), per arm."""
-    made, colours = _chosen(results, protocol, labels), palette(results)
+    made, colours = chosen(results, protocol, labels), palette(results)
     plots = []
     for i, name in enumerate(results.classes):
         values = {arm: _probabilities(group)[:, group.target == i, i].mean(0) for arm, group in made.items()}
@@ -175,8 +219,6 @@ def _boxes(ax: Axes, values: Mapping[str, Array], colours: Mapping[str, str]) ->
 
 def paired(results: Results, summary: Summary, protocol: str, labels: Labels) -> list[Plot]:
     """Each test subject's own difference to the baseline, in order: how many gain, and whether some lose much."""
-    if results.kind != "segmentation":
-        return []
     cells = groups(results)
     colours = palette(results)
     plots = []
@@ -286,7 +328,7 @@ def _curve(several: Sequence[Curve], name: str, stage: str, colours: Mapping[str
 
 def calibration(results: Results, protocol: str, labels: Labels) -> Plot:
     """Accuracy against confidence in the bins of the calibration error; seeds pooled."""
-    made, colours = _chosen(results, protocol, labels), palette(results)
+    made, colours = chosen(results, protocol, labels), palette(results)
     bins = {}
     for arm, group in made.items():
         p = _probabilities(group)
@@ -313,7 +355,7 @@ def calibration(results: Results, protocol: str, labels: Labels) -> Plot:
 
 def roc(results: Results, summary: Summary, protocol: str, labels: Labels, replicates: int = 500) -> Plot:
     """ROC curve, mean over seeds, with a pointwise 95 % band over subjects; several classes: macro, one against the rest."""
-    made, colours = _chosen(results, protocol, labels), palette(results)
+    made, colours = chosen(results, protocol, labels), palette(results)
     grid = np.linspace(0, 1, 101)
     bands = {arm: _roc_band(group, grid, replicates) for arm, group in made.items()}
     areas = {arm: interval(row.mean) for arm in made if (row := summary.row(arm, protocol, labels, "auroc"))}
@@ -358,51 +400,113 @@ def _roc_band(group: Group, grid: Array, replicates: int) -> tuple[Array, Array,
     return curves[0], low, high
 
 
+def class_accuracies(results: Results, rows: Sequence[Row]) -> Plot:
+    """Accuracy within every class, one row of the summary per arm; few classes by name, many as a curve in order."""
+    colours = palette(results)
+    estimates = {r.arm: np.array([r.classes[c] for c in results.classes]) for r in rows}  # (K, 3)
+    known = {arm: e[~np.isnan(e[:, 0]), 0] for arm, e in estimates.items()}
+    order = np.argsort(next(iter(estimates.values()))[:, 0], kind="stable")
+    named = len(order) <= NAMED
+
+    def paint(ax: Axes) -> None:
+        for i, (arm, e) in enumerate(estimates.items()):
+            if named:
+                value, low, high = e[order].T
+                bars = np.nan_to_num([value - low, high - value])
+                ax.errorbar(value, np.arange(len(order)) + 0.16 * (i - (len(estimates) - 1) / 2), xerr=bars, fmt="o",
+                            markersize=3.5, elinewidth=1, color=colours[arm], label=arm)
+            else:
+                ax.plot(np.sort(known[arm]), np.linspace(0, 1, len(known[arm])), color=colours[arm], label=arm)
+        ax.set_xlim(-0.02, 1.02)
+        ax.set_xlabel("accuracy within the class")
+        if named:
+            ax.set_yticks(range(len(order)), [results.classes[i] for i in order])
+            ax.grid(axis="y", visible=False)
+        else:
+            ax.set_ylabel("share of classes below")
+        figure = ax.figure
+        assert isinstance(figure, Figure)
+        figure.legend(loc="outside upper center", ncols=3)
+
+    told = "; ".join(f"{arm} median {np.median(v):.3f}, {np.mean(v == 0):.0%} of classes never recognised"
+                     for arm, v in known.items())
+    return draw(paint, f"Accuracy within each of {len(order)} classes: {told}.",
+                "Bars: 95 % interval over test subjects." if named else "", size=(4.6, 1.1 + 0.22 * len(order)) if named
+                else (4.6, 3.1))
+
+
 def confusion(results: Results, protocol: str, labels: Labels) -> list[Plot]:
-    """Counts of truth against prediction per arm, mean over seeds, shaded by the share of the true class."""
+    """Counts of truth against prediction per arm, mean over seeds, shaded by the share of the true class.
+
+    Many classes: shares without numbers, then without names, and in words what is confused most.
+    """
     plots = []
-    for arm, group in _chosen(results, protocol, labels).items():
-        assert group.target is not None
-        tables = [metrics.confusion(group.target, seed.argmax(-1), len(results.classes)) for seed in _probabilities(group)]
+    size = len(results.classes)
+    for arm, group in chosen(results, protocol, labels).items():
+        if group.target is None:
+            continue
+        tables = [metrics.confusion(group.target, seed.argmax(-1), size) for seed in _probabilities(group)]
         table = np.mean(tables, axis=0)
         share = table / np.maximum(table.sum(1, keepdims=True), 1)
 
         def paint(ax: Axes, table: Array = table, share: Array = share, arm: str = arm) -> None:
-            ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
-            for i, j in np.ndindex(*table.shape):
-                ax.text(j, i, f"{table[i, j]:.1f}\n{share[i, j]:.0%}", ha="center", va="center",
-                        color="white" if share[i, j] > 0.55 else "#1f2937")
-            ax.set_xticks(range(len(table)), results.classes)
-            ax.set_yticks(range(len(table)), results.classes, rotation=90, va="center")
+            image = ax.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest" if size <= NAMED else "auto")
+            if size <= 6:
+                for i, j in np.ndindex(*table.shape):
+                    ax.text(j, i, f"{table[i, j]:.1f}\n{share[i, j]:.0%}", ha="center", va="center",
+                            color="white" if share[i, j] > 0.55 else "#1f2937", fontsize=9.5 if size <= 4 else 7)
+            else:
+                ax.figure.colorbar(image, ax=ax, shrink=0.7, label="share of the true class")
+            if size <= NAMED:
+                few = size <= 4
+                ax.set_xticks(range(size), results.classes, rotation=0 if few else 90, fontsize=9.5 if few else 7.5)
+                ax.set_yticks(range(size), results.classes, va="center", rotation=90 if few else 0, fontsize=9.5 if few else 7.5)
             ax.set_xlabel("predicted")
             ax.set_ylabel("true")
             ax.set_title(f"confusion, {arm}")
             ax.grid(visible=False)
 
-        told = "; ".join(f"{share[i, i]:.0%} of {name} recognised" for i, name in enumerate(results.classes))
-        plots.append(draw(paint, f"Confusion matrix of {arm}: {told}.", size=(3.2, 2.9)))
+        told, caption = "; ".join(f"{share[i, i]:.0%} of {name} recognised" for i, name in enumerate(results.classes)), ""
+        if size > 6:
+            present = table.sum(1) > 0
+            told = f"{size} classes, {np.diag(share)[present].mean():.0%} recognised on average"
+            wrong = np.where(np.eye(size, dtype=bool), 0, table)
+            worst = [np.unravel_index(i, wrong.shape) for i in np.argsort(-wrong, axis=None, kind="stable")[:5]]
+            pairs = [f"{results.classes[i]} as {results.classes[j]} ({wrong[i, j]:.1f} cases)" for i, j in worst if wrong[i, j]]
+            caption = f"Most often mistaken: {', '.join(pairs)}." if pairs else ""
+        side = 2.9 if size <= 4 else 3.4 if size <= 12 else 5.0
+        plots.append(draw(paint, f"Confusion matrix of {arm}: {told}.", caption, size=(1.12 * side, side)))
     return plots
 
 
 # ---- pictures
 
 def raster(image: Array, aspect: float, caption: str, alt: str, truth: Array | None = None, prediction: Array | None = None,
-           classes: Sequence[int] = (), limits: tuple[float, float] | None = None) -> Plot:
-    """A slice (H, W) or (H, W, 3) as a PNG; NaN is light grey. Contours: truth thin and white-edged, prediction in colour."""
-    height, width = image.shape[0] * aspect, image.shape[1]
+           classes: Sequence[int] = (), limits: tuple[float, float] | None = None, times: Sequence[float] = (),
+           heat: Array | None = None) -> Plot:
+    """A slice (H, W) or (H, W, 3) as an image; NaN is light grey. Contours: truth thin and white-edged, prediction in colour.
+
+    times: arrays have a first axis of frames, drawn side by side, each under its second. heat: (n, h, w) of the frames, laid
+    over them in colour, 0 clear.
+    """
+    shown = _shade(image, limits or _limits(image), image.ndim - bool(times) == 3)
+    if heat is not None:
+        shown = _heated(shown, heat)
+    if times:
+        shown = _side_by_side(shown, 1.0)
+        truth, prediction = (None if x is None else _side_by_side(x, 0) for x in (truth, prediction))
+    height, width = shown.shape[0] * aspect, shown.shape[1]
     longest = max(height, width)
-    size = (2.1 * width / longest, 2.1 * height / longest)
+    scale, head = (7.2, 0.26) if times else (2.1, 0.0)  # inches
+    size = (scale * width / longest, scale * height / longest + head)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=size, dpi=170)
-        ax = figure.add_axes((0, 0, 1, 1))
+        figure = Figure(figsize=size, dpi=130 if times else 170)
+        ax = figure.add_axes((0, 0, 1, 1 - head / size[1]))
         ax.axis("off")
-        low, high = limits or _limits(image)
-        if image.ndim == 3:
-            shown = np.clip((image - low) / max(high - low, 1e-12), 0, 1)
-            ax.imshow(np.where(np.isnan(shown), 0.82, shown), aspect=aspect)
-        else:
-            known = mpl.colormaps["gray"](np.clip((np.nan_to_num(image) - low) / max(high - low, 1e-12), 0, 1))
-            ax.imshow(np.where(np.isnan(image)[..., None], mpl.colors.to_rgba("#c9ced6"), known), aspect=aspect)
+        ax.imshow(shown, aspect=aspect)
+        for i, second in enumerate(times):
+            ax.text((i + 0.5) / len(times), 1.02, _seconds(second, times), transform=ax.transAxes, ha="center", va="bottom",
+                    fontsize=11, color="#4b5563")
         for i, value in enumerate(classes):
             if truth is not None and (truth == value).any():
                 ax.contour(truth == value, [0.5], colors="white", linewidths=1.6)
@@ -410,8 +514,41 @@ def raster(image: Array, aspect: float, caption: str, alt: str, truth: Array | N
             if prediction is not None and (prediction == value).any():
                 ax.contour(prediction == value, [0.5], colors=CONTOURS[i % len(CONTOURS)], linewidths=1.5)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return Plot("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), alt, caption)
+        if times:  # photographs, and many of them
+            figure.savefig(buffer, format="jpeg", pil_kwargs={"quality": 82})
+        else:
+            figure.savefig(buffer, format="png", metadata={"Software": None})
+    kind = "jpeg" if times else "png"
+    return Plot(f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", alt, caption, bool(times))
+
+
+def _shade(image: Array, limits: tuple[float, float], colour: bool) -> Array:
+    """(…, H, W) or, in colour, (…, H, W, 3) to (…, H, W, 3) in 0…1."""
+    low, high = limits
+    known = np.clip((np.nan_to_num(image) - low) / max(high - low, 1e-12), 0, 1)
+    missing = np.isnan(image)
+    if not colour:
+        known, missing = np.repeat(known[..., None], 3, -1), missing[..., None]
+    return np.where(missing, _UNKNOWN, known)
+
+
+def _heated(shown: Array, heat: Array) -> Array:
+    """Frames (n, H, W, 3) under a map (n, h, w), resampled linearly; the strongest of the strip is opaque to three quarters."""
+    fine = np.stack([zoom(h.astype(float), np.array(shown.shape[1:3]) / h.shape, order=1, grid_mode=True, mode="nearest")
+                     for h in heat])
+    strength = np.clip(fine / max(float(heat.max()), 1e-12), 0, 1)[..., None]
+    return shown * (1 - 0.75 * strength) + 0.75 * strength * mpl.colormaps["inferno"](0.25 + 0.75 * strength[..., 0])[..., :3]
+
+
+def _side_by_side(frames: Array, fill: float) -> Array:
+    """(n, H, W, …) to (H, n·W + gaps, …)."""
+    gap = max(1, round(0.03 * frames.shape[2]))
+    padding = [(0, 0), (0, gap), *[(0, 0)] * (frames.ndim - 3)]
+    return np.concatenate([np.pad(f, padding, constant_values=fill) for f in frames], 1)[:, :-gap]
+
+
+def _seconds(second: float, times: Sequence[float]) -> str:
+    return f"{second:.{1 if max(times) - min(times) >= 2 else 2}f} s"
 
 
 def _limits(image: Array) -> tuple[float, float]:
@@ -430,21 +567,80 @@ def reconstructions(several: Iterable[Reconstruction]) -> list[list[Plot]]:
         window = _limits(r.original)
         parts = (("original", r.original), ("masked", r.masked), ("reconstruction", r.reconstruction))
         title = f"Example {i}, {r.label}" if r.label else f"Example {i}"
-        rows.append([raster(image, r.aspect, name, f"{title}: {name}", limits=window) for name, image in parts])
+        rows.append([raster(image, r.aspect, name, f"{title}: {name}{_span(r.times)}", limits=window, times=r.times)
+                     for name, image in parts])
     return rows
 
 
+def _span(times: Sequence[float]) -> str:
+    """What the alternative text says of a strip; nothing of a single picture."""
+    return f", {len(times)} frames from {_seconds(times[0], times)} to {_seconds(times[-1], times)}" if times else ""
+
+
 def overlays(several: Iterable[Overlay], metric: str) -> list[tuple[str, list[Plot]]]:
-    """(heading, panels) per case: the same slice once per arm, with the contours of the truth and of the prediction."""
+    """(heading, panels) per case: the same slice or strip once per arm, with the contours of the truth and the prediction."""
     rows = []
     for o in several:
-        values = [int(v) for v in np.unique(o.truth) if v] or [1]
-        values = sorted({*values, *(int(v) for p in o.predictions.values() for v in np.unique(p) if v)})
+        values = [int(v) for v in np.unique(o.truth) if v > 0] or [1]
+        values = sorted({*values, *(int(v) for p in o.predictions.values() for v in np.unique(p) if v > 0)})
         panels = []
         for arm, prediction in o.predictions.items():
             score = o.scores.get(arm)
             text = f"{arm}, {metric} {score:.3f}" if score is not None else arm
-            panels.append(raster(o.image, o.aspect, text, f"{o.rank} case {o.case}, {text}: contours of truth and prediction",
-                                 o.truth, prediction, values))
+            panels.append(raster(o.image, o.aspect, text, f"{o.rank} case {o.case}, {text}: contours of truth and prediction"
+                                 f"{_span(o.times)}", o.truth, prediction, values, times=o.times))
         rows.append((f"{o.rank} case", panels))
+    return rows
+
+
+def sheets(results: Results, strips: Sequence[Strip]) -> list[tuple[str, list[tuple[str, list[Plot]]]]]:
+    """(label budget, (arm, strips)): the samples of `pick_samples` with the probabilities that each was given."""
+    drawn: dict[str, Plot] = {}
+    shown = {strip.case: strip for strip in strips}
+    found: dict[str, list[tuple[str, list[Plot]]]] = {}
+    for (arm, protocol, labels), group in sample_groups(results).items():
+        assert group.target is not None
+        p, plots = _probabilities(group).mean(0), []
+        for heading, places in pick_samples(group).items():
+            for i in places:
+                strip = shown.get(group.cases[i])
+                if strip is None:
+                    continue
+                if strip.case not in drawn:
+                    drawn[strip.case] = raster(strip.frames, strip.aspect, "", "", times=strip.times)
+                top = [int(c) for c in np.argsort(-p[i], kind="stable")[:3]]
+                given = ", ".join(f"{results.classes[c]} {p[i, c]:.2f}" for c in dict.fromkeys([*top, int(group.target[i])]))
+                text = f"{strip.case}, truly {results.classes[group.target[i]]}; given {given}"
+                plots.append(Plot(drawn[strip.case].source, f"{arm}, {heading}, {text}{_span(strip.times)}",
+                                  f"{heading.capitalize()}: {text}.", wide=True))
+        if plots:
+            n = next(c.labelled_subjects for c in results.cells if (c.arm, c.protocol, c.labels) == (arm, protocol, labels))
+            found.setdefault(f"{PROTOCOLS.get(protocol, protocol)}, {n} labelled subjects", []).append((arm, plots))
+    return list(found.items())
+
+
+def attention(results: Results, several: Sequence[Attention]) -> list[tuple[str, list[Plot], Plot]]:
+    """(case, a strip per arm with the attention over it, the arms' curves over time)."""
+    colours = palette(results)
+    rows = []
+    for case in dict.fromkeys(a.case for a in several):
+        mine = [a for a in several if a.case == case and a.arm in colours]
+        if not mine:
+            continue
+        strips = [raster(a.frames, a.aspect, a.arm, f"{case}, where {a.arm} attends, in colour{_span(a.times)}", times=a.times,
+                         heat=a.heat) for a in mine]
+
+        def paint(ax: Axes, mine: Sequence[Attention] = mine) -> None:
+            for a in mine:
+                ax.plot(a.seconds, a.curve, color=colours[a.arm], marker=".", label=a.arm)
+            ax.axhline(1 / len(mine[0].curve), color="#9ca3af", linewidth=1, linestyle=":")
+            ax.set_xlabel("seconds")
+            ax.set_ylabel("share of attention")
+            ax.set_ylim(0, 1.3 * max(max(a.curve) for a in mine))
+            ax.legend(ncols=2, loc="upper left")
+
+        told = "; ".join(f"{a.arm} from {min(a.curve):.3f} to {max(a.curve):.3f}, most at "
+                         f"{_seconds(a.seconds[int(np.argmax(a.curve))], a.seconds)}" for a in mine)
+        rows.append((case, strips, draw(paint, f"Share of attention over time, {case}: {told}.",
+                                        "Dotted: attention spread evenly.", size=(4.6, 2.0))))
     return rows

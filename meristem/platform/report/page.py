@@ -8,13 +8,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from meristem.platform.evaluation.metrics import LABELS
-from meristem.platform.evaluation.results import PROTOCOLS, Labels, Results, Row, Summary, dump, groups, join, signed, summarise
+from meristem.platform.evaluation.results import (
+    METADATA,
+    PROTOCOLS,
+    Labels,
+    Results,
+    Row,
+    Summary,
+    dump,
+    groups,
+    join,
+    signed,
+    summarise,
+)
 from meristem.platform.report import figures
-from meristem.platform.report.figures import Curve, Plot, interval, metric_label
+from meristem.platform.report.figures import PANELS, Curve, Plot, interval, metric_label, summary_metric
 from meristem.platform.report.pictures import Pictures
 
 NAME = "report.html"
@@ -52,7 +65,7 @@ class Study:
     @property
     def at(self) -> str:
         n = next(c.labelled_subjects for c in self.results.cells if (c.protocol, c.labels) == (self.protocol, self.labels))
-        return f"{PROTOCOLS.get(self.protocol, self.protocol)}, {n} labelled subjects"
+        return PROTOCOLS.get(self.protocol, self.protocol) + (f", {n} labelled subjects" if self.budgeted else "")
 
     @property
     def doubts(self) -> list[str]:
@@ -67,26 +80,51 @@ class Study:
     def protocols(self) -> list[str]:
         return list(dict.fromkeys(r.protocol for r in self.summary.rows))
 
+    @property
+    def budgeted(self) -> bool:
+        """Whether training labels are what the arms were given more or less of."""
+        return self.results.kind != "propagation"
+
     @cached_property
     def efficiency(self) -> list[Plot]:
-        return [figures.label_efficiency(self.results, self.summary, p) for p in self.protocols]
+        plot = figures.label_efficiency if self.budgeted else figures.means
+        return [plot(self.results, self.summary, p) for p in self.protocols]
+
+    @property
+    def facts(self) -> str:
+        """What the arm that sees no pixel says of the others; empty where there is none."""
+        if METADATA not in self.results.arms:
+            return ""
+        found = [c for c in self.summary.primary() if c.baseline == METADATA]
+        last = {(c.arm, c.protocol): c for c in found}  # most labels last
+        told = []
+        for c in last.values():
+            beaten = c.difference.low > 0 if self.results.higher[c.metric] else c.difference.high < 0
+            told.append(f"{c.arm} {'beats' if beaten else 'does not beat'} it by {PROTOCOLS.get(c.protocol, c.protocol)} at "
+                        f"{c.labelled_subjects} labelled subjects ({interval(c.difference, sign=True)})")
+        return (f"The arm “{METADATA}” knows what the files' headers say (size, length, spacing) and no pixel, so what it "
+                f"reaches can be had without looking: {'; '.join(told) or 'no learned arm was compared with it'}.")
 
     def lines(self, protocol: str) -> list[Line]:
-        """The table of arms of one protocol, in the primary metric."""
-        lines = []
+        """The table of arms of one protocol, in the metric it is compared by."""
+        lines, metric = [], summary_metric(self.summary, protocol)
         for row in self.summary.rows:
-            if (row.protocol, row.metric) != (protocol, self.summary.metric):
+            if (row.protocol, row.metric) != (protocol, metric):
                 continue
-            against = tuple((c.baseline, interval(c.difference, sign=True), p_value(c.p_holm)) for c in self.summary.primary()
-                            if (c.arm, c.protocol, c.labels) == (row.arm, protocol, row.labels))
+            against = tuple((c.baseline, interval(c.difference, sign=True), p_value(c.p_holm)) for c in self.summary.comparisons
+                            if (c.arm, c.protocol, c.labels, c.metric) == (row.arm, protocol, row.labels, metric))
             lines.append(Line(_labels(row), row.arm, row.arm in self.results.baselines, interval(row.mean),
                               "–" if row.seed_sd is None else f"{row.seed_sd:.3f}", against))
         return lines
 
+    def metric_of(self, protocol: str) -> str:
+        return metric_label(self.results, summary_metric(self.summary, protocol))
+
     def details(self, protocol: str) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
-        """Heads and rows (labels, arm, values) of every metric and of every class."""
+        """Heads and rows (labels, arm, values) of every metric, and of every class where they have no table of their own."""
         rows = [r for r in self.summary.rows if r.protocol == protocol]
-        columns = list(dict.fromkeys((r.metric, c) for r in rows for c in ("", *r.classes)))
+        split = self.results.kind != "classification" and len(self.results.classes) > 1
+        columns = list(dict.fromkeys((r.metric, c) for r in rows for c in ("", *(r.classes if split else ()))))
         heads = [f"{metric_label(self.results, m)}{f', {c}' if c else ''}" for m, c in columns]
         table = []
         for arm, labels in dict.fromkeys((r.arm, r.labels) for r in rows):
@@ -96,24 +134,81 @@ class Study:
             table.append((_labels(first), arm, values))
         return heads, table
 
+    def _detailed(self) -> list[Row]:
+        """The rows of the headline's protocol and labels that tell classes apart."""
+        return [r for r in self.summary.rows if (r.protocol, r.labels) == (self.protocol, self.labels) and r.classes]
+
+    @cached_property
+    def classes(self) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+        """Heads and rows (class, test cases, values) of the metrics of each class, arms side by side."""
+        rows = self._detailed() if self.results.kind == "classification" else []
+        if not rows:
+            return [], []
+        group = next(iter(figures.chosen(self.results, self.protocol, self.labels).values()))
+        assert group.target is not None
+        counts = np.bincount(group.target, minlength=len(self.results.classes))
+        heads = [f"{metric_label(self.results, r.metric)}, {r.arm}" for r in rows]
+        return heads, [(c, str(counts[i]), [interval(r.classes[c]) for r in rows])
+                       for i, c in enumerate(self.results.classes)]
+
+    @cached_property
+    def sequences(self) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+        """Heads and rows (sequence, arm, values) of every metric, the mean over sequences with its interval first."""
+        if self.results.kind != "propagation":
+            return [], []
+        means = {(r.arm, r.metric): interval(r.mean) for r in self.summary.rows
+                 if (r.protocol, r.labels) == (self.protocol, self.labels)}
+        names = list(dict.fromkeys(metric for _, metric in means))
+        chosen = figures.chosen(self.results, self.protocol, self.labels)
+        cases = sorted({case for group in chosen.values() for case in group.cases})
+        rows = [("mean", arm, [means[arm, name] for name in names]) for arm in chosen]
+        for case in cases:
+            for arm, group in chosen.items():
+                if case in group.cases:
+                    at = group.cases.index(case)
+                    rows.append((case, arm, [f"{group.values[name][:, :, at].mean():.3f}" for name in names]))
+        return [metric_label(self.results, name) for name in names], rows
+
     @cached_property
     def distributions(self) -> list[Plot]:
+        at = self.protocol, self.labels
         if self.results.kind == "classification":
-            return figures.true_class(self.results, self.protocol, self.labels)
-        return [*figures.per_class(self.results, self.protocol, self.labels),
-                *figures.paired(self.results, self.summary, self.protocol, self.labels)]
+            if len(self.results.classes) <= PANELS:
+                return figures.true_class(self.results, *at)
+            accuracy = [r for r in self._detailed() if r.metric == "accuracy"]
+            return [figures.class_accuracies(self.results, accuracy)] if accuracy else []
+        boxes = figures.per_class(self.results, *at) if self.results.kind != "retrieval" else []
+        return [*boxes, *figures.paired(self.results, self.summary, *at)]
+
+    @property
+    def drawn(self) -> str:
+        """What a mark in the figures of the cases stands for."""
+        kind = self.results.kind
+        dots = "; every dot is one test case, mean over seeds"
+        bars = "; every bar is one test subject"
+        if kind == "classification":
+            return dots if len(self.results.classes) <= PANELS else ""
+        return bars if kind == "retrieval" else dots + bars
 
     @cached_property
     def diagnostics(self) -> list[Plot]:
         if self.results.kind != "classification":
             return []
         at = self.protocol, self.labels
-        return [figures.roc(self.results, self.summary, *at), figures.calibration(self.results, *at),
-                *figures.confusion(self.results, *at)]
+        curve = [figures.roc(self.results, self.summary, *at)] if len(self.results.classes) <= PANELS else []
+        return [*curve, figures.calibration(self.results, *at), *figures.confusion(self.results, *at)]
 
     @cached_property
     def curves(self) -> dict[str, list[Plot]]:
         return figures.curves(self.results, self.records)
+
+    @cached_property
+    def sheets(self) -> list[tuple[str, list[tuple[str, list[Plot]]]]]:
+        return figures.sheets(self.results, self.pictures.strips)
+
+    @cached_property
+    def attention(self) -> list[tuple[str, list[Plot], Plot]]:
+        return figures.attention(self.results, self.pictures.attention)
 
     @cached_property
     def reconstructions(self) -> list[list[Plot]]:
@@ -125,7 +220,7 @@ class Study:
 
     @property
     def contour_colours(self) -> list[tuple[str, str]]:
-        return list(zip(self.results.classes, figures.CONTOURS, strict=False)) if self.results.kind == "segmentation" else []
+        return list(zip(self.results.classes, figures.CONTOURS, strict=False)) if self.pictures.overlays else []
 
     @property
     def budgets(self) -> list[tuple[str, ...]]:
@@ -204,8 +299,7 @@ def write_report(results: Results | Sequence[Results], pictures: Pictures | Sequ
         for i, (old, shown, drawn) in enumerate(joined):
             both = join(old, r)
             if both is not None:
-                more = Pictures([*shown.reconstructions, *p.reconstructions], [*shown.overlays, *p.overlays])
-                joined[i] = both, more, [*drawn, *c]
+                joined[i] = both, shown + p, [*drawn, *c]
                 break
         else:
             joined.append((r, p, c))

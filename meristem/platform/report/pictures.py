@@ -1,4 +1,7 @@
-"""What a caller hands over to be shown: two-dimensional slices, prepared, and kept beside a run for later reports."""
+"""What a caller hands over to be shown: slices, or strips of frames, prepared, and kept beside a run for later reports.
+
+Where a picture has `times`, each of its arrays has a first axis of as many frames, shown side by side at those seconds.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meristem.errors import MeristemError
-from meristem.platform.evaluation.results import Group, Labels, Results, groups
+from meristem.platform.evaluation.results import METADATA, Group, Labels, Results, groups
 
 Array = NDArray[Any]
 Rank = Literal["worst", "median", "best"]
@@ -30,6 +33,7 @@ class Reconstruction:
     reconstruction: Array
     aspect: float = 1.0
     label: str = ""
+    times: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,50 @@ class Overlay:
     predictions: Mapping[str, Array]
     scores: Mapping[str, float] = field(default_factory=dict)
     aspect: float = 1.0
+    times: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Strip:
+    """What a sample shows over time: frames (n, H, W) or (n, H, W, 3). case: a pseudonym."""
+
+    case: str
+    frames: Array
+    times: tuple[float, ...]
+    aspect: float = 1.0
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Where an arm's encoder looks in a case.
+
+    frames: (n, H, W) or (n, H, W, 3). heat: (n, h, w) attention of the tokens at those frames, 1 where it is spread evenly.
+    curve: (T,) share of the attention at each token time, summing to 1; seconds: (T,) those times.
+    """
+
+    case: str
+    arm: str
+    frames: Array
+    times: tuple[float, ...]
+    heat: Array
+    curve: tuple[float, ...]
+    seconds: tuple[float, ...]
+    aspect: float = 1.0
 
 
 @dataclass(frozen=True)
 class Pictures:
     reconstructions: Sequence[Reconstruction] = ()
     overlays: Sequence[Overlay] = ()
+    strips: Sequence[Strip] = ()
+    attention: Sequence[Attention] = ()
+
+    def __add__(self, other: Pictures) -> Pictures:
+        """Those of both; a case's strip once."""
+        known = {strip.case for strip in self.strips}
+        return Pictures([*self.reconstructions, *other.reconstructions], [*self.overlays, *other.overlays],
+                        [*self.strips, *(strip for strip in other.strips if strip.case not in known)],
+                        [*self.attention, *other.attention])
 
     def save(self, path: Path) -> Path:
         """One .npz of arrays and a JSON index; no pickle."""
@@ -61,10 +103,13 @@ class Pictures:
 
         index = {
             "reconstructions": [{"original": keep(r.original), "masked": keep(r.masked), "aspect": r.aspect, "label": r.label,
-                                 "reconstruction": keep(r.reconstruction)} for r in self.reconstructions],
+                                 "reconstruction": keep(r.reconstruction), "times": r.times} for r in self.reconstructions],
             "overlays": [{"case": o.case, "rank": o.rank, "image": keep(o.image), "truth": keep(o.truth), "aspect": o.aspect,
-                          "predictions": {arm: keep(p) for arm, p in o.predictions.items()}, "scores": dict(o.scores)}
-                         for o in self.overlays]}
+                          "predictions": {arm: keep(p) for arm, p in o.predictions.items()}, "scores": dict(o.scores),
+                          "times": o.times} for o in self.overlays],
+            "strips": [{"case": s.case, "frames": keep(s.frames), "times": s.times, "aspect": s.aspect} for s in self.strips],
+            "attention": [{"case": a.case, "arm": a.arm, "frames": keep(a.frames), "times": a.times, "heat": keep(a.heat),
+                           "curve": a.curve, "seconds": a.seconds, "aspect": a.aspect} for a in self.attention]}
         np.savez_compressed(path, index=np.frombuffer(json.dumps(index).encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]
         return path
 
@@ -75,10 +120,14 @@ class Pictures:
             with np.load(path, allow_pickle=False) as stored:
                 index = json.loads(stored["index"].tobytes())
                 return cls([Reconstruction(stored[r["original"]], stored[r["masked"]], stored[r["reconstruction"]], r["aspect"],
-                                           r["label"]) for r in index["reconstructions"]],
+                                           r["label"], tuple(r.get("times", ()))) for r in index["reconstructions"]],
                            [Overlay(o["case"], o["rank"], stored[o["image"]], stored[o["truth"]],
-                                    {arm: stored[p] for arm, p in o["predictions"].items()}, o["scores"], o["aspect"])
-                            for o in index["overlays"]])
+                                    {arm: stored[p] for arm, p in o["predictions"].items()}, o["scores"], o["aspect"],
+                                    tuple(o.get("times", ()))) for o in index["overlays"]],
+                           [Strip(s["case"], stored[s["frames"]], tuple(s["times"]), s["aspect"])
+                            for s in index.get("strips", ())],
+                           [Attention(a["case"], a["arm"], stored[a["frames"]], tuple(a["times"]), stored[a["heat"]],
+                                      tuple(a["curve"]), tuple(a["seconds"]), a["aspect"]) for a in index.get("attention", ())])
         except (OSError, ValueError, KeyError) as error:
             raise MeristemError(f"{path} does not hold pictures of a run: {error}", "Evaluate again to make them.") from None
 
@@ -112,6 +161,36 @@ def pick_slice(label: Array, spacing: Sequence[float], axis: int = 2) -> Slice:
     area = np.count_nonzero(label, axis=tuple(rest))
     index = int(area.argmax()) if area.any() else label.shape[axis] // 2
     return Slice(axis, index, spacing[rest[1]] / spacing[rest[0]])  # rows run along the second remaining axis after the turn
+
+
+def pick_samples(group: Group, each: int = 2) -> dict[str, list[int]]:
+    """Heading -> places, in the group's cases, of the `each` extreme ones by the probabilities (mean over seeds).
+
+    Right with the highest probability; of all, the lowest largest probability; wrong with the lowest of the true class.
+    """
+    assert group.target is not None and group.probabilities is not None
+    p = group.probabilities.mean(0)
+    confidence, right = p.max(-1), p.argmax(-1) == group.target
+    true = p[np.arange(len(p)), group.target]
+
+    def first(score: Array, among: Array) -> list[int]:
+        return [int(i) for i in np.argsort(score, kind="stable") if among[i]][:each]
+
+    return {"most confident right": first(-confidence, right), "least confident": first(confidence, np.ones_like(right)),
+            "worst wrong": first(true, ~right)}
+
+
+def sample_groups(results: Results) -> dict[tuple[str, str, Labels], Group]:
+    """(arm, protocol, labels) -> group, of the first protocol that gives probabilities, at its fewest and its most labels.
+
+    Arms that look at samples only.
+    """
+    found = {key: cells for key, cells in groups(results).items()
+             if key[0] != METADATA and cells[0].cases[0].target is not None}
+    protocol = next((protocol for _, protocol, _ in found), None)
+    budgets = [labels for _, p, labels in found if p == protocol]  # few labels first
+    return {key: Group.of(cells, results.classes) for key, cells in found.items()
+            if key[1] == protocol and key[2] in (budgets[0], budgets[-1])}
 
 
 def pick_cases(results: Results, protocol: str, labels: Labels) -> dict[Rank, str]:
