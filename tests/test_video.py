@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import permutations
 from pathlib import Path
@@ -22,10 +22,12 @@ from torch import Tensor
 
 from meristem.errors import DataError
 from meristem.modalities.base import Header, Look, View
-from meristem.modalities.video import Video, VideoOptions, VideoViewOptions
+from meristem.modalities.video import Video, VideoOptions, VideoViewOptions, readers
+from meristem.modalities.video import timeline as timelines
 from meristem.modalities.video import video as module
 from meristem.modalities.video.readers import open_video
 from meristem.modalities.video.sampling import frames as choose
+from meristem.modalities.video.timeline import timeline as scanned
 from meristem.platform.data.cache import Cache
 from meristem.platform.data.loader import loader, whole
 from meristem.platform.data.manifest import Manifest
@@ -578,6 +580,40 @@ def test_frames_of_a_film_are_the_readers(clips: Path) -> None:
     reader.close()
     window, = modality.fetch([clips / "clip1.mp4"], sample.header, [d])
     assert (window == expected.transpose(3, 0, 1, 2)).all()
+
+
+def test_a_files_packets_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it changes; and a process does not remember without end."""
+    read: list[Path] = []
+
+    def counted(path: Path, max_pixels: int) -> Any:
+        read.append(path)
+        return scanned(path, max_pixels)
+
+    monkeypatch.setattr(timelines, "timeline", counted)
+    monkeypatch.setattr(readers, "_timelines", OrderedDict())
+    a, b = (film(tmp_path / f"{name}.mp4", coded(10)) for name in "ab")
+    for path in (a, b, a, b):
+        open_video(path).close()
+    assert read == [a, b]
+    film(a, coded(12))
+    again = open_video(a)
+    assert len(again.times) == 12
+    again.close()
+    assert read == [a, b, a]
+    monkeypatch.setattr(readers, "HELD", 15)
+    for path in (film(tmp_path / "c.mp4", coded(10)), a):
+        open_video(path).close()
+    assert len(readers._timelines) == 1
+
+
+def test_long_films_are_not_left_to_a_reader_that_reads_them_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = film(tmp_path / "a.mp4", coded(10))
+    monkeypatch.setattr(readers, "LONG", 9)
+    for asked, serves in (("auto", "pyav"), ("decord", "decord")):
+        opened = open_video(path, asked)
+        assert opened.reader == serves
+        opened.close()
 
 
 # ---- masks

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from meristem.errors import DataError
 
+if TYPE_CHECKING:
+    from meristem.modalities.video.timeline import Timeline
+
 BATCH = 16  # frames handed on at once by `scan`
+LONG = 1500  # frames: decord reads the whole file whenever it opens it, which beyond a minute costs more than decoding a clip
+HELD = 1 << 18  # frames whose timelines one process remembers: some 30 MB
+
+_timelines: OrderedDict[tuple[Path, int, int, int], Timeline] = OrderedDict()  # numbers, no handles: harmless in a fork
 
 
 class Frames(Protocol):
@@ -44,8 +52,9 @@ def open_video(path: Path, reader: str = "auto", fps: float = 25.0, max_pixels: 
     """Open a video file, a folder of pictures, or a DICOM cine.
 
     reader: of video files: decord, pyav, torchcodec, or auto: decord where the packets prove that it finds every frame
-    (`Timeline.exact`) and its own count and times agree, else PyAV. fps: of what does not say its times (folders, some cine).
-    max_pixels: larger frames are refused. Raises DataError (missing, empty, truncated, unreadable, bomb, frames).
+    (`Timeline.exact`), its own count and times agree and the film is not long, else PyAV. fps: of what does not say its times
+    (folders, some cine). max_pixels: larger frames are refused. Raises DataError (missing, empty, truncated, unreadable, bomb,
+    frames).
     """
     if path.is_dir():
         from meristem.modalities.video.folder import Folder
@@ -61,20 +70,34 @@ def open_video(path: Path, reader: str = "auto", fps: float = 25.0, max_pixels: 
 
         return Cine(path, fps, max_pixels)
     from meristem.modalities.video.containers import Decord, PyAV, Torchcodec
-    from meristem.modalities.video.timeline import timeline
 
-    line = timeline(path, max_pixels)
+    line = _timeline(path, max_pixels)
     if reader == "pyav":
         return PyAV(path, line)
     if reader == "torchcodec":
         return Torchcodec(path, line)
-    if reader == "decord" or line.exact:
+    if reader == "decord" or (line.exact and len(line.times) <= LONG):
         try:
             return Decord(path, line)
         except DataError:
             if reader == "decord":
                 raise
     return PyAV(path, line)
+
+
+def _timeline(path: Path, max_pixels: int) -> Timeline:
+    """A file's timeline, of which reading the packets takes a fifth of the time of a clip, more in a long film."""
+    from meristem.modalities.video.timeline import timeline
+
+    stat = path.stat()
+    key = path, stat.st_size, stat.st_mtime_ns, max_pixels
+    if key in _timelines:
+        _timelines.move_to_end(key)
+        return _timelines[key]
+    line = _timelines[key] = timeline(path, max_pixels)
+    while sum(len(t.times) for t in _timelines.values()) > HELD and len(_timelines) > 1:
+        _timelines.popitem(last=False)
+    return line
 
 
 def scan(frames: Frames, keep: Callable[[np.ndarray], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
