@@ -215,18 +215,21 @@ class Torchcodec(VideoFile):
     reader = "torchcodec"
 
     def __init__(self, path: Path, timeline: Timeline) -> None:
+        missing = DataError("unreadable", "torchcodec, or the FFmpeg libraries it needs, cannot be loaded",
+                            f"Install meristem[torchcodec] and FFmpeg. {AUTO}")
         try:
             from torchcodec.decoders import VideoDecoder
         except (ImportError, RuntimeError, OSError):
-            raise DataError("unreadable", "torchcodec, or the FFmpeg libraries it needs, cannot be loaded",
-                            f"Install meristem[torchcodec] and FFmpeg. {AUTO}") from None
+            raise missing from None
         super().__init__(path, timeline)
         if mirrored(timeline.turn):
             raise DataError("unreadable", "torchcodec does not show mirrored video as it is meant", AUTO)
         try:
             self._decoder = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
             count, self._origin = len(self._decoder), self._decoder.get_frame_at(0).pts_seconds
-        except (RuntimeError, ValueError, IndexError):
+        except (RuntimeError, ValueError, IndexError) as error:
+            if "libtorchcodec" in str(error):  # it looks for the libraries at the first use
+                raise missing from None
             raise DataError("unreadable", "torchcodec cannot open the file", AUTO) from None
         if count != len(self.times):
             raise DataError("unreadable", f"torchcodec counts {count} frames, the container {len(self.times)}", AUTO)

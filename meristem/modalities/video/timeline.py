@@ -144,9 +144,10 @@ def _scan(path: Path, container: InputContainer, stream: VideoStream, max_pixels
             shown.append(pts)
     if first is None or not marks:
         raise DataError("frames", "no frame of the video can be decoded", AGAIN)
-    length = path.stat().st_size
-    if (broken or any(end > length for end, _ in index) or ("avi" in kind and stream.frames > len(marks))
-            or any(n <= av.logging.ERROR and name in (kind, *kind.split(",")) for n, name, _ in log)):
+    promised = max([end for end, _ in index] + [_segment_end(path) if "matroska" in kind else 0])
+    complaints = any(level <= av.logging.ERROR and name in (kind, *kind.split(",")) for level, name, _ in log)
+    lost = "avi" in kind and stream.frames > len(marks)
+    if broken or lost or complaints or promised > path.stat().st_size:
         raise DataError("truncated", "the video data end early or are damaged", AGAIN)
     sound &= bool(keys) and keys[0].order == 0 and min(shown, default=-1) >= keys[0].pts
     sound &= not ("avi" in kind and codec in ("h264", "hevc") and context.has_b_frames)  # AVI holds no pts: these are counted
@@ -167,6 +168,21 @@ def _scan(path: Path, container: InputContainer, stream: VideoStream, max_pixels
         why = "it is shown mirrored"
     size = (width, height) if turn is not None and turn[0] == 0 else (height, width)
     return Timeline(kind, codec, times, ticks, order, tuple(keys), size, turn, why)
+
+
+def _segment_end(path: Path) -> int:
+    """Where a Matroska file says that it ends (RFC 8794: identifier, then length); 0 where it does not say."""
+    with path.open("rb") as file:
+        data = file.read(4096)
+    at = 0
+    for _ in range(2):  # the EBML head, the segment
+        at += 4  # both identifiers have 4 bytes
+        width = 9 - data[at].bit_length() if data[at:] else 9
+        value = int.from_bytes(data[at:at + width], "big") & (1 << 7 * width) - 1
+        at += width
+        end = 0 if width > 8 or value == (1 << 7 * width) - 1 else at + value
+        at = end
+    return end
 
 
 def _first(packet: av.Packet) -> av.VideoFrame | None:
