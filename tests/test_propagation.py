@@ -14,8 +14,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+import meristem
+from meristem.errors import DataError, RecipeError
+from meristem.modalities.base import View
+from meristem.modalities.frame import Frame
+from meristem.platform.assembly import Assembly
+from meristem.platform.data.source import Data, open_data
 from meristem.platform.evaluation import metrics
 from meristem.platform.evaluation.propagation import decide, keypoint_maps, keypoints, label_maps, propagate
+from meristem.platform.evaluation.results import Results, summarise
+from meristem.tasks.base import TaskRecipe, normalised, objective
+from meristem.tasks.finetune import resolve
+from meristem.tasks.propagation import PropagationObjective
 
 
 def brute(features: Tensor, first: Tensor, context: int, radius: int | None, top_k: int, temperature: float) -> Tensor:
@@ -141,7 +151,7 @@ def test_colour_follows_a_real_object_better_than_its_first_mask(data_root: Path
     root, scores = data_root / "davis2016-val", {}
     if not root.is_dir():
         pytest.skip("no DAVIS sequences")
-    files = sorted((root / "JPEGImages/480p/kite-surf").glob("*.jpg"))[:20]
+    files = sorted((root / "JPEGImages/480p/kite-surf").glob("*.jpg"))[::4]
     masks = [Image.open(root / "Annotations/480p/kite-surf" / f"{f.stem}.png").convert("L") for f in files]
     truth = np.stack([np.asarray(m.resize((427, 240), Image.Resampling.NEAREST)) for m in masks]).astype(int)
     images = [np.asarray(Image.open(f).resize((106, 60), Image.Resampling.BOX)) for f in files]
@@ -155,3 +165,117 @@ def test_colour_follows_a_real_object_better_than_its_first_mask(data_root: Path
         scores[name] = metrics.tracking(found, truth, [255])["J&F"]
     still = metrics.tracking(np.repeat(truth[:1], len(truth), 0), truth, [255])["J&F"]
     assert scores["colour"] > still > scores["noise"]
+
+
+# ---- the task
+
+SMALL = ["modality.video.patch=[2,8,8]", "encoder={transformer: {width: 24, depth: 2, heads: 2}}", "views.x.size=[2,32,32]",
+         "task.propagation.size=48", "task.propagation.radius=2", "task.propagation.top_k=1"]
+
+
+@pytest.fixture(scope="module")
+def sequences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two sequences of 11 frames of 48x96: textured squares 3 and 7 move a token a frame over a plain ground.
+
+    The second has object 3 only, and no mask of its first and its last two frames.
+    """
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for name, ids in (("a", (3, 7)), ("b", (3,))):
+        squares = {value: rng.integers(0, 256, (16, 16, 3), np.uint8) for value in ids}
+        for kind in ("frames", "masks"):
+            (root / kind / name).mkdir(parents=True)
+        for t in range(11):
+            frame, mask = np.full((48, 96, 3), 90, np.uint8), np.zeros((48, 96), np.uint8)
+            for value, square in squares.items():
+                y, x = (0, 8 * t) if value == 3 else (24, 80 - 8 * t)
+                frame[y:y + 16, x:x + 16], mask[y:y + 16, x:x + 16] = square, value
+            Image.fromarray(frame).save(root / "frames" / name / f"{t:05d}.png")
+            if name == "a" or 0 < t < 9:
+                Image.fromarray(mask).save(root / "masks" / name / f"{t:05d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(sequences: Path) -> tuple[TaskRecipe, Data, Assembly]:
+    recipe = resolve("propagation", "video", SMALL)
+    data = open_data(sequences, recipe.modality, "0,0,1", sequences / "cache", quiet=True)
+    torch.manual_seed(0)
+    return recipe, data, recipe.assemble(2).eval()
+
+
+def task_of(assembly: Assembly) -> PropagationObjective:
+    task = objective(assembly)
+    assert isinstance(task, PropagationObjective)
+    return task
+
+
+def test_a_frame_is_shown_alone_and_at_its_own_proportions(made: tuple[TaskRecipe, Data, Assembly]) -> None:
+    recipe, data, assembly = made
+    row, task = data.rows("test")[0], task_of(assembly)
+    maps = torch.stack(list(task.features(assembly, data, row, range(11))))
+    assert maps.shape == (11, 24, 6, 12)
+    torch.testing.assert_close(torch.stack(list(task.features(assembly, data, row, range(3, 5)))), maps[3:5])
+    header, stored = data.cache.header(row.index), data.cache.array(row.index)
+    still = normalised(stored[:, [4, 4]], header, torch.device("cpu"))[None]
+    frame = Frame(torch.eye(4)[None], (2, 48, 96), torch.tensor(header.spacing)[None], ("s", "px", "px"))
+    view = View("x", still, frame, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    encoded = assembly.encoder(assembly.tokenizer.stream(view).seen(recipe.encoder.sees), want=frozenset({"layers"}))
+    torch.testing.assert_close(encoded.tokens[0], maps[4].flatten(1).T)
+    second = resolve("propagation", "video", [*SMALL, "task.propagation.layer=0"]).task.build(assembly, 2)
+    assert isinstance(second, PropagationObjective)
+    found = next(second.features(assembly, data, row, range(4, 5)))
+    torch.testing.assert_close(encoded.layers[0][0], found.flatten(1).T)
+
+
+def test_objects_are_carried_and_scored_by_their_own_masks(made: tuple[TaskRecipe, Data, Assembly]) -> None:
+    recipe, data, assembly = made
+    rows, task = data.rows("test"), task_of(assembly)
+    kept: dict[str, np.ndarray] = {}
+    cases = task.test(assembly, data, rows, recipe.task.scope(data), lambda row, labels: kept.__setitem__(row.case, labels))
+    for row, case in zip(rows, cases, strict=True):
+        truth, found = data.cache.field(row.index, "mask"), kept[case.case]
+        start = int((truth > 0).any((1, 2)).argmax())
+        objects = sorted(set(np.unique(truth)) - {-1, 0})
+        assert set(np.unique(found[start:])) <= {0, *objects} and (found[:start] == -1).all()
+        assert case.metrics["J"]["objects"] == pytest.approx(metrics.tracking(found[start:], truth[start:], objects)["J"])
+        for t in range(start, 11 if len(objects) == 2 else 9):
+            ids, whole = torch.tensor([0, *objects]), torch.from_numpy(truth[t].astype(np.int64))
+            rounded = ids[decide(label_maps(whole, ids.tolist(), (6, 12)), (48, 96), True)]  # corners of tokens
+            assert torch.equal(torch.from_numpy(found[t]).long(), whole if t == start else rounded)
+
+
+def test_masks_are_written_on_the_sources_grid(made: tuple[TaskRecipe, Data, Assembly], tmp_path: Path) -> None:
+    recipe, data, assembly = made
+    row = data.rows("test")[0]
+    (folder,) = task_of(assembly).write(assembly, data, [row], recipe.task.scope(data), tmp_path)
+    assert folder == tmp_path / row.case
+    written = np.stack([np.asarray(Image.open(f)) for f in sorted(folder.glob("*.png"))])
+    assert (written == np.maximum(task_of(assembly).labels(assembly, data, row), 0)).all()
+
+
+def test_arms_are_compared_without_training(sequences: Path, tmp_path: Path) -> None:
+    options = {"inits": ["scratch"], "seeds": 2, "split": "0,0,1", "cache": sequences / "cache", "quiet": True}
+    meristem.evaluate("propagation", sequences, tmp_path, SMALL, **options)
+    results = Results.load(tmp_path / "results.json")
+    assert [(c.protocol, c.labels, c.labelled_subjects, c.seed, c.budget.steps) for c in results.cells] == [
+        ("propagate", 0, 0, seed, 0) for seed in range(2)]
+    assert summarise(results).rows[0].metric in metrics.LABELS
+    assert len(list((tmp_path / "predictions" / "scratch").glob("case-*/*.png"))) == 22
+    with pytest.raises(RecipeError, match="no label budgets"):
+        meristem.evaluate("propagation", sequences, tmp_path, SMALL, labels=["1"], **options)
+    with pytest.raises(RecipeError, match="no protocol 'knn'"):
+        meristem.evaluate("propagation", sequences, tmp_path, SMALL, protocols=["knn"], **options)
+    with pytest.raises(RecipeError, match="trains nothing"):
+        meristem.finetune("propagation", sequences, tmp_path / "run", SMALL, cache=sequences / "cache", quiet=True)
+
+
+def test_what_cannot_be_carried_is_refused(sequences: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="layer 2 does not exist"):
+        resolve("propagation", "video", [*SMALL, "task.propagation.layer=2"]).assemble(2)
+    task = "task={propagation: {size: 32, context: 1, radius: 1, top_k: 1, temperature: 0.1}}"
+    with pytest.raises(RecipeError, match="no axis in seconds"):
+        resolve("image/segmentation", "image", ["task.segmentation=null", task])
+    recipe = resolve("propagation", "video", SMALL)
+    data = open_data(sequences / "frames", recipe.modality, "0,0,1", tmp_path, quiet=True)
+    with pytest.raises(DataError, match="no sequence has masks"):
+        recipe.task.scope(data)

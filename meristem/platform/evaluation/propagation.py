@@ -87,7 +87,7 @@ def decide(labels: Tensor, size: tuple[int, int], normalise: bool) -> Tensor:
     if normalise:
         low, high = fine.amin((1, 2), keepdim=True), fine.amax((1, 2), keepdim=True)
         fine = torch.where(high > low, (fine - low) / (high - low).clamp_min(torch.finfo(fine.dtype).tiny), fine)
-    return fine.argmax(0)
+    return fine.max(0).indices
 
 
 def keypoint_maps(points: Tensor, grid: tuple[int, int], sigma: float) -> Tensor:
