@@ -145,7 +145,7 @@ def finetune(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
 
 
 def evaluate(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] = (), *, inits: Sequence[str],
-             labels: Sequence[str] = ("all",), seeds: int = 3, protocols: Sequence[str] = ("finetune",), split: str = "auto",
+             labels: Sequence[str] = ("all",), seeds: int = 3, protocols: Sequence[str] = (), split: str = "auto",
              cache: Path | None = None, quiet: bool = False) -> Path:
     """Compare encoders by what they are worth to a task; returns the page of the transfer report.
 
