@@ -23,6 +23,7 @@ from meristem.platform.data import check as checking
 from meristem.platform.data import lists
 from meristem.platform.data.layouts import Search, member_files, nested, sequences
 from meristem.platform.data.source import open_data
+from meristem.platform.evaluation.results import METADATA
 from meristem.platform.training import checkpoint
 from meristem.platform.training.loop import Outcome, first_rank
 from meristem.platform.training.pretrain import pretrain as _pretrain
@@ -138,7 +139,7 @@ def finetune(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
     resume=True goes on with it. Raises MeristemError.
     """
     quiet = quiet or not first_rank()
-    start = None if init == tuning.SCRATCH else Path(init)
+    start = tuning.origin(init)
     settings = tuning.resolve(task, guess_modality(data), overrides, start)
     return tuning.finetune(settings, open_data(Path(data), settings.modality, split, cache, quiet), Path(out), init=start,
                            labels=labels, train_on=train_on, resume=resume, quiet=quiet)
@@ -149,18 +150,20 @@ def evaluate(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
              cache: Path | None = None, quiet: bool = False) -> Path:
     """Compare encoders by what they are worth to a task; returns the page of the transfer report.
 
-    inits: pretraining runs; an arm from scratch is added. All arms share the first checkpoint's architecture. labels: budgets
-    as in `finetune`. seeds: draws of labels and trainings per cell. protocols: of finetune, linear, knn. Finished cells are
-    kept in `out`/cells: the same call goes on where one was stopped. Raises MeristemError, before any training where it can.
+    inits: pretraining runs; an arm from scratch is added; `metadata` is one that knows what files say before any pixel. All
+    arms share the first checkpoint's architecture. labels: budgets as in `finetune`. seeds: draws of labels and trainings per
+    cell. protocols: of those the task has (classification: finetune, attentive, linear, knn; or retrieval alone). Finished
+    cells are kept in `out`/cells: the same call goes on where one was stopped. Raises MeristemError, before any training where
+    it can.
     """
     quiet = quiet or not first_rank()
-    first = next((Path(init) for init in inits if init != tuning.SCRATCH), None)
-    settings = tuning.resolve(task, guess_modality(data), overrides, first)
+    runs = [Path(init) for init in inits if init not in (tuning.SCRATCH, METADATA)]
+    settings = tuning.resolve(task, guess_modality(data), overrides, next(iter(runs), None))
     found = open_data(Path(data), settings.modality, split, cache, quiet)
     transfer.evaluate(settings, found, Path(out), inits, labels, seeds, protocols, quiet)
     if not first_rank():
         return Path(out) / "report.html"
-    pages.gather(Path(out), found, [Path(i) for i in inits if i != tuning.SCRATCH])
+    pages.gather(Path(out), found, runs)
     return pages.report([Path(out)], Path(out))
 
 

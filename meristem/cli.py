@@ -34,12 +34,13 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest ch
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Init = Annotated[str, typer.Option("--init", help="A pretraining run, or scratch.")]
-Inits = Annotated[list[str] | None, typer.Option("--init", help="A pretraining run, or scratch; repeat for more arms.")]
+Inits = Annotated[list[str] | None, typer.Option(
+    "--init", help="A pretraining run, scratch, or metadata (what files say before any pixel); repeat for more arms.")]
 Labels = Annotated[str, typer.Option("--labels", help="Labelled subjects to use: a count, a fraction, or all.")]
 TrainOn = Annotated[str, typer.Option("--train-on", help="Splits to learn from: train, or train,val once all is tuned.")]
 Budgets = Annotated[list[str] | None, typer.Option("--labels", help="Label budgets: counts, fractions or all; repeatable.")]
-Protocols = Annotated[list[str] | None,
-                      typer.Option("--protocol", help="finetune, linear, knn, …; default: the task's usual one; repeatable.")]
+Protocols = Annotated[list[str] | None, typer.Option(
+    "--protocol", help="finetune, attentive, linear, knn, retrieval, …; default: the task's usual one; repeatable.")]
 
 
 @app.command()

@@ -21,7 +21,7 @@ from meristem.platform.assembly import Assembly
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data, open_data
 from meristem.platform.evaluation.results import Results
-from meristem.tasks import pages, transfer
+from meristem.tasks import pages, probing, transfer
 from meristem.tasks.base import TaskRecipe, normalised, objective
 from meristem.tasks.embedding import embed, encode
 from meristem.tasks.finetune import choose, resolve
@@ -232,7 +232,7 @@ def test_probes_compare_with_a_random_encoder(image_folder: Path, tmp_path: Path
         embedded.extend((weights, row.index) for row in rows)
         return embed(assembly, data, rows)
 
-    monkeypatch.setattr(transfer, "embed", counted)
+    monkeypatch.setattr(probing, "embed", counted)
     quick = [*QUICK, "encoder={transformer: {width: 32, depth: 2, heads: 2}}", "train.steps=3"]
     size = "views.x={size: [32, 32]}"
     shallow = "objectives.pixels.masked.predictor.decoder.depth=1"

@@ -11,33 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meristem.errors import DataError
+from meristem.errors import DataError, RecipeError
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
+from meristem.platform.evaluation.metrics import set_metrics
+from meristem.platform.evaluation.probes import KNN, Attentive, Linear
 from meristem.platform.evaluation.results import Case
 from meristem.platform.objectives import Encoded, Loss
+from meristem.platform.pooling import AttentivePool
 from meristem.platform.recipe import Share
 from meristem.platform.step import Step
 from meristem.tasks.base import Keep, Scope, TaskObjective, TaskRecipe, TaskSettings
-from meristem.tasks.embedding import encode
-
-
-class AttentivePool(nn.Module):
-    """One learned query attends to all tokens (the attentive probe of Chen et al. 2023, CAE)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.query = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
-        self.norm = nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
-
-    def forward(self, encoded: Encoded) -> Tensor:
-        tokens = self.norm(encoded.tokens)
-        pooled, _ = self.attention(self.query.expand(len(tokens), -1, -1), tokens, tokens, key_padding_mask=~encoded.valid,
-                                   need_weights=False)
-        out: Tensor = pooled[:, 0]
-        return out
+from meristem.tasks.embedding import encode, over_looks
 
 
 class ClassificationObjective(TaskObjective):
@@ -48,7 +34,7 @@ class ClassificationObjective(TaskObjective):
         width = assembly.encoder.width
         self.settings = settings
         self.summary = assembly.recipe.summary if settings.pool == "auto" else settings.pool
-        self.pool = AttentivePool(width, max(width // 64, 1)) if settings.pool == "attention" else None
+        self.pool = AttentivePool(width) if settings.pool == "attention" else None
         self.norm: nn.Module = nn.BatchNorm1d(width, affine=False) if settings.batch_norm else nn.Identity()
         self.drop = nn.Dropout(settings.dropout)
         self.out = nn.Linear(width, classes)
@@ -56,7 +42,7 @@ class ClassificationObjective(TaskObjective):
         nn.init.zeros_(self.out.bias)
 
     def logits(self, encoded: Encoded) -> Tensor:
-        z = self.pool(encoded) if self.pool is not None else encoded.summary[self.summary]
+        z = self.pool(encoded.tokens, encoded.valid) if self.pool is not None else encoded.summary[self.summary]
         out: Tensor = self.out(self.drop(self.norm(z)))
         return out
 
@@ -68,8 +54,9 @@ class ClassificationObjective(TaskObjective):
 
     @torch.no_grad()
     def probabilities(self, assembly: Assembly, data: Data, rows: Sequence[Row]) -> Tensor:
-        """(n, K) of whole samples at the training view's size."""
-        return torch.cat([self.logits(encoded).float().softmax(1).cpu() for encoded in encode(assembly, data, rows)])
+        """(n, K) of whole samples at the training view's size: means over their looks (Feichtenhofer et al. 2019)."""
+        looks = (self.logits(encoded).float().softmax(1) for encoded in encode(assembly, data, rows))
+        return torch.cat([over_looks(p, assembly.recipe).cpu() for p in looks])
 
     def test(self, assembly: Assembly, data: Data, rows: Sequence[Row], scope: Scope, keep: Keep | None = None) -> list[Case]:
         found = self.probabilities(assembly, data, rows)
@@ -88,17 +75,21 @@ class ClassificationObjective(TaskObjective):
 
 
 class Classification(TaskSettings):
-    """pool: auto is the summary that pretraining trained (the recipe's `summary`). batch_norm: before the linear layer, without
-    parameters (He et al. 2022, linear probing). smoothing: of labels.
+    """metric: by which arms are compared. pool: auto is the summary that pretraining trained (the recipe's `summary`).
+    batch_norm: before the linear layer, without parameters (He et al. 2022, linear probing). smoothing: of labels. knn, linear,
+    attentive: probes of the frozen encoder, which `evaluate` runs.
     """
 
     kind = "classification"
-    metric = "auroc"
-    protocols = ("finetune", "linear", "knn")
+    protocols = ("finetune", "attentive", "linear", "knn", "retrieval")
+    metric: Literal["auroc", "auprc", "accuracy", "balanced_accuracy", "top5", "brier", "ece"] = "auroc"  # type: ignore[misc]
     pool: Literal["auto", "cls", "mean", "attention"] = "auto"
     batch_norm: bool = False
     dropout: Share = 0.0
     smoothing: Share = 0.0
+    knn: KNN = KNN()
+    linear: Linear = Linear()
+    attentive: Attentive = Attentive()
 
     def check(self, recipe: TaskRecipe) -> list[str]:
         if self.pool == "cls" and "cls" not in recipe.encoder.provides:
@@ -113,6 +104,9 @@ class Classification(TaskSettings):
         if len(names) < 2:
             raise DataError("label", f"the data has {len(names)} classes",
                             "Give one folder per class, or a CSV with a column `class`.")
+        if self.metric not in set_metrics(len(names)):
+            raise RecipeError(f"top-5 accuracy says nothing about {len(names)} classes",
+                              "Set task.classification.metric=accuracy.")
         return Scope(dict(enumerate(names)), names, "")
 
     def build(self, assembly: Assembly, classes: int) -> ClassificationObjective:

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from meristem.errors import CheckpointError, DataError, RecipeError
+from meristem.errors import DataError, RecipeError
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.loader import loader
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
 from meristem.platform.data.splits import NAMES, budget
-from meristem.platform.evaluation.metrics import SET_METRICS
-from meristem.platform.evaluation.results import Case
+from meristem.platform.evaluation.metrics import set_metrics
+from meristem.platform.evaluation.results import METADATA, QUERIES, Case
 from meristem.platform.recipe import build, override, read
 from meristem.platform.training import checkpoint
 from meristem.platform.training.loop import Outcome, first_rank, launch, train
@@ -45,17 +45,27 @@ class Tuned:
 def resolve(task: str, modality: str, assignments: Sequence[str], like: Path | None = None) -> TaskRecipe:
     """The recipe of a task: its own file, with the modality and encoder of a checkpoint laid over it, then overrides.
 
-    task: `segmentation` (then `<modality>/segmentation`), a recipe name, or a YAML file.
+    task: `segmentation` (then `<modality>/segmentation`), a recipe name, or a YAML file. Of a checkpoint of another modality
+    the encoder alone is taken. Raises CheckpointError where its weights cannot serve this modality.
     """
     data = read(task if "/" in task or task.endswith((".yaml", ".yml")) else f"{modality}/{task}")
     if like is not None:
         found = checkpoint.read_card(like)
-        if found["modality"] != modality:
-            raise CheckpointError(f"the checkpoint is of modality '{found['modality']}', the data of '{modality}'",
-                                  "Choose a checkpoint pretrained on the same kind of data.")
-        pretrained = found["recipe"]
-        data = {**data, "modality": pretrained["modality"], "encoder": pretrained["encoder"], "summary": pretrained["summary"]}
+        taken = ("encoder", "summary") if found["modality"] != modality else ("encoder", "summary", "modality")
+        data = {**data, **{name: found["recipe"][name] for name in taken}}
+        recipe = build(override(data, assignments), TaskRecipe)
+        if found["modality"] != modality:  # refused before any file is read
+            checkpoint.load_encoder(like, Assembly(recipe).encoder, recipe.modality, recipe.encoder.sees)
+        return recipe
     return build(override(data, assignments), TaskRecipe)
+
+
+def origin(init: str) -> Path | None:
+    """The run whose weights a training starts from; None: from random ones. Raises RecipeError for `METADATA`."""
+    if init == METADATA:
+        raise RecipeError(f"{METADATA} is what files say before any pixel: there are no weights to fine-tune",
+                          "Compare it with encoders: `meristem evaluate --init metadata --protocol knn`.")
+    return None if init == SCRATCH else Path(init)
 
 
 def choose(rows: Sequence[Row], labels: str | int | float, seed: int, data: Data) -> list[Row]:
@@ -118,20 +128,20 @@ def _seen(tuned_on: dict[str, Any], init: Path | None) -> dict[str, Any]:
             "key_id": tuned_on["key_id"] if tuned_on["key_id"] == before["key_id"] else ""}
 
 
-def mean_scores(cases: Sequence[Case], recipe: TaskRecipe) -> dict[str, Any]:
+def mean_scores(cases: Sequence[Case]) -> dict[str, Any]:
     """The figures of a run's metrics.json: means over cases, or metrics of the set."""
     if not cases:
         return {}
-    if recipe.task.kind == "classification":
+    if cases[0].target is not None:
         target = np.array([case.target for case in cases])
         probabilities = np.array([case.probabilities for case in cases])
-        scores = {name: float(metric(target, probabilities)) for name, metric in SET_METRICS.items()}
+        scores = {name: float(metric(target, probabilities)) for name, metric in set_metrics(probabilities.shape[1]).items()}
         return {name: round(v, 6) if math.isfinite(v) else None for name, v in scores.items()}
     scores = {}
     for name in cases[0].metrics:
         per_class = {c: float(np.mean([case.metrics[name][c] for case in cases])) for c in cases[0].metrics[name]}
         scores |= {name: round(float(np.mean(list(per_class.values()))), 6),
-                   **{f"{name}/{c}": round(v, 6) for c, v in per_class.items()}}
+                   **{f"{name}/{c}": round(v, 6) for c, v in per_class.items() if c != QUERIES}}
     return scores
 
 
@@ -161,7 +171,7 @@ def finetune(recipe: TaskRecipe, data: Data, directory: Path, *, init: Path | No
             checkpoint.write_text(directory / "cases.json", json.dumps([case.model_dump() for case in cases], indent=1))
         close_run(directory, tuned.outcome, {"labelled_subjects": len({row.subject for row in rows}), "test_cases": len(cases),
                                              "init": checkpoint.identity(init) if init else SCRATCH,
-                                             "test": mean_scores(cases, recipe),
+                                             "test": mean_scores(cases),
                                              "wall_seconds": round(time.perf_counter() - began, 2)})
     return tuned
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,20 +24,21 @@ from meristem.platform.assembly import Assembly
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
 from meristem.platform.evaluation.leakage import audit
-from meristem.platform.evaluation.probes import KNN, Linear, Split
-from meristem.platform.evaluation.results import Budget, Case, Cell, Counts, Dataset, Results
+from meristem.platform.evaluation.results import METADATA, QUERIES, Budget, Cell, Counts, Dataset, Results
 from meristem.platform.recipe import build
 from meristem.platform.training import checkpoint
 from meristem.platform.training.loop import first_rank
 from meristem.tasks.base import Scope, TaskRecipe
-from meristem.tasks.embedding import embed
 from meristem.tasks.finetune import SCRATCH, choose, mean_scores, score, tune
+from meristem.tasks.probing import Frozen, Headers, probe
 from meristem.tasks.propagation import write_masks
+
+RETRIEVAL = "R@1"  # by which retrieval is compared
 
 
 @dataclass(frozen=True)
 class Arm:
-    """name: on the page. init: a pretraining run, or None for random weights."""
+    """name: on the page. init: a pretraining run, or None for random weights and for `METADATA`."""
 
     name: str
     init: Path | None
@@ -47,20 +49,24 @@ class Arm:
             return None
         return checkpoint.identity(self.init)
 
+    def takes(self, protocol: str) -> bool:
+        """Without an encoder there is nothing to fine-tune and no token to attend to."""
+        return self.name != METADATA or protocol in ("linear", "knn", "retrieval")
+
 
 def arms(inits: Sequence[str]) -> list[Arm]:
     """Arms with distinct names; a pretrained arm without a scratch arm gets one, because a claim needs it."""
     found: list[Arm] = []
     for init in dict.fromkeys(inits):
-        if init == SCRATCH:
-            found.append(Arm(SCRATCH, None))
+        if init in (SCRATCH, METADATA):
+            found.append(Arm(init, None))
             continue
         path = Path(init)
         name = checkpoint.read_card(path)["recipe"]["name"]
         if name in {arm.name for arm in found}:
             name = f"{name} {checkpoint.identity(path)[-6:]}"  # not its folder's name, which may be a person's
         found.append(Arm(name, path))
-    if all(arm.init is not None for arm in found):
+    if not any(arm.name == SCRATCH for arm in found) and (not found or any(arm.init is not None for arm in found)):
         found.append(Arm(SCRATCH, None))
     return found
 
@@ -92,6 +98,9 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
         raise RecipeError(f"{recipe.task.kind} has no protocol '{unfit[0]}'", f"Choose of {', '.join(offered)}.")
     if not learns and list(labels) != ["all"]:
         raise RecipeError(f"{recipe.task.kind} trains on no labels, so it has no label budgets", "Leave --labels out.")
+    if "retrieval" in protocols and len(protocols) > 1:
+        raise RecipeError(f"retrieval is scored by {RETRIEVAL}, the other protocols by {recipe.task.metric}",
+                          "Evaluate it into a directory of its own; `meristem report` puts several on one page.")
     scope = recipe.task.scope(data)
     pool = recipe.task.labelled(data.rows("train")) if learns else []
     test = recipe.task.labelled(data.rows("test"))
@@ -106,48 +115,55 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
         raise RecipeError(f"two label budgets come to {sizes[twice]} subjects, '{twice}' is one of them", "Leave one out.")
     (directory / "cells").mkdir(parents=True, exist_ok=True)
     contestants = arms(inits)
+    grid = [(protocol, arm) for protocol in protocols for arm in contestants if arm.takes(protocol)]
+    if not grid:
+        raise RecipeError(f"{METADATA} has no encoder, which {protocols[0]} needs", "Use --protocol linear, knn or retrieval.")
     for arm in contestants:  # what does not fit is refused now, not after hours
         if arm.init is not None:
             checkpoint.load_encoder(arm.init, recipe.assemble(scope.classes).encoder, recipe.modality, recipe.encoder.sees)
     cells: list[Cell] = []
-    total = len(contestants) * len(protocols) * len(labels) * seeds
+    total = len(grid) * len(labels) * seeds
+    metric = RETRIEVAL if "retrieval" in protocols else recipe.task.metric
+    drawn = [[choose(pool, budget, seed, data) for budget in labels] for seed in range(seeds)]
+    held = [*recipe.task.labelled(data.rows("val")), *test]
+    everyone = [row for of_seed in drawn for rows in of_seed for row in rows] + held
+    pretrained = {arm: Frozen(recipe, data, arm.init, everyone, directory) for arm in contestants if arm.init is not None}
     for seed in range(seeds):  # seed by seed: an early stop leaves complete, comparable grids
-        embedded: dict[str, dict[int, np.ndarray]] = {arm.name: {} for arm in contestants}  # random weights are the seed's own
-        for budget in labels:
-            rows = choose(pool, budget, seed, data)
-            for protocol in protocols:
-                for arm in contestants:
-                    file = _cell_file(directory, arm, protocol, budget, seed, recipe, data)
-                    subjects = len({row.subject for row in rows})
-                    title = f"[{len(cells) + 1}/{total}] {arm.name}, {protocol}, {subjects} labelled subjects, seed {seed}"
-                    if file.exists():
-                        cell = Cell.model_validate_json(file.read_text())
-                    elif seed and not learns and arm.init is not None:
-                        cell = next(c for c in cells if c.arm == arm.name).model_copy(update={"seed": seed})
-                    else:
-                        # fine-tuning has a bar of its own; a probe would leave the terminal still for minutes
-                        still = protocol != "finetune" and not quiet and first_rank() and sys.stderr.isatty()
-                        with Console(stderr=True).status(title) if still else nullcontext():
-                            cell = _run(_seeded(recipe, seed), data, arm, protocol, budget, rows, test, scope, seed, title,
-                                        embedded[arm.name], directory if seed == 0 and first_rank() else None, quiet)
-                        if first_rank():
-                            checkpoint.write_text(file, cell.model_dump_json())
-                    cells.append(cell)
-                    if not quiet:
-                        shown = mean_scores(cell.cases, recipe)
-                        print(f"{title}: {recipe.task.metric} {shown[recipe.task.metric]:.4f}", file=sys.stderr, flush=True)
-    results = _results(recipe, data, scope, contestants, cells, test, pool)
+        seeded = _seeded(recipe, seed)
+        frozen = {arm: pretrained[arm] if arm in pretrained else  # random weights are the seed's own
+                  (Headers if arm.name == METADATA else Frozen)(seeded, data, None, everyone, directory) for arm in contestants}
+        for (budget, rows), (protocol, arm) in product(zip(labels, drawn[seed], strict=True), grid):
+            file = _cell_file(directory, arm, protocol, budget, seed, recipe, data)
+            subjects = len({row.subject for row in rows})
+            title = f"[{len(cells) + 1}/{total}] {arm.name}, {protocol}, {subjects} labelled subjects, seed {seed}"
+            if file.exists():
+                cell = Cell.model_validate_json(file.read_text())
+            elif seed and not learns and arm.init is not None:
+                cell = next(c for c in cells if c.arm == arm.name).model_copy(update={"seed": seed})
+            else:
+                # fine-tuning has a bar of its own; a probe would leave the terminal still for minutes
+                still = protocol != "finetune" and not quiet and first_rank() and sys.stderr.isatty()
+                with Console(stderr=True).status(title) if still else nullcontext():
+                    cell = _run(seeded, data, arm, protocol, budget, rows, test, scope, seed, title, frozen[arm],
+                                directory if seed == 0 and first_rank() else None, quiet)
+                if first_rank():
+                    checkpoint.write_text(file, cell.model_dump_json())
+            cells.append(cell)
+            if not quiet:
+                shown = mean_scores(cell.cases)[metric]
+                print(f"{title}: {metric} {'undefined' if shown is None else f'{shown:.4f}'}", file=sys.stderr, flush=True)
+    results = _results(recipe, data, scope, contestants, cells, test, pool, metric)
     if first_rank():
         results.save(directory / "results.json")
         checkpoint.write_text(directory / "recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True))
-        figures = [{"arm": c.arm, "protocol": c.protocol, "labels": c.labels, "seed": c.seed, **mean_scores(c.cases, recipe)}
+        figures = [{"arm": c.arm, "protocol": c.protocol, "labels": c.labels, "seed": c.seed, **mean_scores(c.cases)}
                    for c in cells]
         checkpoint.write_text(directory / "metrics.json", json.dumps(figures, indent=1))
     return results
 
 
 def _run(recipe: TaskRecipe, data: Data, arm: Arm, protocol: str, labels: str, rows: list[Row], test: list[Row], scope: Scope,
-         seed: int, title: str, embedded: dict[int, np.ndarray], keep: Path | None, quiet: bool) -> Cell:
+         seed: int, title: str, frozen: Frozen, keep: Path | None, quiet: bool) -> Cell:
     began = time.perf_counter()
     chosen: dict[str, float] = {}
     subjects = len({row.subject for row in rows})
@@ -172,14 +188,14 @@ def _run(recipe: TaskRecipe, data: Data, arm: Arm, protocol: str, labels: str, r
             for row in test:
                 write_masks(data, row, maps[row.case], keep / "predictions" / arm.name)
     else:
-        cases, chosen = _probe(recipe, data, arm, protocol, rows, test, scope, embedded)
-        cost = Budget(steps=0, batch=0, trainable=0, seconds=round(time.perf_counter() - began, 2))
+        cases, chosen, spent = probe(frozen, protocol, rows, test, scope.classes, recipe.train.seed)
+        cost = spent.model_copy(update={"seconds": round(time.perf_counter() - began, 2)})
     if maps and keep is not None:
         (keep / "pictures").mkdir(exist_ok=True)
         np.savez_compressed(keep / "pictures" / f"{name}.npz", **maps)  # type: ignore[arg-type]
     return Cell(arm=arm.name, init=arm.hash, protocol=protocol, labels=amount,
                 labelled_subjects=subjects, seed=seed, budget=cost, cases=tuple(cases),
-                encoder=next(iter(recipe.dump()["encoder"])), chosen=chosen)
+                encoder="" if arm.name == METADATA else next(iter(recipe.dump()["encoder"])), chosen=chosen)
 
 
 def _frozen(recipe: TaskRecipe, arm: Arm, scope: Scope) -> Assembly:
@@ -191,38 +207,8 @@ def _frozen(recipe: TaskRecipe, arm: Arm, scope: Scope) -> Assembly:
     return assembly.cuda() if torch.cuda.is_available() else assembly
 
 
-def _probe(recipe: TaskRecipe, data: Data, arm: Arm, protocol: str, rows: list[Row], test: list[Row], scope: Scope,
-           embedded: dict[int, np.ndarray]) -> tuple[list[Case], dict[str, float]]:
-    """Frozen embeddings with kNN or logistic regression; what is tuned is tuned on the validation split.
-
-    embedded: what this encoder has made of a row so far, by row index; rows it lacks are added.
-    """
-    validation = recipe.task.labelled(data.rows("val")) or rows
-    missing = [row for row in {r.index: r for r in (*rows, *validation, *test)}.values() if row.index not in embedded]
-    if missing:
-        torch.manual_seed(recipe.train.seed)
-        assembly = Assembly(recipe)
-        if arm.init is not None:
-            checkpoint.load_encoder(arm.init, assembly.encoder, recipe.modality, recipe.encoder.sees)
-        if torch.cuda.is_available():
-            assembly = assembly.cuda()
-        embedded.update(zip((row.index for row in missing), embed(assembly, data, missing), strict=True))
-
-    def vectors(part: list[Row]) -> np.ndarray:
-        return np.stack([embedded[row.index] for row in part])
-
-    def split(part: list[Row]) -> Split:
-        return Split(vectors(part), np.array([row.labels["class"] for row in part]))
-
-    probe = KNN() if protocol == "knn" else Linear()
-    found = probe(split(rows), split(validation), vectors(test), scope.classes)
-    cases = [Case(case=row.case, subject=row.subject, target=row.labels["class"], probabilities=tuple(p.tolist()))
-             for row, p in zip(test, found.probabilities, strict=True)]
-    return cases, {"k" if protocol == "knn" else "C": found.chosen}
-
-
 def _results(recipe: TaskRecipe, data: Data, scope: Scope, contestants: Sequence[Arm], cells: Sequence[Cell],
-             test: Sequence[Row], pool: Sequence[Row]) -> Results:
+             test: Sequence[Row], pool: Sequence[Row], metric: str) -> Results:
     tested, trained = data.identities(test), data.identities(pool)
     leakage, pretraining = {}, {}
     for arm in contestants:
@@ -239,8 +225,9 @@ def _results(recipe: TaskRecipe, data: Data, scope: Scope, contestants: Sequence
               for name in ("train", "val", "test")}
     settings: dict[str, Any] = {f"{recipe.name} (task)": recipe.record()}
     settings |= {f"{arm.name} (pretraining)": checkpoint.read_card(arm.init)["recipe"] for arm in contestants if arm.init}
+    kind, classes = ("retrieval", (QUERIES,)) if metric == RETRIEVAL else (recipe.task.kind, scope.scored)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return Results(task=recipe.name, kind=recipe.task.kind, metric=recipe.task.metric, classes=scope.scored,
+    return Results(task=recipe.name, kind=kind, metric=metric, classes=classes,
                    dataset=Dataset(name="the given data", manifest=data.manifest.hash, splits=splits,
                                    quarantined=len(data.cache.quarantine)),
                    cells=tuple(cells), unit=scope.unit or "mm", tolerance=getattr(recipe.task, "tolerance", None),

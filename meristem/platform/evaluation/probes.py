@@ -1,20 +1,33 @@
-"""What frozen embeddings know: nearest neighbours and a linear classifier, tuned on validation, never on test."""
+"""What a frozen encoder knows: nearest neighbours, a linear and an attentive classifier, retrieval.
+
+What is tuned is tuned on validation, never on test.
+"""
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
+from typing import Annotated, Any, Generic, TypeVar
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from pydantic import Field
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
 
 from meristem.errors import MeristemError
 from meristem.modalities.base import Settings
-from meristem.platform.evaluation.metrics import brier
+from meristem.platform.evaluation.metrics import RECALLS, brier
+from meristem.platform.pooling import AttentivePool, attend
 
 Array = NDArray[Any]
+Setting = TypeVar("Setting")
 
 
 @dataclass(frozen=True)
@@ -26,12 +39,37 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Probed:
+class Features:
+    """Token features of samples seen in `looks` looks each: tokens (n·looks, N, D) float16, valid (n·looks, N), item-major."""
+
+    tokens: Tensor
+    valid: Tensor
+    looks: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The samples of one split in `Features`, by their places there (n,), and targets (n,)."""
+
+    features: Features
+    place: Array
+    target: Array
+
+    @property
+    def index(self) -> Array:
+        """(n·looks,) rows of the features."""
+        looks = self.features.looks
+        rows: Array = (self.place[:, None] * looks + np.arange(looks)).ravel()
+        return rows
+
+
+@dataclass(frozen=True)
+class Probed(Generic[Setting]):
     """probabilities: (n_test, classes). chosen: the setting picked. validation: Brier score of every candidate."""
 
     probabilities: Array
-    chosen: float
-    validation: dict[float, float]
+    chosen: Setting
+    validation: dict[Setting, float]
 
 
 class KNN(Settings):
@@ -44,7 +82,7 @@ class KNN(Settings):
     k: tuple[int, ...] = (1, 5, 10, 20, 50, 100)
     temperature: float = 0.07
 
-    def __call__(self, train: Split, validation: Split, test: Array, classes: int) -> Probed:
+    def __call__(self, train: Split, validation: Split, test: Array, classes: int) -> Probed[float]:
         ks = sorted({min(k, len(train.target)) for k in self.k}, reverse=True)
         on_validation = self.votes(train, validation.embedding, ks, classes)
         scores = {float(k): float(brier(validation.target, p)) for k, p in zip(ks, on_validation, strict=True)}
@@ -71,11 +109,8 @@ class Linear(Settings):
     c: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
     iterations: int = 2000
 
-    def __call__(self, train: Split, validation: Split, test: Array, classes: int) -> Probed:
-        present = np.unique(train.target)
-        if len(present) < 2:
-            raise MeristemError("a linear probe needs labelled training cases of at least two classes, here there is one",
-                                "Take more labelled subjects, or a split stratified by class.")
+    def __call__(self, train: Split, validation: Split, test: Array, classes: int) -> Probed[float]:
+        present = _several(train.target)
         scale = StandardScaler().fit(train.embedding)
         x = scale.transform(train.embedding)
 
@@ -84,10 +119,126 @@ class Linear(Settings):
             p[:, present] = model.predict_proba(scale.transform(embedding))
             return p
 
-        models = {float(c): LogisticRegression(C=c, max_iter=self.iterations).fit(x, train.target) for c in sorted(self.c)}
-        scores = {c: float(brier(validation.target, predict(model, validation.embedding))) for c, model in models.items()}
+        model = LogisticRegression(max_iter=self.iterations, warm_start=True)  # a weaker penalty goes on from the stronger
+        models = {float(c): copy.deepcopy(model.set_params(C=c).fit(x, train.target)) for c in sorted(self.c)}
+        scores = {c: float(brier(validation.target, predict(m, validation.embedding))) for c, m in models.items()}
         best = _best(scores)
         return Probed(predict(models[best], test), best, scores)
+
+
+class Attentive(Settings):
+    """A query that attends to all tokens, and a linear classifier (Chen et al. 2023, CAE; Bardes et al. 2024, V-JEPA).
+
+    One classifier for each learning rate and weight decay of a grid, all trained at once on the same batches, each as if it
+    were alone: AdamW, a cosine to 0. All looks at a training sample are examples; probabilities are means over looks.
+    The best Brier score on validation wins, the lower rate and the stronger decay on a tie; it alone is tested.
+    steps, batch: optimiser steps, and looks in each. memory: GiB of features kept for each encoder; more lies on disk.
+    """
+
+    lr: tuple[Annotated[float, Field(gt=0)], ...] = (1e-4, 3e-4, 1e-3, 3e-3, 5e-3)
+    weight_decay: tuple[Annotated[float, Field(ge=0)], ...] = (0.01, 0.1, 0.4, 0.8)
+    steps: Annotated[int, Field(ge=1)] = 600
+    batch: Annotated[int, Field(ge=1)] = 32
+    memory: Annotated[float, Field(gt=0)] = 4.0
+
+    def __call__(self, train: Tokens, validation: Tokens, test: Tokens, classes: int, seed: int) -> Probed[tuple[float, float]]:
+        _several(train.target)
+        settings = list(product(sorted(self.lr), sorted(self.weight_decay, reverse=True)))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            first = AttentiveClassifier(train.features.tokens.shape[-1], classes).to(device)
+        heads = [copy.deepcopy(first) for _ in settings]
+        self._fit(heads, settings, train, seed)
+        found = self._predict(heads, validation)
+        scores = {setting: float(brier(validation.target, p)) for setting, p in zip(settings, found, strict=True)}
+        best = min(scores, key=scores.__getitem__)
+        return Probed(self._predict([heads[settings.index(best)]], test)[0], best, scores)
+
+    def _fit(self, heads: Sequence[AttentiveClassifier], settings: Sequence[tuple[float, float]], train: Tokens, seed: int
+             ) -> None:
+        groups: list[dict[str, Any]] = []
+        for head, (lr, decay) in zip(heads, settings, strict=True):
+            matrices = [p for p in head.parameters() if p.ndim == 2]
+            rest = [p for p in head.parameters() if p.ndim != 2]  # norms, biases and the query (1, 1, D) do not decay
+            groups += [{"params": matrices, "lr": lr, "weight_decay": decay}, {"params": rest, "lr": lr, "weight_decay": 0.0}]
+        optimiser = torch.optim.AdamW(groups)
+        cosine = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: (1 + math.cos(math.pi * step / self.steps)) / 2)
+        index, target = train.index, np.repeat(train.target, train.features.looks)
+        for chosen in self._batches(len(index), seed):
+            wanted = torch.from_numpy(target[chosen]).to(_device(heads))
+            logits = _logits(heads, train.features, index[chosen])
+            each = F.cross_entropy(logits.flatten(0, 1), wanted.repeat(len(heads)), reduction="sum") / len(chosen)
+            optimiser.zero_grad(set_to_none=True)
+            each.backward()
+            optimiser.step()
+            cosine.step()
+
+    def _batches(self, n: int, seed: int) -> Iterator[Array]:
+        """Places of n examples, `steps` times: epoch after epoch in a new order."""
+        rng, left = np.random.default_rng(seed), np.empty(0, dtype=int)
+        for _ in range(self.steps):
+            if not len(left):
+                left = rng.permutation(n)
+            chosen, left = np.split(left, [self.batch])
+            yield chosen
+
+    @torch.no_grad()
+    def _predict(self, heads: Sequence[AttentiveClassifier], some: Tokens) -> Array:
+        """(G, n, classes)."""
+        looks = some.features.looks
+        several = max(self.batch // looks, 1) * looks
+        index = some.index
+        parts = [_logits(heads, some.features, index[a:a + several]).softmax(-1).cpu() for a in range(0, len(index), several)]
+        mean: Array = torch.cat(parts, 1).unflatten(1, (-1, looks)).mean(2).double().numpy()
+        return mean
+
+
+class AttentiveClassifier(nn.Module):
+    """Attentive pooling and a linear layer."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.pool = AttentivePool(width)
+        self.out = nn.Linear(width, classes)
+        nn.init.trunc_normal_(self.out.weight, std=0.01)
+        nn.init.zeros_(self.out.bias)
+
+
+def _device(heads: Sequence[nn.Module]) -> torch.device:
+    return next(heads[0].parameters()).device
+
+
+def _logits(heads: Sequence[AttentiveClassifier], features: Features, rows: Array) -> Tensor:
+    """(G, B, classes) of G heads on the same rows (B,)."""
+    at, device = torch.from_numpy(rows), _device(heads)
+    tokens, valid = features.tokens[at].to(device).float(), features.valid[at].to(device)
+    pooled = attend([head.pool for head in heads], tokens, valid)
+    weight, bias = (torch.stack([head.out.get_parameter(name) for head in heads]) for name in ("weight", "bias"))
+    return torch.baddbmm(bias[:, None], pooled, weight.transpose(1, 2))
+
+
+def retrieve(gallery: Split, query: Split) -> dict[str, Array]:
+    """Each query's own scores (n,) when it ranks the gallery by cosine: R@1, R@5, R@10, R@20 and mAP.
+
+    R@k: 1 where any of the k nearest has the query's class (Buchler et al. 2018, the protocol of UCF101). mAP: the query's
+    average precision over the whole gallery. Of equal cosines the earlier sample of the gallery comes first. A class that the
+    gallery lacks cannot be found: 0.
+    """
+    cosine = _unit(query.embedding) @ _unit(gallery.embedding).T
+    hit = gallery.target[np.argsort(-cosine, axis=1, kind="stable")] == query.target[:, None]
+    precision = np.cumsum(hit, 1) / np.arange(1, hit.shape[1] + 1)
+    scores = {f"R@{k}": hit[:, :k].any(1).astype(float) for k in RECALLS}
+    return {**scores, "mAP": (precision * hit).sum(1) / np.maximum(hit.sum(1), 1)}
+
+
+def _several(target: Array) -> Array:
+    """The classes that occur, at least two."""
+    present: Array = np.unique(target)
+    if len(present) < 2:
+        raise MeristemError("a probe needs labelled training cases of at least two classes, here there is one",
+                            "Take more labelled subjects, or a split stratified by class.")
+    return present
 
 
 def _best(scores: dict[float, float]) -> float:

@@ -252,7 +252,8 @@ class Group:
         subjects = sorted({case.subject for case in rows[0]})
         place = {name: i for i, name in enumerate(subjects)}
         owner = np.array([place[case.subject] for case in rows[0]], dtype=int)
-        names = sorted(set.intersection(*(set(case.metrics) for row in rows for case in row))) if cases else []
+        shown = set.intersection(*(set(case.metrics) for row in rows for case in row)) if cases else set()
+        names = [name for name in rows[0][0].metrics if name in shown] if cases else []
         values = {m: np.array([[[case.metrics[m][c] for case in row] for c in classes] for row in rows]) for m in names}
         target = probabilities = None
         if cases and rows[0][0].target is not None:
@@ -366,8 +367,8 @@ def _shortcuts(results: Results, rows: Sequence[Row]) -> list[str]:
              if r.arm == METADATA and r.metric == results.metric}
     name = metrics.LABELS.get(results.metric, results.metric)
     return [f"{_where(METADATA, r.protocol, r.labels)}: what the files' headers say, without a pixel, reaches {name} "
-            f"{r.mean.value:.3f} [{r.mean.low:.3f}, {r.mean.high:.3f}]; an arm that is no better than this may have learned how "
-            "samples were acquired." for r in found.values()]
+            f"{r.mean.value:.3f} [{r.mean.low:.3f}, {r.mean.high:.3f}]; an arm that is no better may have learned how samples "
+            "were acquired." for r in found.values()]
 
 
 def _thin(made: Mapping[tuple[str, str, Labels], Group]) -> list[str]:

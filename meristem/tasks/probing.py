@@ -1,0 +1,98 @@
+"""What a frozen encoder is worth to classification: probes and retrieval on what it makes of whole samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from meristem.platform.assembly import Assembly
+from meristem.platform.data.manifest import Row
+from meristem.platform.data.source import Data
+from meristem.platform.evaluation.probes import AttentiveClassifier, Features, Split, Tokens, retrieve
+from meristem.platform.evaluation.results import QUERIES, Budget, Case
+from meristem.platform.training import checkpoint
+from meristem.tasks.base import TaskRecipe
+from meristem.tasks.classification import Classification
+from meristem.tasks.embedding import embed, facts, features
+
+UNTRAINED = Budget(steps=0, batch=0, trainable=0, seconds=0.0)
+
+
+class Frozen:
+    """One encoder, pretrained or random by the recipe's seed, that sees a sample once whatever budgets and probes ask for it.
+
+    rows: whoever will be asked for. directory: for features of all tokens that are too large for memory.
+    """
+
+    def __init__(self, recipe: TaskRecipe, data: Data, init: Path | None, rows: Sequence[Row], directory: Path) -> None:
+        self.recipe, self.data, self.init, self.directory = recipe, data, init, directory
+        self.rows = list({row.index: row for row in rows}.values())
+        self._embedded: dict[int, np.ndarray] = {}
+
+    def _assembly(self) -> Assembly:
+        torch.manual_seed(self.recipe.train.seed)
+        assembly = Assembly(self.recipe)
+        if self.init is not None:
+            checkpoint.load_encoder(self.init, assembly.encoder, self.recipe.modality, self.recipe.encoder.sees)
+        return assembly.cuda() if torch.cuda.is_available() else assembly
+
+    def vectors(self, rows: Sequence[Row]) -> np.ndarray:
+        """(n, D)."""
+        missing = [row for row in rows if row.index not in self._embedded]
+        if missing:
+            self._embedded.update(zip((row.index for row in missing), embed(self._assembly(), self.data, missing), strict=True))
+        return np.stack([self._embedded[row.index] for row in rows])
+
+    @cached_property
+    def _features(self) -> Features:
+        task = self.recipe.task
+        assert isinstance(task, Classification)
+        return features(self._assembly(), self.data, self.rows, task.attentive.memory, self.directory)
+
+    def tokens(self, rows: Sequence[Row]) -> Tokens:
+        place = {row.index: i for i, row in enumerate(self.rows)}
+        return Tokens(self._features, np.array([place[row.index] for row in rows]), targets(rows))
+
+
+class Headers(Frozen):
+    """No encoder: what can be read off samples before any pixel."""
+
+    def vectors(self, rows: Sequence[Row]) -> np.ndarray:
+        return facts(self.data, rows)
+
+
+def targets(rows: Sequence[Row]) -> np.ndarray:
+    return np.array([row.labels["class"] for row in rows])
+
+
+def probe(frozen: Frozen, protocol: str, rows: Sequence[Row], test: Sequence[Row], classes: int,
+          seed: int) -> tuple[list[Case], dict[str, float], Budget]:
+    """Cases of a protocol, what it picked on the validation split (the labelled rows, where there is none), and its cost."""
+    task = frozen.recipe.task
+    assert isinstance(task, Classification)
+
+    def split(part: Sequence[Row]) -> Split:
+        return Split(frozen.vectors(part), targets(part))
+
+    if protocol == "retrieval":
+        scores = retrieve(split(rows), split(test))
+        return [Case(case=row.case, subject=row.subject, metrics={name: {QUERIES: float(v[i])} for name, v in scores.items()})
+                for i, row in enumerate(test)], {}, UNTRAINED
+    validation, cost, chosen = task.labelled(frozen.data.rows("val")) or rows, UNTRAINED, {}
+    if protocol == "attentive":
+        attentive = task.attentive
+        train = frozen.tokens(rows)
+        found = attentive(train, frozen.tokens(validation), frozen.tokens(test), classes, seed)
+        probabilities, chosen = found.probabilities, dict(zip(("lr", "weight_decay"), found.chosen, strict=True))
+        size = sum(p.numel() for p in AttentiveClassifier(train.features.tokens.shape[-1], classes).parameters())
+        cost = Budget(steps=attentive.steps, batch=attentive.batch, trainable=size, seconds=0.0)
+    else:
+        shallow = task.knn if protocol == "knn" else task.linear
+        picked = shallow(split(rows), split(validation), frozen.vectors(test), classes)
+        probabilities, chosen = picked.probabilities, {"k" if protocol == "knn" else "C": picked.chosen}
+    return [Case(case=row.case, subject=row.subject, target=row.labels["class"], probabilities=tuple(p.tolist()))
+            for row, p in zip(test, probabilities, strict=True)], chosen, cost
