@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -22,6 +24,9 @@ import meristem
 from meristem.errors import CheckpointError, MeristemError, RecipeError
 from meristem.platform.data.manifest import Row
 from meristem.platform.evaluation.results import Results
+from meristem.platform.masked.objective import MaskedObjective
+from meristem.platform.objectives import Loss
+from meristem.platform.step import Step
 from meristem.platform.training import checkpoint, loop, optim
 from meristem.platform.training.progress import Reporter
 from meristem.tasks.segmentation import places
@@ -154,6 +159,28 @@ def test_a_gradient_that_is_not_finite_skips_its_step(volume_folder: Path, tmp_p
     weights = run(volume_folder, tmp_path / "a", steps=4)
     assert all(w.isfinite().all() for w in weights.values() if w.is_floating_point())
     assert figures(tmp_path / "a")["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize(("every", "precision", "told"), [(2, "bf16", "train.precision=fp32"), (2, "fp32", "lower train.lr"),
+                                                          (30, "bf16", None)])
+def test_a_run_that_skips_many_steps_says_so_once(volume_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str], every: int, precision: str,
+                                                  told: str | None) -> None:
+    """every: the objective is infinite at each such step."""
+    steps, whole = itertools.count(1), MaskedObjective.forward
+
+    def sometimes(self: MaskedObjective, step: Step) -> dict[str, Loss]:
+        factor = math.inf if next(steps) % every == 0 else 1.0
+        return {name: loss._replace(total=loss.total * factor) for name, loss in whole(self, step).items()}
+
+    monkeypatch.setattr(MaskedObjective, "forward", sometimes)
+    meristem.pretrain("volume/mae", volume_folder, tmp_path / "a", [*TINY, "train.steps=30", "train.log_every=10",
+                      "train.batch=1", f"train.precision={precision}"], cache=tmp_path / "c")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert figures(tmp_path / "a")["skipped_steps"] == 30 // every
+    assert len(warnings) == (told is not None) and (told is None or told in warnings[0].lower())
+    assert told is None or "5 of 10 steps" in warnings[0]
+    assert told is None or ("precision" in warnings[0]) == (precision != "fp32")
 
 
 def test_data_without_labels_all_trains(volume_folder: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from meristem.platform.training import checkpoint, optim
 from meristem.platform.training.progress import Reporter
 
 PATIENCE = 10  # steps in a row with a loss that is not finite before a run gives up
+LOST = 0.05  # share of steps so skipped above which the user is told
 
 Batches = Callable[[int, int, int], Iterator[Batch]]
 """(first step, rank, world) -> one batch per remaining step: this rank's share."""
@@ -137,6 +138,7 @@ def train(recipe: Recipe, assembly: Assembly, batches: Batches, fabric: Fabric, 
     average = Teacher({"assembly": raw}) if settings.ema is not None else None
 
     start = skipped = in_a_row = 0
+    told = False
     before: float = 0.0
     last: dict[str, float] = {}
     if resume is not None:
@@ -222,6 +224,9 @@ def train(recipe: Recipe, assembly: Assembly, batches: Batches, fabric: Fabric, 
                         **({"skipped": float(skipped)} if skipped else {})}
                 reporter.record(step, last)
                 waited, seen_since, window_began = 0.0, 0, time.perf_counter()
+                if not told and skipped > LOST * step and skipped >= min(PATIENCE, LOST * settings.steps):
+                    reporter.say(_warning(skipped, step, settings.precision))
+                    told = True
             if step % settings.checkpoint_every == 0 and step < settings.steps and in_a_row == 0:
                 save(step)
                 saved = step
@@ -231,6 +236,13 @@ def train(recipe: Recipe, assembly: Assembly, batches: Batches, fabric: Fabric, 
     assert isinstance(final, Assembly)
     return Outcome(final, step, before + time.perf_counter() - began, step * settings.batch, skipped,
                    step < settings.steps, last)
+
+
+def _warning(skipped: int, steps: int, precision: str) -> str:
+    """What a user is told of so many steps without an update."""
+    remedy = "Lower train.lr" if precision == "fp32" else "Set train.precision=fp32, or lower train.lr"
+    return (f"warning: {skipped:,} of {steps:,} steps were skipped because their loss or gradient was not finite; the model "
+            f"learns from the others only. {remedy}.")
 
 
 def _any(fabric: Fabric, flag: bool) -> bool:
