@@ -254,19 +254,28 @@ def test_masks_are_written_on_the_sources_grid(made: tuple[TaskRecipe, Data, Ass
 
 
 def test_arms_are_compared_without_training(sequences: Path, tmp_path: Path) -> None:
-    options = {"inits": ["scratch"], "seeds": 2, "split": "0,0,1", "cache": sequences / "cache", "quiet": True}
-    meristem.evaluate("propagation", sequences, tmp_path, SMALL, **options)
+    encoder = [change for change in SMALL if not change.startswith("task")]
+    brief = ["train.steps=1", "train.batch=2", "train.workers=0", "train.warmup=0", "views.x.sample={stride: 1}"]
+    common = {"cache": sequences / "cache", "quiet": True}
+    meristem.pretrain("video/videomae", sequences, tmp_path / "run", [*encoder, *brief], split="1,0,0", **common)
+    hard = [*SMALL, "task.propagation.top_k=20", "task.propagation.temperature=1.0"]  # or every encoder is perfect
+    options = {"inits": [tmp_path / "run"], "seeds": 2, "split": "0,0,1", **common}
+    meristem.evaluate("propagation", sequences, tmp_path, hard, **options)
     results = Results.load(tmp_path / "results.json")
-    assert [(c.protocol, c.labels, c.labelled_subjects, c.seed, c.budget.steps) for c in results.cells] == [
-        ("propagate", 0, 0, seed, 0) for seed in range(2)]
-    assert summarise(results).rows[0].metric in metrics.LABELS
+    cells = {(c.arm, c.seed): c for c in results.cells}
+    assert {(c.protocol, c.labels, c.labelled_subjects, c.budget.steps) for c in cells.values()} == {("propagate", 0, 0, 0)}
+    assert cells["videomae", 0].cases == cells["videomae", 1].cases  # nothing is drawn
+    assert cells["scratch", 0].cases != cells["scratch", 1].cases
+    assert cells["videomae", 0].cases != cells["scratch", 0].cases
+    (verdict,) = summarise(results).verdict
+    assert verdict.startswith("Untrained, videomae pretraining") and "J&F" in verdict and "by label propagation" in verdict
     assert len(list((tmp_path / "predictions" / "scratch").glob("case-*/*.png"))) == 22
     with pytest.raises(RecipeError, match="no label budgets"):
-        meristem.evaluate("propagation", sequences, tmp_path, SMALL, labels=["1"], **options)
+        meristem.evaluate("propagation", sequences, tmp_path, hard, labels=["1"], **options)
     with pytest.raises(RecipeError, match="no protocol 'knn'"):
-        meristem.evaluate("propagation", sequences, tmp_path, SMALL, protocols=["knn"], **options)
+        meristem.evaluate("propagation", sequences, tmp_path, hard, protocols=["knn"], **options)
     with pytest.raises(RecipeError, match="trains nothing"):
-        meristem.finetune("propagation", sequences, tmp_path / "run", SMALL, cache=sequences / "cache", quiet=True)
+        meristem.finetune("propagation", sequences, tmp_path / "tuned", SMALL, cache=sequences / "cache", quiet=True)
 
 
 def test_what_cannot_be_carried_is_refused(sequences: Path, tmp_path: Path) -> None:

@@ -475,7 +475,8 @@ def _verdict(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
         by = f" by {PROTOCOLS.get(protocol, protocol)}" if protocol != "finetune" else ""
         counts = f"({first.seeds} seed{'s' * (first.seeds != 1)}, {first.subjects} test subjects)"
         where = f"{'all ' * (first.labels == 'all')}{first.labelled_subjects} labelled subjects"
-        text = f"At {where} {arm} pretraining {_effect(results, first, rival)}{by} {counts}."
+        where = f"At {where}" if first.labels else "Untrained,"
+        text = f"{where} {arm} pretraining {_effect(results, first, rival)}{by} {counts}."
         parts = [f"t {'all ' * (c.labels == 'all')}{c.labelled_subjects} it {_effect(results, c)}" for c in more]
         sentences.append(text + (f" A{'; a'.join(parts)}." if parts else ""))
     return sentences or ["No pretrained arm was compared with one from random weights: nothing can be said about the gain."]
