@@ -325,6 +325,23 @@ def test_damage_in_the_middle_is_found(name: str, tmp_path: Path) -> None:
     assert caught.value.reason == "truncated"
 
 
+@pytest.mark.parametrize("name", ["b-frames.mp4", "open-hevc.mp4", "vp9.webm", "h264-without-pts.avi", "transport.ts"])
+def test_whatever_the_damage_the_error_is_one_a_user_can_act_on(name: str, made: Callable[[str], Path], tmp_path: Path) -> None:
+    whole, path, found = made(name).read_bytes(), tmp_path / name, set()
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        data = np.frombuffer(whole, np.uint8).copy()
+        data[rng.integers(0, len(data), 3 + 5 * seed)] = rng.integers(0, 256, 3 + 5 * seed)
+        path.write_bytes(data.tobytes())
+        try:
+            video = open_video(path, "pyav")
+            video.read([len(video.times) // 2])
+            scan(video)
+        except DataError as error:
+            found.add(error.reason)
+    assert found and found <= {"truncated", "frames", "unreadable", "bomb"}
+
+
 def test_a_hole_in_matroska_is_no_pause(tmp_path: Path) -> None:
     """Packets that are gone leave a film that is whole but for a jump in time."""
     path = film(tmp_path / "hole.webm", "libvpx-vp9", **QUICK)

@@ -16,7 +16,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from meristem.errors import DataError
-from meristem.modalities.video.timeline import AGAIN, Key, Timeline, mirrored, open_stream, upright
+from meristem.modalities.video.timeline import AGAIN, Key, Timeline, mirrored, open_stream, packets, upright
 
 AUTO = "Set modality.video.reader=auto."
 
@@ -73,7 +73,7 @@ class PyAV(VideoFile):
         self._reformatter = VideoReformatter()
         self._container, self._stream = open_stream(path)
         self._at = -1  # the frame that left the decoder last
-        self._walk = self._decode(self._container.demux(self._stream))
+        self._walk = self._decode(packets(self._container, self._stream))
 
     def close(self) -> None:
         self._walk = iter(())
@@ -128,7 +128,7 @@ class PyAV(VideoFile):
         self._container.close()
         self._container, self._stream = open_stream(self.path)
         self._at = -1
-        self._walk = self._decode(self._container.demux(self._stream))
+        self._walk = self._decode(packets(self._container, self._stream))
 
     def _seek(self, key: Key) -> bool:
         """Whether the next packet to be decoded is that key frame."""
@@ -136,10 +136,10 @@ class PyAV(VideoFile):
         self._at = len(self.times)
         try:
             self._container.seek(key.pts if key.dts is None else key.dts, stream=self._stream)
-            packets = self._container.demux(self._stream)
-            for packet in packets:
+            rest = packets(self._container, self._stream)
+            for packet in rest:
                 if packet.pts == key.pts and packet.size:
-                    self._walk = self._decode(packets, packet)
+                    self._walk = self._decode(rest, packet)
                     return True
                 if packet.pts is not None and self.timeline.order.get(packet.pts, -1) > key.order:
                     return False
@@ -147,13 +147,13 @@ class PyAV(VideoFile):
             pass
         return False
 
-    def _decode(self, packets: Iterator[av.Packet], first: av.Packet | None = None) -> Iterator[tuple[int, av.VideoFrame]]:
+    def _decode(self, rest: Iterator[av.Packet], first: av.Packet | None = None) -> Iterator[tuple[int, av.VideoFrame]]:
         """Decoded pictures with their indices; those that the timeline does not show are left out."""
         count = -1
         packet = first
         while True:
             try:
-                packet = next(packets) if packet is None else packet
+                packet = next(rest) if packet is None else packet
                 for frame in packet.decode():
                     count += 1
                     i = count if self.timeline.pts is None else self._index.get(frame.pts, -1)

@@ -83,6 +83,12 @@ def open_stream(path: Path) -> tuple[InputContainer, VideoStream]:
     return container, streams[0]
 
 
+def packets(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
+    """The stream's packets from here on, the last one empty."""
+    with suppress(IndexError):  # PyAV 18.1 trips at the end over streams that appeared on the way (MPEG-TS)
+        yield from container.demux(stream)
+
+
 def _refusal(path: Path) -> DataError:
     try:
         with path.open("rb") as file:
@@ -106,6 +112,8 @@ def timeline(path: Path, max_pixels: int) -> Timeline:
     try:
         with av.logging.Capture() as log, opened(path) as (container, stream):
             return _scan(path, container, stream, max_pixels, log)
+    except av.FFmpegError:
+        raise DataError("truncated", "the container's tables are damaged", AGAIN) from None
     finally:
         av.logging.set_level(level)
 
@@ -123,7 +131,7 @@ def _scan(path: Path, container: InputContainer, stream: VideoStream, max_pixels
         prefix = extra[4 if codec == "h264" else 21] % 4 + 1
     first, shown, order, keys, purity, marks = None, [], {}, [], [], []
     sound, broken = True, False
-    for packet in container.demux(stream):
+    for packet in packets(container, stream):
         first = _first(packet) if first is None else first
         if not packet.size:
             sound &= packet.dts is None and packet.pts is None  # the last, empty packet ends the stream
@@ -197,7 +205,7 @@ def _decoded_times(path: Path, tick: float) -> np.ndarray:
     with opened(path) as (container, stream):
         rate = stream.average_rate or stream.guessed_rate
         pts: list[float] = []
-        for packet in container.demux(stream):
+        for packet in packets(container, stream):
             with suppress(av.FFmpegError):
                 pts += [math.nan if frame.pts is None else frame.pts for frame in packet.decode()]
     if not pts:
