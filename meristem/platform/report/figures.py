@@ -458,9 +458,9 @@ def confusion(results: Results, protocol: str, labels: Labels) -> list[Plot]:
             else:
                 ax.figure.colorbar(image, ax=ax, shrink=0.7, label="share of the true class")
             if size <= NAMED:
-                few = size <= 4
-                ax.set_xticks(range(size), results.classes, rotation=0 if few else 90, fontsize=9.5 if few else 7.5)
-                ax.set_yticks(range(size), results.classes, va="center", rotation=90 if few else 0, fontsize=9.5 if few else 7.5)
+                few, points = size <= 4, 9.5 if size <= 4 else 7.5
+                ax.set_xticks(range(size), results.classes, rotation=0 if few else 90, fontsize=points)
+                ax.set_yticks(range(size), results.classes, va="center", rotation=90 if few else 0, fontsize=points)
             ax.set_xlabel("predicted")
             ax.set_ylabel("true")
             ax.set_title(f"confusion, {arm}")

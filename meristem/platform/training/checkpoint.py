@@ -9,7 +9,7 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -142,7 +142,9 @@ def read_state(path: Path) -> dict[str, Any]:
 class LoadReport:
     """What happened to each tensor. coverage: share of the encoder's weights that came from the checkpoint.
 
-    similarity: cosine of the reference embedding now with the one on the card; None where adaptation changes it.
+    inflated, deflated: those of `adapted` that got or lost a lattice axis. positions: how coordinates differ from those of the
+    checkpoint; empty where they are the same. similarity: cosine of the reference embedding now with the one on the card; None
+    where adaptation changes it.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -150,13 +152,19 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
+    inflated: list[str] = field(default_factory=list)
+    deflated: list[str] = field(default_factory=list)
+    positions: str = ""
     coverage: float = 0.0
     similarity: float | None = None
 
     def line(self) -> str:
         parts = [f"{len(self.loaded)} tensors loaded"]
         parts += [f"{len(x)} {name}" for name, x in (("adapted", self.adapted), ("missing", self.missing),
-                  ("unexpected", self.unexpected), ("of other shape", self.mismatched)) if x]
+                  ("of them inflated (repeated along a new axis)", self.inflated),
+                  ("of them deflated (summed over an axis)", self.deflated), ("unexpected", self.unexpected),
+                  ("of other shape", self.mismatched)) if x]
+        parts += [f"positions: {self.positions}"] if self.positions else []
         check = f", reference embedding {self.similarity:.4f}" if self.similarity is not None else ""
         return f"{', '.join(parts)}; {self.coverage:.1%} of the encoder's weights{check}"
 
@@ -182,43 +190,67 @@ def reference_embedding(encoder: Encoder, modality: Modality, sees: frozenset[st
     return [round(float(x), 6) for x in mean.cpu()]
 
 
-def _adapt(value: Tensor, want: torch.Size, channels: tuple[int, int],
-           patch: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor | None:
-    """Fit an input kernel to other channels or another patch size; None if that is not what differs.
+Patch = tuple[int, ...]
+
+
+def _adapt(value: Tensor, want: torch.Size, channels: tuple[int, int], patch: tuple[Patch, Patch],
+           transposed: bool) -> Tensor | None:
+    """Fit an input kernel to other channels, another patch size or another number of lattice axes; None if that is not what
+    differs.
 
     A kernel is (D, channels·prod(patch)) of a token embedding, or (D, channels, *kernel) of a convolution. More or fewer
     channels: the mean kernel repeated, scaled to keep the response of equal channels. Patch: linear resampling, scaled
-    to keep the response to a constant.
+    to keep the response to a constant. A new first axis of length t: repeated along it and divided by t, so that what does not
+    change along it is embedded as before (Carreira & Zisserman 2017, I3D); one axis less: summed over the first. A transposed
+    convolution spreads instead of summing: repeated as it is, and averaged back.
     """
     (have_c, want_c), (have_p, want_p) = channels, patch
     flat = value.ndim == 2 and value.shape[1] == have_c * math.prod(have_p) and want[1:].numel() == want_c * math.prod(want_p)
-    conv = value.ndim > 2 and value.shape[1] == have_c and len(want) == value.ndim and want[1] == want_c
-    if value.shape[0] != want[0] or not (flat or conv):
-        return None
     kernel = value.reshape(value.shape[0], have_c, *have_p) if flat else value
-    if have_c != want_c:
+    inner = (want_c, *want_p) if flat else tuple(want[1:])
+    more = len(inner) + 1 - kernel.ndim
+    if value.shape[0] != want[0] or min(kernel.ndim, len(inner) + 1) < 3 or abs(more) > 1:
+        return None
+    if kernel.shape[1] != inner[0]:
+        if transposed or (kernel.shape[1], inner[0]) != channels:
+            return None
         kernel = kernel.mean(1, keepdim=True).expand(-1, want_c, *kernel.shape[2:]) * (have_c / want_c)
-    if flat and have_p != want_p:
-        mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(want_p)]
-        kernel = F.interpolate(kernel, size=want_p, mode=mode, align_corners=False) * (math.prod(have_p) / math.prod(want_p))
-    kernel = kernel.reshape(want) if flat else kernel
-    return kernel.contiguous() if kernel.shape == want else None
+    if more < 0:
+        kernel = kernel.mean(2) if transposed else kernel.sum(2)
+    size = inner[1 + max(more, 0):]
+    if flat and kernel.shape[2:] != size:
+        mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
+        scale = kernel.shape[2:].numel() / math.prod(size)
+        kernel = F.interpolate(kernel, size=size, mode=mode, align_corners=False) * scale
+    if more > 0:
+        length = inner[1]
+        kernel = kernel.unsqueeze(2).expand(-1, -1, length, *kernel.shape[2:]) / (1 if transposed else length)
+    return kernel.reshape(want).contiguous() if kernel.shape[1:] == inner else None
 
 
 def fit(encoder: nn.Module, weights: Mapping[str, Tensor], channels: tuple[int, int] = (1, 1),
-        patch: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())) -> LoadReport:
+        patch: tuple[Patch, Patch] = ((), ())) -> LoadReport:
     """Load what fits into an encoder and report the fate of every tensor. channels, patch: (of the checkpoint, wanted)."""
     report, own = LoadReport(), encoder.state_dict()
+    weights = _wrapped(weights, own)
+    spreading = {f"{name}.weight" for name, module in encoder.named_modules()
+                 if isinstance(module, nn.ConvTranspose2d | nn.ConvTranspose3d)}
+    elements = channels[1] * math.prod(patch[1])
+    # of equal size, patches of other proportions still mean something else
+    stem = next((n for n, v in own.items() if v.ndim == 2 and v.shape[1] == elements), None) if patch[0] != patch[1] else None
     chosen: dict[str, Tensor] = {}
     for name, value in weights.items():
         if name not in own:
             report.unexpected.append(name)
-        elif value.shape == own[name].shape:
+        elif value.shape == own[name].shape and name != stem:
             chosen[name] = value
             report.loaded.append(name)
-        elif (adapted := _adapt(value, own[name].shape, channels, patch)) is not None:
+        elif (adapted := _adapt(value, own[name].shape, channels, patch, name in spreading)) is not None:
             chosen[name] = adapted
             report.adapted.append(name)
+            more = len(patch[1]) - len(patch[0]) if value.ndim == 2 else adapted.ndim - value.ndim
+            if more:
+                (report.inflated if more > 0 else report.deflated).append(name)
         else:
             report.mismatched.append(name)
     report.missing = [name for name in own if name not in chosen]
@@ -228,26 +260,41 @@ def fit(encoder: nn.Module, weights: Mapping[str, Tensor], channels: tuple[int, 
     return report
 
 
-def load_encoder(path: Path, encoder: Encoder, modality: Modality, sees: frozenset[str], minimum: float = 0.9) -> LoadReport:
-    """Put a checkpoint's transferable encoder into `encoder`.
+def _wrapped(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The weights under the names of an encoder that holds theirs, or that theirs holds (one of slices); else as they are."""
+    def outermost(names: Iterable[str]) -> str:
+        first = {name.partition(".")[0] for name in names}
+        return f"{first.pop()}." if len(first) == 1 else ""
 
-    Refused (CheckpointError) when less than `minimum` of the encoder's weights are covered, when the modality differs, or when
+    for mine, theirs in (("", ""), (outermost(own), ""), ("", outermost(weights))):
+        renamed = {mine + name.removeprefix(theirs): value for name, value in weights.items()}
+        if renamed.keys() & own.keys():
+            return renamed
+    return weights
+
+
+def load_encoder(path: Path, encoder: Encoder, modality: Modality, sees: frozenset[str], minimum: float = 0.9) -> LoadReport:
+    """Put a checkpoint's transferable encoder into `encoder`, of its own modality or of another whose shapes can be made fit.
+
+    Refused (CheckpointError) when less than `minimum` of the encoder's weights are covered, or when the modality is the same,
     nothing had to be adapted and yet the reference embedding comes out different: swapped axes, another normalisation layer.
     """
     card, weights = read_card(path), read_weights(path)
     (kind, options), = card["recipe"]["modality"].items()
-    if kind != modality.name:
-        raise CheckpointError(f"the checkpoint is of modality '{kind}', the recipe of '{modality.name}'",
-                              "Choose a checkpoint pretrained on the same kind of data.")
     prefix = card["transfer"]
     own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     wanted_patch = tuple(getattr(modality.options, "patch", ()))
     report = fit(encoder, own, (card["channels"], modality.channels), (tuple(options.get("patch", ())), wanted_patch))
     if report.coverage < minimum:
+        where = "" if kind == modality.name else f" is of modality '{kind}', the recipe of '{modality.name}': it"
         raise CheckpointError(
-            f"the checkpoint covers only {report.coverage:.1%} of the encoder's weights ({report.line()})",
-            f"Missing: {', '.join((report.missing + report.mismatched)[:4])} …. Use the checkpoint's own encoder settings.")
-    if not report.adapted and not report.missing and card["reference"]["sees"] == sorted(sees):
+            f"the checkpoint{where} covers only {report.coverage:.1%} of the encoder's weights ({report.line()})",
+            f"Missing: {', '.join((report.missing + report.mismatched)[:4])} …. Use the checkpoint's own encoder settings"
+            f"{'' if kind == modality.name else ', or a checkpoint pretrained on the same kind of data'}.")
+    if kind != modality.name and "position" in sees:
+        report.positions = _moved([(a["name"], a["unit"]) for a in card["axes"]], [(a.name, a.unit) for a in modality.axes])
+    same = kind == modality.name and not report.adapted and not report.missing
+    if same and card["reference"]["sees"] == sorted(sees):
         now = reference_embedding(encoder, modality, sees, tuple(card["reference"]["size"]))
         report.similarity = float(F.cosine_similarity(torch.tensor(now), torch.tensor(card["reference"]["embedding"]), dim=0))
         if report.similarity < 0.99:
@@ -255,3 +302,11 @@ def load_encoder(path: Path, encoder: Encoder, modality: Modality, sees: frozens
                                   f"(cosine {report.similarity:.3f})",
                                   "Patch, axes or encoder settings differ from those of the checkpoint.")
     return report
+
+
+def _moved(have: Sequence[tuple[str, str]], want: Sequence[tuple[str, str]]) -> str:
+    """How axes (name, unit) differ; empty where they do not."""
+    if len(have) != len(want):
+        return f"{len(have)} -> {len(want)} axes"
+    old, new = (", ".join(f"{name} in {unit}" for name, unit in axes) for axes in (have, want))
+    return "" if old == new else f"{old} -> {new}"
