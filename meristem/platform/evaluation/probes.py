@@ -119,7 +119,8 @@ class Linear(Settings):
             p[:, present] = model.predict_proba(scale.transform(embedding))
             return p
 
-        model = LogisticRegression(max_iter=self.iterations, warm_start=True)  # a weaker penalty goes on from the stronger
+        solver = "newton-cholesky" if len(present) == 2 else "lbfgs"  # a few exact steps, where the Hessian is small
+        model = LogisticRegression(solver=solver, max_iter=self.iterations, warm_start=True)  # on from the stronger penalty
         models = {float(c): copy.deepcopy(model.set_params(C=c).fit(x, train.target)) for c in sorted(self.c)}
         scores = {c: float(brier(validation.target, predict(m, validation.embedding))) for c, m in models.items()}
         best = _best(scores)
