@@ -24,7 +24,7 @@ from meristem.platform.encoders import ENCODERS, Encoder
 from meristem.platform.objectives import Items, Plan
 from meristem.platform.step import Batch
 
-SPACE = {"image": 2, "volume": 3}
+SPACE = {"image": 2, "volume": 3, "video": 3}
 SMALL: dict[str, dict[str, Any]] = {  # anything that is not named here is built as it comes
     "transformer": {"width": 24, "depth": 2, "heads": 2},
     "unet": {"widths": [8, 16], "blocks": [1, 1]},
@@ -36,7 +36,7 @@ SMALL: dict[str, dict[str, Any]] = {  # anything that is not named here is built
 
 def made(name: str, **options: Any) -> Modality:
     kind = modality_class(name)
-    return kind(kind.Options.model_validate({"channels": 1, **options}))
+    return kind(kind.Options.model_validate({"channels": 3 if name == "video" else 1, **options}))
 
 
 # ---- hidden unless seen
@@ -140,10 +140,11 @@ def test_a_set_of_tokens_gives_only_what_is_seen(modality: str, sees: tuple[str,
             assert not torch.equal(net(full.seen(allowed)).tokens, net(moved.seen(allowed)).tokens)
 
 
-@pytest.mark.parametrize("name", ["image/mae", "image/simmim", "volume/mae", "image/simclr"])
+@pytest.mark.parametrize("name", ["image/mae", "image/simmim", "volume/mae", "image/simclr", "video/videomae",
+                                  "video/v-jepa"])
 def test_losses_of_recipes_know_nothing_of_where_views_were_cut(name: str) -> None:
     """Whole recipes: masking, encoder, predictor and target of a content loss stay bit-equal for other source geometry."""
-    side = 32 if name.startswith("image") else 16
+    side = {"image": 32, "volume": 16, "video": 48}[name.split("/")[0]]
     views = [f"views.{view}.size={[side] * SPACE[name.split('/')[0]]}" for view in recipes.read(name)["views"]]
     recipe = recipes.load(name, [*views, "encoder.transformer.depth=1"])
     assembly = Assembly(recipe).eval()
@@ -161,24 +162,26 @@ def test_losses_of_recipes_know_nothing_of_where_views_were_cut(name: str) -> No
 # ---- nothing is learned from noise
 
 class Noise:
-    """A cache of white noise: every sample its own, of `side` elements per axis."""
+    """A cache of white noise: every sample its own, of `channels` and `side` elements per axis."""
 
-    def __init__(self, dims: int, side: int) -> None:
+    def __init__(self, dims: int, side: int, channels: int) -> None:
         affine = tuple(tuple(float(i == j) for j in range(dims + 1)) for i in range(dims + 1))
-        self._header = Header((1, *[side] * dims), affine, (1.0,) * dims, (1 / 74,), (-127.5 / 74,))
+        self._header = Header((channels, *[side] * dims), affine, (1.0,) * dims, (1 / 74,) * channels,
+                              (-127.5 / 74,) * channels, (0.0,) * channels)
 
     def header(self, row: int) -> Header:
         return self._header
 
     def windows(self, row: int, draws: list[Draw]) -> list[np.ndarray]:
         sample = np.random.default_rng(row).integers(0, 256, self._header.shape, np.uint8)
-        return [sample[(slice(None), *(slice(a, a + n) for a, n in zip(d.start, d.size, strict=True)))] for d in draws]
+        windows = [[slice(a, a + n) for a, n in zip(d.start, d.size, strict=True)] for d in draws]
+        return [sample[(slice(None), list(d.index) if d.index else w[0], *w[1:])] for d, w in zip(draws, windows, strict=True)]
 
 
 def looks(modality: Modality, options: ViewSettings, side: int, first: int, count: int) -> View:
     """Views of white noise as the loader draws and the device augments them."""
     rows: Any = [SimpleNamespace(index=i) for i in range(first, first + count)]
-    cache: Any = Noise(len(modality.axes), side)
+    cache: Any = Noise(len(modality.axes), side, modality.channels)
     return modality.augment(whole(cache, rows, modality, options), options)
 
 
