@@ -22,6 +22,7 @@ from meristem.platform.assembly import Assembly
 from meristem.platform.data import check as checking
 from meristem.platform.data import lists
 from meristem.platform.data.layouts import Search, member_files, nested, sequences
+from meristem.platform.data.manifest import Manifest
 from meristem.platform.data.source import open_data
 from meristem.platform.evaluation.results import METADATA
 from meristem.platform.training import checkpoint
@@ -70,6 +71,32 @@ def guess_modality(path: Pathlike) -> str:
     return counts.most_common(1)[0][0]
 
 
+def _modality(named: str, data: Pathlike, overrides: Sequence[str], init: Path | None = None) -> str:
+    """Of which kind the data is: what the recipe or task itself says, or the overrides; else what the run it starts from was
+    trained on, where that reads any of the data; else a guess.
+    """
+    plain = recipes.read(named) if _is_recipe(named) else {}
+    said = recipes.override(plain, overrides).get("modality")
+    if isinstance(said, str):
+        return said
+    if isinstance(said, Mapping) and len(said) == 1:
+        return str(next(iter(said)))
+    if init is not None:
+        kind = modality_class(checkpoint.read_card(init)["modality"])
+        try:
+            Manifest.discover(data, kind(kind.Options()))
+            return kind.name
+        except DataError as error:
+            if error.reason != "empty":
+                raise
+    return guess_modality(data)
+
+
+def _is_recipe(name: str) -> bool:
+    """Whether this names one recipe, and not a method or task of every modality."""
+    return "/" in name or name.endswith((".yaml", ".yml"))
+
+
 def _count(names: Sequence[str], kind: type[Modality]) -> int:
     return sum(name.endswith(kind.suffixes) for name in names)
 
@@ -108,16 +135,17 @@ def pretrain(recipe: str, data: Pathlike, out: Pathlike, overrides: Sequence[str
              cache: Path | None = None, resume: bool = False, quiet: bool = False) -> Outcome:
     """Learn an encoder from unlabelled data into the run directory `out`.
 
-    recipe: a name (`volume/mae`, or `mae` where the data says which modality) or a YAML file. data: a folder, an MSD or nnU-Net
-    dataset, a CSV or a MedMNIST npz; only rows of the training split are seen. overrides: `key.sub=value`. split: `auto` (the
-    data's own, else 60/20/20 by patient; data without any label all trains), `every:5` or fractions `0.6,0.2,0.2`. cache: where
-    decoded samples are kept (None: the user's cache). resume: go on from the newest checkpoint in `out`, exactly.
+    recipe: a name (`volume/mae`, or `mae` where the data's files say which modality) or a YAML file. data: a folder, an MSD or
+    nnU-Net dataset, a CSV, a list of paths and labels or a MedMNIST npz; only rows of the training split are seen. overrides:
+    `key.sub=value`. split: `auto` (the data's own, else 60/20/20 by patient; data without any label all trains), fractions
+    `0.6,0.2,0.2`, or `every:5:1`: fold 1 of 5 (0 to 4) tests, the next validates; folds share no subject. cache: where decoded
+    samples are kept (None: the user's cache). resume: go on from the newest checkpoint in `out`, exactly.
     Returns the weights and figures; writes recipe.yaml, metrics.jsonl, metrics.json, quarantine.csv and checkpoints.
     Under torchrun every process calls it alike. Raises MeristemError.
     """
     quiet = quiet or not first_rank()
-    if "/" not in recipe and not recipe.endswith((".yaml", ".yml")):
-        recipe = f"{guess_modality(data)}/{recipe}"
+    if not _is_recipe(recipe):
+        recipe = f"{_modality(recipe, data, overrides)}/{recipe}"
     plain = recipes.override(recipes.read(recipe), overrides)
     if not plain.get("objectives"):
         remedy = "Use `meristem finetune`." if "task" in plain else "Choose one of `meristem recipes list`."
@@ -132,15 +160,16 @@ def finetune(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
              resume: bool = False, quiet: bool = False) -> tuning.Tuned:
     """Grow a task head on an encoder, and score it on the labelled samples of the test split.
 
-    task: `segmentation` or `classification`, a recipe name or a YAML file. init: a pretraining run, whose modality and encoder
-    settings are taken over, or `scratch`. labels: labelled subjects to use, as a count, a fraction or `all`. train_on: splits
-    to learn from; validation subjects join once nothing is tuned on them any more. The rest as in `pretrain`. Writes
-    metrics.json (key `test`) and cases.json beside the checkpoints; a run that was asked to stop is saved and not scored, and
-    resume=True goes on with it. Raises MeristemError.
+    task: `segmentation` or `classification`, or a recipe name (`video/classification`) or YAML file: these say of which
+    modality the data is; else the run of `init` does, where it reads any of the data, else the files. init: a pretraining run,
+    whose modality and encoder settings are taken over, or `scratch`. labels: labelled subjects to use, as a count, a fraction
+    or `all`. train_on: splits to learn from; validation subjects join once nothing is tuned on them any more. The rest as in
+    `pretrain`. Writes metrics.json (key `test`) and cases.json beside the checkpoints; a run that was asked to stop is saved
+    and not scored, and resume=True goes on with it. Raises MeristemError.
     """
     quiet = quiet or not first_rank()
     start = tuning.origin(init)
-    settings = tuning.resolve(task, guess_modality(data), overrides, start)
+    settings = tuning.resolve(task, _modality(task, data, overrides, start), overrides, start)
     return tuning.finetune(settings, open_data(Path(data), settings.modality, split, cache, quiet), Path(out), init=start,
                            labels=labels, train_on=train_on, resume=resume, quiet=quiet)
 
@@ -150,15 +179,17 @@ def evaluate(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
              cache: Path | None = None, quiet: bool = False) -> Path:
     """Compare encoders by what they are worth to a task; returns the page of the transfer report.
 
-    inits: pretraining runs; an arm from scratch is added; `metadata` is one that knows what files say before any pixel. All
-    arms share the first checkpoint's architecture. labels: budgets as in `finetune`. seeds: draws of labels and trainings per
-    cell. protocols: of those the task has (classification: finetune, attentive, linear, knn; or retrieval alone). Finished
-    cells are kept in `out`/cells: the same call goes on where one was stopped. Raises MeristemError, before any training where
-    it can.
+    task: as in `finetune`, or `propagation`. inits: pretraining runs; an arm from scratch is added; `metadata` is one that
+    knows what files say before any pixel. All arms share the first checkpoint's architecture. labels: budgets as in `finetune`.
+    seeds: draws of labels and trainings per cell. protocols: of those the task has (classification: finetune, attentive,
+    linear, knn; or retrieval alone). split: as in `pretrain`; evaluations of all folds into a directory each can be pooled by
+    `report`. Finished cells are kept in `out`/cells: the same call goes on where one was stopped. Raises MeristemError, before
+    any training where it can.
     """
     quiet = quiet or not first_rank()
     runs = [Path(init) for init in inits if init not in (tuning.SCRATCH, METADATA)]
-    settings = tuning.resolve(task, guess_modality(data), overrides, next(iter(runs), None))
+    first = next(iter(runs), None)
+    settings = tuning.resolve(task, _modality(task, data, overrides, first), overrides, first)
     found = open_data(Path(data), settings.modality, split, cache, quiet)
     transfer.evaluate(settings, found, Path(out), inits, labels, seeds, protocols, quiet)
     if not first_rank():
@@ -220,7 +251,7 @@ def embed(checkpoint_: Pathlike, data: Pathlike, out: Pathlike, *, quiet: bool =
 
 
 def check_data(path: Pathlike, modality: str | None = None) -> checking.Report:
-    """Read every file as training would, and name each problem."""
+    """Read every file as training would, and name each problem. modality: None to guess it, as a bare task name does."""
     kind = modality_class(modality or guess_modality(path))
     return checking.check(path, kind(kind.Options()))
 

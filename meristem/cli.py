@@ -22,13 +22,16 @@ recipes_app = typer.Typer(no_args_is_help=True, help="The built-in recipes.")
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
 
-DataOption = Annotated[Path, typer.Option("--data", help="A folder, an MSD or nnU-Net dataset, a CSV or a MedMNIST .npz.")]
+DATA = "A folder, an MSD or nnU-Net dataset, a CSV, a list of paths and labels, a MedMNIST .npz, or one file."
+DataOption = Annotated[Path, typer.Option("--data", help=DATA)]
 OutOption = Annotated[Path, typer.Option("--out", help="Directory for the results.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Recipe overrides, key.sub=value.", show_default=False)]
 SplitOption = Annotated[str, typer.Option(
-    "--split", help="auto (the data's own, else 60/20/20 by patient), every:5, or fractions such as 0.6,0.2,0.2.")]
+    "--split", help="auto (the data's own, else 60/20/20 by patient), fractions such as 0.6,0.2,0.2, or every:5:1 (of five "
+                    "folds, 0 to 4, the one to test on).")]
 CacheOption = Annotated[Path | None, typer.Option("--cache", help="Where decoded samples are kept.", show_default="user cache")]
-Task = Annotated[str, typer.Argument(help="segmentation or classification, a recipe name or a YAML file.")]
+Task = Annotated[str, typer.Argument(help="segmentation, classification or propagation; or a recipe (video/classification) or "
+                                          "YAML file, which says what kind of data it is where the files do not.")]
 Run = Annotated[Path, typer.Option("--checkpoint", help="A run directory.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
@@ -101,8 +104,9 @@ def embed(checkpoint: Run, data: DataOption, out: OutOption, quiet: Quiet = Fals
 
 
 @data_app.command("check")
-def data_check(path: Path, as_json: Json = False,
-               modality: Annotated[str | None, typer.Option(help="volume, image, …", show_default="by suffix")] = None) -> None:
+def data_check(path: Annotated[Path, typer.Argument(help=DATA)], as_json: Json = False,
+               modality: Annotated[str | None, typer.Option(help="volume, image, video, …", show_default="guessed")] = None
+               ) -> None:
     """Read every file and name each problem. Exits with 1 when a file would be refused."""
     from meristem import api
     found = api.check_data(path, modality)
@@ -140,7 +144,8 @@ def recipes_show(name: str, overrides: Overrides = None, as_json: Json = False) 
         return
     import yaml
     print(yaml.safe_dump(shown["recipe"], sort_keys=False, allow_unicode=True).rstrip())
-    print(f"\n# hash {shown['hash']}, {shown['parameters']:,} parameters\n# passes of one step:")
+    print(f"\n# hash {shown['hash']}, {shown['parameters']:,} parameters")
+    print("# passes of one step:" if shown["passes"] else "# trains nothing")
     for line in shown["passes"]:
         print(f"#   {line}")
 

@@ -11,9 +11,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from test_training import TINY
 
+from meristem import api
 from meristem.cli import main
+from meristem.platform.evaluation.results import Results
+from meristem.platform.training import checkpoint
 
 Called = tuple[int, str, str]
 
@@ -155,12 +159,61 @@ def test_progress_lines_for_a_log_file_and_silence_on_request(call, volume_folde
     assert out == err == ""
 
 
-def test_a_checkpoint_of_another_modality_is_a_message(call, volume_folder: Path, image_folder: Path,  # type: ignore[no-untyped-def]
-                                                       tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_modality_that_does_not_fit_is_a_message(call, volume_folder: Path,  # type: ignore[no-untyped-def]
+                                                                     image_folder: Path, tmp_path: Path) -> None:
     common = ["--cache", tmp_path / "c", "--quiet"]
     assert call("pretrain", "mae", "--data", volume_folder, "--out", tmp_path / "pre", *common, *TINY, "train.steps=1")[0] == 0
     status, _, err = call("finetune", "classification", "--data", image_folder, "--out", tmp_path / "x", "--init",
-                          tmp_path / "pre", *common)
-    assert status == 2 and "of modality 'volume', the data of 'image'" in err and not (tmp_path / "x").exists()
+                          tmp_path / "pre", *common, "encoder.transformer.depth=6")
+    assert status == 2 and "of modality 'volume', the recipe of 'image'" in err and not (tmp_path / "x").exists()
     status, _, err = call("embed", "--checkpoint", tmp_path / "pre", "--data", image_folder, "--out", tmp_path / "y", "--quiet")
     assert status == 2 and "no volume data" in err
+
+
+CLIPS = ["encoder.transformer={size: tiny, width: 24, depth: 1, heads: 2}", "views.x.size=[4,64,64]", "train.batch=2",
+         "train.steps=1", "train.workers=0"]
+
+
+@pytest.fixture
+def short_clips(tmp_path: Path) -> Path:
+    """6 clips of 5 frames in two class folders, too short to be told from classes of images: `clips/dark/0/000.png`, …"""
+    rng, root = np.random.default_rng(4), tmp_path / "clips"
+    for name, level in (("dark", 60), ("light", 160)):
+        for clip in range(3):
+            (root / name / str(clip)).mkdir(parents=True)
+            for i, frame in enumerate(rng.normal(level, 20, (5, 32, 32, 3)).clip(0, 255).astype(np.uint8)):
+                Image.fromarray(frame).save(root / name / str(clip) / f"{i:03d}.png")
+    return root
+
+
+def test_frames_guessed_to_be_images_are_clips_where_recipe_or_run_says_so(call, short_clips: Path,  # type: ignore[no-untyped-def]
+                                                                           tmp_path: Path) -> None:
+    assert api.guess_modality(short_clips) == "image"
+    common = ["--data", short_clips, "--cache", tmp_path / "c", "--split", "every:3:1", "--quiet"]
+    assert call("pretrain", "video/videomae", *common, "--out", tmp_path / "pre", *CLIPS)[0] == 0
+    for out, how in (("named", ["video/classification"]), ("started", ["classification", "--init", tmp_path / "pre"]),
+                     ("set", ["classification", "modality.video.fps=10"])):
+        assert call("finetune", *how, *common, "--out", tmp_path / out, *CLIPS)[0] == 0
+        assert checkpoint.read_card(tmp_path / out)["modality"] == "video"
+        assert json.loads((tmp_path / out / "metrics.json").read_text())["labelled_subjects"] == 2
+    assert call("evaluate", "video/classification", *common, "--out", tmp_path / "grid", *CLIPS, "--protocol", "knn",
+                "--seeds", "1")[0] == 0
+    test = Results.load(tmp_path / "grid" / "results.json").dataset.splits["test"]
+    assert (test.subjects, test.cases) == (2, 2)
+    status, out, _ = call("data", "check", short_clips, "--modality", "video", "--json")
+    assert status == 0 and json.loads(out)["usable"] == 6
+
+
+def test_a_named_recipe_spares_the_guess(call, short_clips: Path, tmp_path: Path,  # type: ignore[no-untyped-def]
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "guess_modality", lambda path: pytest.fail("nothing to guess"))
+    (tmp_path / "mine.yaml").write_text("extends: video/classification")
+    for task in ("video/classification", tmp_path / "mine.yaml"):
+        status, _, err = call("finetune", task, "--data", short_clips, "--out", tmp_path / "x", "--labels", "99", *CLIPS,
+                              "--cache", tmp_path / "c")
+        assert status == 2 and "99" in err
+
+
+def test_a_recipe_that_trains_nothing_says_so(call) -> None:  # type: ignore[no-untyped-def]
+    status, out, _ = call("recipes", "show", "video/propagation", "encoder.transformer={size: tiny, depth: 1}")
+    assert status == 0 and out.endswith("# trains nothing\n")
