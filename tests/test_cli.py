@@ -74,7 +74,7 @@ def test_recipes_show_prints_a_recipe_that_loads_and_its_passes(call, tmp_path: 
     (["pretrain", "volume/mae", "--data", "DATA", "--out", "OUT", "encoder=unet"], ["drop"]),
     (["finetune", "segmentation", "--data", "DATA", "--out", "OUT", "--init", "nothing"], ["no checkpoint"]),
     (["finetune", "segmentation", "--data", "DATA", "--out", "OUT", "--labels", "99"], ["99"]),
-    (["evaluate", "segmentation", "--data", "DATA", "--out", "OUT", "--protocol", "knn"], ["classification"]),
+    (["evaluate", "segmentation", "--data", "DATA", "--out", "OUT", "--protocol", "knn"], ["no protocol 'knn'", "finetune"]),
     (["report", "OUT"], ["no results"]),
     (["predict", "--checkpoint", "OUT", "--data", "DATA", "--out", "OUT"], ["no checkpoint"]),
     (["recipes", "show", "volume/nothing"], ["no recipe"]),
