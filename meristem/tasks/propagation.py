@@ -77,7 +77,7 @@ class PropagationObjective(TaskObjective):
         values = [0, *_objects(truth[start])]
         maps = self.features(assembly, data, row, range(start, len(truth)))
         one = next(maps)
-        first = label_maps(torch.from_numpy(truth[start].astype(np.int64)).to(device), values, tuple(one.shape[1:]))
+        first = label_maps(torch.from_numpy(truth[start].astype(np.int64)).to(device), values, (one.shape[1], one.shape[2]))
         soft = propagate(chain([one], maps), first, context=settings.context, radius=settings.radius, top_k=settings.top_k,
                          temperature=settings.temperature)
         found = np.full(truth.shape, -1, np.int32)
