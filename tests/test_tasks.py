@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -16,14 +17,16 @@ import torch.nn.functional as F
 from PIL import Image
 
 import meristem
-from meristem.errors import DataError, MeristemError, RecipeError
+from meristem.errors import CheckpointError, DataError, MeristemError, RecipeError
 from meristem.platform.assembly import Assembly
+from meristem.platform.data.loader import whole
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data, open_data
-from meristem.platform.evaluation.results import Results
-from meristem.tasks import pages, probing, transfer
+from meristem.platform.evaluation.results import QUERIES, Results, summarise
+from meristem.tasks import embedding, pages, probing, transfer
 from meristem.tasks.base import TaskRecipe, normalised, objective
-from meristem.tasks.embedding import embed, encode
+from meristem.tasks.classification import ClassificationObjective
+from meristem.tasks.embedding import embed, encode, facts, features
 from meristem.tasks.finetune import choose, resolve
 from meristem.tasks.inspection import inspect, noise
 
@@ -296,3 +299,161 @@ def test_inspection_prints_the_passes_of_a_task() -> None:
     shown = inspect("volume/segmentation", UNET)
     assert shown["passes"] == ["encoder(x)"]
     assert TaskRecipe.model_validate(shown["recipe"]).hash == shown["hash"]
+
+
+SMALL = ["encoder={transformer: {width: 32, depth: 2, heads: 2}}", "views.x.size=[32,32]"]
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    """6 folders of 10 frames, 40x64, in two classes: a bar that runs, and one that falls; two are shorter and wider."""
+    for name in ("run", "fall"):
+        for i in range(3):
+            folder, rng = tmp_path / "clips" / name / f"c{i}", np.random.default_rng(i)
+            folder.mkdir(parents=True)
+            for t in range(7 if i == 2 else 10):
+                pixels = rng.integers(0, 60, (40, 80 if i == 2 else 64, 3)).astype(np.uint8)
+                bar = slice(4 * t, 4 * t + 4)
+                pixels[(slice(None), bar) if name == "run" else (bar, slice(None))] = 255
+                Image.fromarray(pixels).save(folder / f"{t:03d}.png")
+    return tmp_path / "clips"
+
+
+VIDEO = ["encoder={transformer: {width: 32, depth: 2, heads: 2}}", "views.x.size=[4,32,32]", "views.x.sample={stride: 2}",
+         "views.x.clips=2", "views.x.crops=3", "modality.video.patch=[2,8,8]"]
+
+
+def test_a_sample_is_judged_by_the_mean_over_its_looks_some_at_a_time(clips: Path, tmp_path: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = resolve("classification", "video", VIDEO)
+    data = open_data(clips, recipe.modality, "1,0,0", tmp_path / "c", quiet=True)
+    assembly, rows = recipe.assemble(2).eval(), data.rows()
+    task, sizes = objective(assembly), []
+    assert isinstance(task, ClassificationObjective)
+    torch.nn.init.normal_(task.out.weight)
+    assembly.encoder.register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0].batch))
+    each, vectors = [], []
+    for row in rows:
+        view = whole(data.cache, [row], recipe.modality, recipe.views["x"].plain())
+        stream = assembly.tokenizer.stream(recipe.modality.augment(view, recipe.views["x"].plain()))
+        encoded = assembly.encoder(stream.seen(recipe.encoder.sees))
+        assert len(encoded.tokens) == 6
+        each.append(task.logits(encoded).softmax(1).mean(0))
+        vectors.append(encoded.summary["mean"].mean(0))
+    sizes.clear()
+    for batch, expected in ((64, [36]), (13, [12, 12, 12]), (4, [6] * 6)):  # at least all looks at one sample
+        monkeypatch.setattr(embedding, "BATCH", batch)
+        assert torch.allclose(task.probabilities(assembly, data, rows), torch.stack(each).detach(), atol=1e-5)
+        assert sizes == expected
+        assert np.allclose(embed(assembly, data, rows), torch.stack(vectors).detach().numpy(), atol=1e-4)
+        sizes.clear()
+    logits = torch.stack([task.logits(e).unflatten(0, (-1, 6)).mean(1) for e in encode(assembly, data, rows[:1])])
+    assert not torch.allclose(logits.softmax(-1)[0, 0], each[0], atol=1e-5)  # of probabilities, not of logits
+
+
+def test_features_of_all_tokens_are_the_same_in_memory_and_on_disk(clips: Path, tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = resolve("classification", "video", VIDEO)
+    data = open_data(clips, recipe.modality, "1,0,0", tmp_path / "c", quiet=True)
+    assembly, rows = recipe.assemble(2), data.rows()
+    here, there = (features(assembly, data, rows, memory, tmp_path) for memory in (1.0, 1e-6))
+    assert here.tokens.shape == (36, 32, 32) and here.looks == 6 and here.tokens.dtype == torch.float16
+    assert torch.equal(here.tokens, there.tokens) and torch.equal(here.valid, there.valid)
+    one = features(assembly, data, rows[4:5], 1.0, tmp_path)
+    assert torch.allclose(one.tokens.float(), here.tokens[24:30].float(), atol=1e-2)
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]  # nothing is left behind
+    monkeypatch.setattr(embedding.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(MeristemError, match="disk"):
+        features(assembly, data, rows, 1e-6, tmp_path)
+
+
+def test_headers_are_an_arm_that_says_what_can_be_read_off_them(tmp_path: Path) -> None:
+    """Two classes of equal noise, one of them wider: no pixel tells them apart."""
+    rng, root = np.random.default_rng(1), tmp_path / "images"
+    for name, width in (("dark", 40), ("light", 44)):
+        (root / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = rng.normal(100, 20, (32 + 4 * (i % 2), width)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
+    quick, common = [*QUICK, *SMALL, "train.steps=2"], {"split": "0.4,0.2,0.4", "cache": tmp_path / "c", "quiet": True}
+    meristem.pretrain("image/mae", root, tmp_path / "pre", [*quick, "objectives.pixels.masked.predictor.decoder.depth=1"],
+                      **common)  # type: ignore[arg-type]
+    meristem.evaluate("classification", root, tmp_path / "eval", [*QUICK, SMALL[1], "train.steps=2"], seeds=1,
+                      inits=["metadata", str(tmp_path / "pre")], protocols=["knn", "linear", "finetune"], **common)  # type: ignore[arg-type]
+    results = Results.load(tmp_path / "eval" / "results.json")
+    made = {(c.arm, c.protocol): c for c in results.cells}
+    assert set(made) == {(arm, p) for arm in ("mae", "scratch", "metadata") for p in ("knn", "linear", "finetune")
+                         } - {("metadata", "finetune")}
+    for protocol in ("knn", "linear"):
+        assert all(np.argmax(case.probabilities) == case.target for case in made["metadata", protocol].cases)
+    assert results.baselines == {"scratch", "metadata"} and "metadata" not in {*results.pretraining, *results.leakage}
+    summary = summarise(results, replicates=50)
+    assert {c.baseline for c in summary.comparisons if c.protocol == "knn"} == {"scratch", "metadata"}
+    assert not any(c.equal_budget for c in summary.comparisons if c.baseline == "metadata")
+    assert not any("metadata" in sentence for sentence in summary.verdict)
+    assert any("without a pixel, reaches AUROC 1.000" in warning for warning in summary.warnings)
+    assert not any("unequal budgets" in warning for warning in summary.warnings)
+    with pytest.raises(RecipeError, match="no weights to fine-tune"):
+        meristem.finetune("classification", root, tmp_path / "x", SMALL, init="metadata", **common)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="no encoder"):
+        meristem.evaluate("classification", root, tmp_path / "x", SMALL, inits=["metadata"], **common)  # type: ignore[arg-type]
+
+
+def test_facts_near_in_angle_are_near_in_distance(clips: Path, tmp_path: Path) -> None:
+    recipe = resolve("classification", "video", VIDEO)
+    data = open_data(clips, recipe.modality, "1,0,0", tmp_path / "c", quiet=True)
+    found = facts(data, data.rows())
+    wide = np.array([data.cache.header(row.index).shape[-1] == 80 for row in data.rows()])
+    varies = found[:, found.std(0) > 0]
+    assert varies.shape == (6, 4)  # stored and source length and width; nothing else differs
+    assert (varies[wide] * varies[~wide][0] < 0).all()  # short and wide: all on the other side of the mean
+    unit = found / np.linalg.norm(found, axis=1, keepdims=True)
+    near = np.argsort(-(unit @ unit.T), axis=1)[:, :6]
+    for i in range(6):
+        distance = np.linalg.norm(varies - varies[i], axis=1)
+        assert (np.diff(distance[near[i]]) >= -1e-9).all()
+
+
+def test_attentive_probe_and_retrieval_from_the_command_to_the_page(image_folder: Path, tmp_path: Path) -> None:
+    changes = [*QUICK, *SMALL, "modality.image.normalise=unit", "task.classification.metric=accuracy",
+               "task.classification.attentive={lr: [1e-3, 1e-2], weight_decay: [0.1], steps: 15, batch: 6}"]
+    common = {"inits": ["scratch"], "seeds": 2, "split": "0.4,0.2,0.4", "cache": tmp_path / "c", "quiet": True}
+    page = meristem.evaluate("classification", image_folder, tmp_path / "a", changes, protocols=["attentive"],
+                             labels=["4", "all"], **common)  # type: ignore[arg-type]
+    results = Results.load(tmp_path / "a" / "results.json")
+    assert results.metric == "accuracy" and "attentive probe" in page.read_text()
+    for cell in results.cells:
+        assert cell.chosen["lr"] in (1e-3, 1e-2) and cell.chosen["weight_decay"] == 0.1
+        assert (cell.budget.steps, cell.budget.batch) == (15, 6) and cell.budget.trainable > 0
+    assert np.mean([np.argmax(c.probabilities) == c.target for cell in results.cells for c in cell.cases]) > 0.8
+
+    page = meristem.evaluate("classification", image_folder, tmp_path / "b", changes, protocols=["retrieval"], **common)  # type: ignore[arg-type]
+    results = Results.load(tmp_path / "b" / "results.json")
+    assert (results.kind, results.metric, results.classes) == ("retrieval", "R@1", (QUERIES,))
+    assert set(results.cells[0].cases[0].metrics) == {"R@1", "R@5", "R@10", "R@20", "mAP"}
+    row = summarise(results, replicates=50).row("scratch", "retrieval", "all")
+    assert row is not None and row.mean.value > 0.8 and "R@1" in page.read_text()
+    assert json.loads((tmp_path / "b" / "metrics.json").read_text())[0]["R@1"] == pytest.approx(row.seeds[0])
+    with pytest.raises(RecipeError, match="retrieval is scored by R@1"):
+        meristem.evaluate("classification", image_folder, tmp_path / "c", changes, protocols=["retrieval", "knn"], **common)  # type: ignore[arg-type]
+
+
+def test_top_five_of_two_classes_is_no_headline(image_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="2 classes"):
+        meristem.finetune("classification", image_folder, tmp_path / "x", [*SMALL, "task.classification.metric=top5"],
+                          cache=tmp_path / "c", quiet=True)
+
+
+def test_of_a_checkpoint_of_another_modality_the_encoder_alone_is_taken(image_folder: Path, tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether its weights can serve is the checkpoint's business, asked before a file is read."""
+    meristem.pretrain("image/mae", image_folder, tmp_path / "pre", [*QUICK, *SMALL, "train.steps=1",
+                      "objectives.pixels.masked.predictor.decoder.depth=1"], cache=tmp_path / "c", quiet=True)
+    with pytest.raises(CheckpointError, match="covers only"):
+        resolve("classification", "volume", ["encoder={transformer: {width: 48}}"], tmp_path / "pre")
+    asked: list[Path] = []
+    monkeypatch.setattr("meristem.platform.training.checkpoint.load_encoder", lambda path, *_: asked.append(path))
+    taken, own = (resolve("classification", kind, [], tmp_path / "pre") for kind in ("volume", "image"))
+    assert asked == [tmp_path / "pre"]
+    assert taken.modality.name == "volume" and taken.views == resolve("classification", "volume", []).views
+    assert taken.encoder == own.encoder and own.modality.name == "image"
