@@ -198,10 +198,15 @@ def evaluate(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
     return pages.report([Path(out)], Path(out))
 
 
-def report(directories: Sequence[Pathlike], out: Pathlike | None = None) -> Path:
-    """The transfer report of one or several evaluations."""
+def report(directories: Sequence[Pathlike], out: Pathlike | None = None, *, folds: bool = False) -> Path:
+    """The transfer report of one or several evaluations; returns its page.
+
+    out: where the page goes; None: the first directory. folds: the directories are evaluations of disjoint test folds
+    (`--split every:5:0` … `every:5:4`) and become one, in which every subject was tested once; `out` must then be another
+    directory, which holds results.json, pictures and logs like any evaluation. Raises MeristemError.
+    """
     paths = [Path(d) for d in directories]
-    return pages.report(paths, Path(out) if out else paths[0])
+    return pages.report(paths, Path(out) if out else paths[0], folds)
 
 
 def predict(checkpoint_: Pathlike, data: Pathlike, out: Pathlike, *, quiet: bool = False) -> list[Path]:

@@ -81,10 +81,12 @@ def evaluate(task: Task, data: DataOption, out: OutOption, overrides: Overrides 
 
 @app.command()
 def report(directories: Annotated[list[Path], typer.Argument(help="Directories that evaluate wrote.")],
-           out: Annotated[Path | None, typer.Option(help="For the page.", show_default="first directory")] = None) -> None:
+           out: Annotated[Path | None, typer.Option(help="For the page.", show_default="first directory")] = None,
+           folds: Annotated[bool, typer.Option("--folds", help="They are folds (--split every:5:0 …) of one evaluation: pool "
+                                               "them; wants --out.")] = False) -> None:
     """Draw the transfer report of one evaluation, or of several together."""
     from meristem import api
-    print(api.report(directories, out))
+    print(api.report(directories, out, folds=folds))
 
 
 @app.command()

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from test_folds import fold
 from test_training import TINY
 
 from meristem import api
 from meristem.cli import main
 from meristem.platform.evaluation.results import Results
+from meristem.platform.report.pictures import Pictures, Strip
 from meristem.platform.training import checkpoint
 
 Called = tuple[int, str, str]
@@ -217,3 +219,30 @@ def test_a_named_recipe_spares_the_guess(call, short_clips: Path, tmp_path: Path
 def test_a_recipe_that_trains_nothing_says_so(call) -> None:  # type: ignore[no-untyped-def]
     status, out, _ = call("recipes", "show", "video/propagation", "encoder.transformer={size: tiny, depth: 1}")
     assert status == 0 and out.endswith("# trains nothing\n")
+
+
+def test_folds_are_pooled_into_one_page_that_can_be_drawn_again(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    folds = [tmp_path / f"fold {i}" for i in range(2)]
+    for i, directory in enumerate(folds):
+        (directory / "logs").mkdir(parents=True)
+        made = fold(i, subjects=2 + i)
+        made.save(directory / "results.json")
+        losses = "".join(f'{{"step": {step}, "loss": {i}.{9 - step}}}\n' for step in (1, 2))
+        (directory / "logs" / "pretraining mae.jsonl").write_text(losses)
+        strips = [Strip(case.case, np.full((2, 4, 4), 9, np.uint8), (0.0, 1.0), 1.0) for case in made.cells[0].cases]
+        Pictures(strips=strips).save(directory / "pictures.npz")
+    status, out, _ = call("report", *folds, "--folds", "--out", tmp_path / "pool")
+    assert status == 0 and out.strip() == str(tmp_path / "pool" / "report.html")
+    page = (tmp_path / "pool" / "report.html").read_text()
+    assert "d, 2 folds" in page and "5 test subjects" in page
+    assert all(name in page for name in ("sub-0-0-0", "sub-1-2-0"))  # most confident of the one fold, worst of the other
+    found = json.loads((tmp_path / "pool" / "report.json").read_text())
+    assert call("report", tmp_path / "pool")[0] == 0
+    assert json.loads((tmp_path / "pool" / "report.json").read_text()) == found
+    assert (tmp_path / "pool" / "report.html").read_text() == page
+    assert (tmp_path / "pool" / "logs" / "pretraining mae.jsonl").read_text().startswith('{"step": 1, "loss": 0.8}')
+    for arguments, words in (([*folds, "--folds"], "into another one"), ([folds[0], "--folds", "--out", tmp_path / "x"], "two"),
+                             ([folds[0], folds[0], "--folds", "--out", tmp_path / "x"], "more than one fold")):
+        status, _, err = call("report", *arguments)
+        assert status == 2 and words in err and not (tmp_path / "x").exists()
+    assert Results.load(folds[0] / "results.json") == fold(0, subjects=2)

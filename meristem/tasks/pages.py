@@ -6,6 +6,7 @@ Samples whose first axis is time are shown as strips of frames, others as one sl
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from meristem.errors import MeristemError
 from meristem.modalities.base import Draw, Header, Modality, View
 from meristem.modalities.stream import LatticeStream
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.loader import whole
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
+from meristem.platform.evaluation.folds import pooled
 from meristem.platform.evaluation.results import Results
 from meristem.platform.masked.objective import MaskedObjective
 from meristem.platform.objectives import Encoded, Items
@@ -48,14 +51,43 @@ FRAMES = 6  # of a strip
 SIDE = 240  # elements along the longer side of a strip's frame
 
 
-def report(directories: Sequence[Path], out: Path) -> Path:
-    """Write the page of one or several evaluated directories. Raises MeristemError when one holds no results."""
+def report(directories: Sequence[Path], out: Path, folds: bool = False) -> Path:
+    """Write the page of one or several evaluated directories. Raises MeristemError when one holds no results.
+
+    folds: they are the folds of one evaluation; `out` becomes an evaluated directory of them all.
+    """
+    if folds:
+        _pool(directories, out)
+        directories = [out]
     several = [Results.load(directory / "results.json") for directory in directories]
     files = [directory / "pictures.npz" for directory in directories]
     pictures = [Pictures.load(file) if file.is_file() else Pictures() for file in files]
     out.mkdir(parents=True, exist_ok=True)
     curves = [_curves(directory, results.arms) for directory, results in zip(directories, several, strict=True)]
     return write_report(several, pictures, curves, out)
+
+
+def _pool(directories: Sequence[Path], out: Path) -> None:
+    """Keep the pooled results of folds, their pictures, and the first one's logs.
+
+    The extreme cases of all are extreme in their fold too, so that they were drawn there; the median of all seldom was.
+    """
+    if len(directories) < 2 or out.resolve() in [directory.resolve() for directory in directories]:
+        raise MeristemError("folds are pooled from two evaluated directories or more into another one",
+                            "`meristem report FOLD-0 FOLD-1 … --folds --out POOLED`.")
+    pool = pooled([Results.load(directory / "results.json") for directory in directories])
+    out.mkdir(parents=True, exist_ok=True)
+    pool.save(out / "results.json")
+    found = [Pictures.load(file) for directory in directories if (file := directory / "pictures.npz").is_file()]
+    if found:
+        protocol = pool.cells[0].protocol
+        fewest = min((c for c in pool.cells if c.protocol == protocol), key=lambda c: c.labelled_subjects).labels
+        overlays = [overlay for each in found for overlay in each.overlays]
+        picked = pick_cases(pool, protocol, fewest) if overlays else {}
+        replace(found[0], overlays=[o for o in overlays if o.case == picked[o.rank]],
+                strips=[strip for each in found for strip in each.strips]).save(out / "pictures.npz")
+    if (directories[0] / "logs").is_dir():
+        shutil.copytree(directories[0] / "logs", out / "logs", dirs_exist_ok=True)
 
 
 def gather(directory: Path, data: Data, inits: Sequence[Path]) -> None:
