@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import multiprocessing
 from collections.abc import Callable, Sequence
@@ -198,13 +199,18 @@ def test_decord_is_refused_by_name_where_it_would_miss_frames(made: Callable[[st
 @pytest.mark.skipif(DECORD == "pyav", reason="decord is not installed")
 def test_what_decord_is_kept_from_it_does_get_wrong(made: Callable[[str], Path]) -> None:
     """The rule is not idle: without it frames would be exchanged in silence."""
-    import decord
-
+    decord = containers.load_decord()
     decord.logging.set_level(decord.logging.QUIET)
     order = np.random.default_rng(1).permutation(N)
     for name in ("open-groups.mp4", "program.mpg", "refresh.mp4", "no-sync-table.mp4", "xvid-b.avi"):
         frames = decord.VideoReader(str(made(name)), num_threads=1).get_batch(order).asnumpy()
         assert [number(frame) for frame in frames] != order.tolist(), name
+
+
+def test_decord_shares_its_old_libraries_with_nobody(made: Callable[[str], Path]) -> None:
+    """Shared, its zlib crashes torchvision's PNG decoder."""
+    open_video(made("b-frames.mp4")).read([3])
+    assert not hasattr(ctypes.CDLL(None), "DECORDGetLastError")
 
 
 def test_an_edit_list_shows_what_it_shows(tmp_path: Path) -> None:

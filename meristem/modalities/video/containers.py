@@ -7,9 +7,11 @@ bit. At 10 bits decord and PyAV differ by 0.2 levels on average and 19 at most, 
 
 from __future__ import annotations
 
+import ctypes
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -173,6 +175,20 @@ class PyAV(VideoFile):
         return image
 
 
+def load_decord() -> Any:
+    """decord with its libraries to itself: it asks for them to be shared, and its old zlib then crashes other users of zlib.
+
+    (torchvision reading a 16-bit PNG, for one.) Raises ImportError.
+    """
+    shared = ctypes.RTLD_GLOBAL
+    vars(ctypes)["RTLD_GLOBAL"] = ctypes.RTLD_LOCAL
+    try:
+        import decord
+    finally:
+        vars(ctypes)["RTLD_GLOBAL"] = shared
+    return decord
+
+
 class Decord(VideoFile):
     """decord, where the timeline proves it exact. Raises DataError where it does not."""
 
@@ -180,7 +196,7 @@ class Decord(VideoFile):
 
     def __init__(self, path: Path, timeline: Timeline) -> None:
         try:
-            import decord
+            decord = load_decord()
         except (ImportError, OSError, RuntimeError):
             raise DataError("unreadable", "decord is not installed; it has no wheels for some platforms", AUTO) from None
         super().__init__(path, timeline)
@@ -200,11 +216,9 @@ class Decord(VideoFile):
         self._reader = None
 
     def _ascending(self, want: list[int]) -> np.ndarray:
-        import decord
-
         try:
             frames: np.ndarray = self._reader.get_batch(want).asnumpy()
-        except (decord.DECORDError, RuntimeError):
+        except (load_decord().DECORDError, RuntimeError):
             raise DataError("truncated", f"frames {want[0]} to {want[-1]} cannot be decoded", AGAIN) from None
         return frames
 
