@@ -88,7 +88,7 @@ class Report:
                  *(("class " + k, str(n)) for k, n in self.classes.items()),
                  *(("split " + k, str(n)) for k, n in self.splits.items())]
         for name, text in lines:
-            console.print(f"{name:<18}{escape(text)}", highlight=False, soft_wrap=True)
+            console.print(f"{name:<20}{escape(text)}", highlight=False, soft_wrap=True)
         refused = ", ".join(f"{n} {reason}" for reason, n in self.reasons.items())
         console.print(f"{self.usable} of {self.rows} samples can be used" + (f"; refused: {refused}" if refused else ""),
                       style="green" if self.ok else "bold red", highlight=False, soft_wrap=True)
