@@ -24,6 +24,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/cache.py
 	$(BIN)/python benchmarks/visible_only.py
 	$(BIN)/python benchmarks/steps.py
+	$(BIN)/python benchmarks/video.py
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
