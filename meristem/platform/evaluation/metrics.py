@@ -12,7 +12,6 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import binary_erosion, distance_transform_edt
 
 Array = NDArray[Any]
-Read = Callable[[Array], Array]
 SetMetric = Callable[..., Array]  # (target, probabilities, weight=None, **own settings) -> (…)
 
 BINS = 15  # of the calibration error; the usual choice since Guo et al. 2017
@@ -155,18 +154,23 @@ def _ties(score: Array) -> tuple[Array, Array, Array]:
     return order, first, last
 
 
-def _ranked(positive: Array, score: Array, weight: Array | None) -> tuple[Array, Array, Read, Read]:
-    """Weights of positives and negatives by falling score, and how to read a running sum at each group of ties' ends."""
+def _running(positive: Array, score: Array, weight: Array | None) -> tuple[Array, Array, Array, Array, Array, Array]:
+    """For each positive: its weight, then of positives and of all cases the weight above its group of ties and with it.
+
+    Returns own, positives above, positives with, all above, all with (…, positives), and the weight of everything (…, 1).
+    """
     order, first, last = _ties(score)
     if weight is None:
-        sign = positive[order]
-        plus, minus = sign.astype(float), (~sign).astype(float)
-    else:
-        ordered = weight[..., order]
-        plus, minus = ordered * positive[order], ordered * ~positive[order]
-    if score.ndim == 1:
-        return plus, minus, lambda x: x[..., first], lambda x: x[..., last]
-    return plus, minus, lambda x: np.take_along_axis(x, first, -1), lambda x: np.take_along_axis(x, last, -1)
+        sign = positive[order].astype(float)  # one entry for every case: those that are no positive weigh nothing
+        hits = np.cumsum(sign, -1)
+        return (sign, np.take_along_axis(hits - sign, first, -1), np.take_along_axis(hits, last, -1), first, last + 1,
+                np.array([float(score.shape[-1])]))
+    at = np.flatnonzero(positive[order])
+    ordered = weight[..., order]
+    total, own = np.cumsum(ordered, -1), ordered[..., at]
+    hits = np.concatenate([np.zeros((*own.shape[:-1], 1)), np.cumsum(own, -1)], -1)
+    return (own, hits[..., np.searchsorted(at, first[at])], hits[..., np.searchsorted(at, last[at], "right")],
+            total[..., first[at]] - ordered[..., first[at]], total[..., last[at]], total[..., -1:])
 
 
 def binary_auroc(positive: Array, score: Array, weight: Array | None = None) -> Array:
@@ -174,21 +178,19 @@ def binary_auroc(positive: Array, score: Array, weight: Array | None = None) -> 
 
     positive: (n,) bool. score: (n,), with weight (…, n) or without; or (…, n) without. Returns (…).
     """
-    plus, minus, before, after = _ranked(positive, score, weight)
-    above = np.cumsum(minus, -1)
-    beaten = minus.sum(-1, keepdims=True) - (after(above) + before(above - minus)) / 2
-    pairs = plus.sum(-1) * minus.sum(-1)
+    own, above, through, all_above, all_through, total = _running(positive, score, weight)
+    plus = own.sum(-1)
+    minus = total[..., 0] - plus
+    beaten = minus[..., None] - (all_above - above + all_through - through) / 2
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(pairs > 0, (plus * beaten).sum(-1) / pairs, np.nan)
+        return np.where(plus * minus > 0, (own * beaten).sum(-1) / (plus * minus), np.nan)
 
 
 def binary_auprc(positive: Array, score: Array, weight: Array | None = None) -> Array:
     """Average precision, Σ (R_k − R_{k−1}) P_k over distinct scores; NaN without positives. Shapes as in binary_auroc."""
-    plus, minus, _, after = _ranked(positive, score, weight)
-    true = np.cumsum(plus, -1)
+    own, _, through, _, all_through, _ = _running(positive, score, weight)
     with np.errstate(invalid="ignore", divide="ignore"):
-        precision = np.nan_to_num(true / (true + np.cumsum(minus, -1)))
-        return np.asarray((plus * after(precision)).sum(-1) / plus.sum(-1))
+        return np.asarray((own * np.nan_to_num(through / all_through)).sum(-1) / own.sum(-1))
 
 
 def _macro(binary: Callable[..., Array], target: Array, probabilities: Array, weight: Array | None) -> Array:
