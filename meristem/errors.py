@@ -1,5 +1,7 @@
 """Errors a user can act on: each says what is wrong, where, and what to do."""
 
+from __future__ import annotations
+
 
 class MeristemError(Exception):
     """A user's mistake or bad input. The command line prints it without a traceback.
@@ -21,6 +23,9 @@ class DataError(MeristemError):
     def __init__(self, reason: str, what: str, remedy: str = "") -> None:
         self.reason = reason
         super().__init__(what, remedy)
+
+    def __reduce__(self) -> tuple[type[DataError], tuple[str, str, str]]:
+        return type(self), (self.reason, self.what, self.remedy)  # loader workers send it home
 
 
 class RecipeError(MeristemError):

@@ -46,6 +46,8 @@ class Loader:
             self.waited += time.perf_counter() - asked
             if batch is None:
                 return
+            if isinstance(batch, DataError):
+                raise batch
             yield batch
 
 
@@ -89,8 +91,8 @@ class _PinnedBatch(Batch):
         return self
 
 
-class _Batches(Dataset[Batch]):
-    """Step -> this rank's batch, collated where it is made. Holds row numbers, no paths."""
+class _Batches(Dataset[Batch | DataError]):
+    """Step -> this rank's batch, collated where it is made, or why it cannot be: a worker can raise built-in errors only."""
 
     def __init__(self, cache: Cache, rows: Sequence[int], labels: Mapping[str, Tensor], modality: Modality,
                  views: Mapping[str, ViewSettings], fields: tuple[str, ...], seed: int, batch: int, rank: int,
@@ -99,7 +101,13 @@ class _Batches(Dataset[Batch]):
         self.fields, self.seed, self.batch, self.rank, self.share = fields, seed, batch, rank, batch // world
         self._epoch: tuple[int, Tensor] = (-1, torch.empty(0))
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Batch | DataError:
+        try:
+            return self._batch(step)
+        except DataError as error:
+            return error
+
+    def _batch(self, step: int) -> Batch:
         first = step * self.batch + self.rank * self.share
         cursors = range(first, first + self.share)
         places = [self._place(c) for c in cursors]
@@ -125,7 +133,7 @@ class _Batches(Dataset[Batch]):
         for (row, cursor), of_item in groupby(looks, key=lambda look: look[:2]):  # one reading serves all looks at a sample
             header = self.cache.header(row)
             draws = [self.modality.draw(settings, header, Look.of(self.seed, cursor, look, name)) for *_, look in of_item]
-            for draw, window in zip(draws, self.cache.windows(row, draws), strict=True):
+            for draw, window in zip(draws, self._windows(row, draws), strict=True):
                 arrays.append(self.modality.load(window, draw, interpolate=True))
                 affines.append(torch.from_numpy(affine(header, draw)))
                 spacings.append(torch.tensor(draw.spacing or header.spacing, dtype=torch.float32))
@@ -142,6 +150,13 @@ class _Batches(Dataset[Batch]):
                     torch.tensor([look for *_, look in looks]),
                     {key: torch.stack([_number(p[key]) for p in params]) for key in params[0]},
                     {field: torch.stack(values) for field, values in fields.items()}, weight)
+
+    def _windows(self, row: int, draws: Sequence[Draw]) -> list[np.ndarray]:
+        try:
+            return self.cache.windows(row, draws)
+        except DataError as error:
+            raise DataError(error.reason, f"sample {row}, read before, cannot be read now: {error.what}",
+                            "Put its file back as it was, or start a run without it; --resume goes on.") from None
 
     def _field(self, row: int, name: str, draw: Draw) -> Tensor:
         if name not in self.cache.fields(row):
