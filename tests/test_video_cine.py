@@ -16,6 +16,7 @@ from meristem.errors import DataError
 
 TINY = ["encoder.transformer.width=24", "encoder.transformer.depth=1", "encoder.transformer.heads=2", "train.batch=4",
         "train.steps=2", "modality.video.unit=mm", "views.x.size=[4, 32, 32]", "modality.video.patch=[2, 8, 8]"]
+PRETRAIN = [*TINY, "masking.x.random.ratio=0.75"]
 
 
 def scans(root: Path, patients: Sequence[str]) -> Path:
@@ -41,7 +42,7 @@ def test_ultrasound_goes_from_files_to_predictions(tmp_path: Path, capfd: pytest
     data = scans(tmp_path, patients)
     lost = tmp_path / "canary0-0.dcm"
     lost.write_bytes(lost.read_bytes()[:-9000])
-    meristem.pretrain("video/videomae", data, tmp_path / "pre", [*TINY, "masking.x.random.ratio=0.75"], cache=tmp_path / "cache")
+    meristem.pretrain("video/videomae", data, tmp_path / "pre", PRETRAIN, cache=tmp_path / "cache")
     assert json.loads((tmp_path / "pre" / "metrics.json").read_text())["quarantined"] == 1
     assert "truncated" in (tmp_path / "pre" / "quarantine.csv").read_text()
     meristem.finetune("video/classification", data, tmp_path / "fine", [*TINY, "views.x.clips=2", "views.x.crops=1"],
@@ -72,6 +73,6 @@ def test_a_file_that_is_lost_during_a_run_ends_it_with_a_reason(tmp_path: Path, 
 
     monkeypatch.setattr(Cache, "build", classmethod(and_lose))
     with pytest.raises(DataError, match=r"sample \d+, read before, cannot be read now") as caught:
-        meristem.pretrain("video/videomae", data, tmp_path / "pre", [*TINY, "masking.x.random.ratio=0.75", "train.workers=1"],
-                          cache=tmp_path / "cache", quiet=True)
+        meristem.pretrain("video/videomae", data, tmp_path / "pre", [*PRETRAIN, "train.workers=1"], cache=tmp_path / "cache",
+                          quiet=True)
     assert caught.value.reason == "missing" and "p0" not in str(caught.value)

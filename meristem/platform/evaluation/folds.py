@@ -25,7 +25,7 @@ def pooled(folds: Sequence[Results]) -> Results:
         unlike = [name for name in SAME if getattr(other, name) != getattr(first, name)]
         if unlike:
             raise MeristemError(f"the evaluations differ in {', '.join(unlike)}: they are not folds of one",
-                                "Evaluate all folds with one recipe, and give each its split, e.g. --split every:5:0 … every:5:4.")
+                                "Evaluate all folds with one recipe, each with its own split: --split every:5:0 … every:5:4.")
     cells = [{(c.arm, c.protocol, c.labels, c.seed): c for c in fold.cells} for fold in folds]
     keys = list(cells[0])
     if any(set(other) != set(keys) for other in cells[1:]):
