@@ -13,15 +13,38 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
+import yaml
+from PIL import Image
 
 from meristem.errors import MeristemError
+from meristem.platform import recipe as recipes
+from meristem.platform.assembly import Assembly
+from meristem.platform.data.source import open_data
 from meristem.platform.evaluation.leakage import audit
 from meristem.platform.evaluation.results import Budget, Case, Cell, Counts, Dataset, Group, Results, Summary, join, summarise
 from meristem.platform.evaluation.statistics import bootstrap, mean_of
+from meristem.platform.objectives import Encoded
 from meristem.platform.report import figures
 from meristem.platform.report.figures import Curve
 from meristem.platform.report.page import write_report
-from meristem.platform.report.pictures import Overlay, Pictures, Reconstruction, pick_cases, pick_slice
+from meristem.platform.report.pictures import (
+    Attention,
+    Overlay,
+    Pictures,
+    Reconstruction,
+    Strip,
+    pick_cases,
+    pick_samples,
+    pick_slice,
+    sample_groups,
+)
+from meristem.platform.training import checkpoint
+from meristem.platform.training.loop import _reference
+from meristem.platform.training.pretrain import card
+from meristem.tasks import pages
+from meristem.tasks.base import TaskRecipe
+from meristem.tasks.pages import attended
 
 CLASSES = ("anterior", "posterior")
 BUDGETS: dict[int | str, int] = {5: 5, 10: 10, "all": 160}
@@ -540,3 +563,294 @@ def test_cases_are_picked_by_the_mean_over_arms(study: Results) -> None:
             score.setdefault(case.case, []).append(sum(case.metrics["dice"].values()))
     order = sorted(score, key=lambda k: np.mean(score[k]))
     assert picked == {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}
+
+
+# ---- sequences
+
+TIMES = (0.0, 0.5, 1.0, 1.5)
+
+
+def clip(seed: int) -> np.ndarray:
+    """(4, 24, 32, 3) uint8: a spot that wanders over a pattern of its own."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:24, :32]
+    base = 90 + 40 * np.sin(x / 5 + seed) + rng.normal(0, 3, (4, 24, 32))
+    spot = np.stack([(y - 12) ** 2 + (x - 6 - 6 * t) ** 2 < 20 for t in range(4)])
+    return np.where(spot[..., None], (220, 60, 60), base[..., None] * (1, 0.8, 0.6)).clip(0, 255).astype(np.uint8)
+
+
+def actions(classes: int, n: int = 60, arms: tuple[str, ...] = ("scratch", "mae")) -> Results:
+    """Accuracy, few labels and all; odd cases are hard. Only the last arm is pretrained."""
+    target = np.arange(n) % classes
+    cells = []
+    for labels, signal in ((10, 2.0), ("all", 4.0)):
+        for arm in arms:
+            rng = np.random.default_rng([len(arm), int(signal)])
+            strength = signal + (arm == arms[-1]) - np.arange(n) % 2
+            z = rng.normal(size=(n, classes)) + strength[:, None] * np.eye(classes)[target]
+            p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+            cases = tuple(Case(case=f"case-{i:03d}", subject=f"sub-{i:03d}", target=int(target[i]),
+                               probabilities=tuple(p[i].tolist())) for i in range(n))
+            cells.append(Cell(arm=arm, init="5d" if arm == arms[-1] else None, protocol="knn", labels=labels, seed=0,
+                              cases=cases, labelled_subjects=10 if labels == 10 else 90,
+                              budget=Budget(steps=0, batch=0, trainable=0, seconds=1.0)))
+    return Results(task="actions", kind="classification", metric="accuracy", cells=tuple(cells),
+                   dataset=Dataset(name="films", manifest="1", splits={}),
+                   classes=tuple(f"act {i:03d}" for i in range(classes)))
+
+
+def moving(results: Results) -> Pictures:
+    """Strips of every case, a reconstruction, attention of two cases."""
+    recon = clip(50).astype(float)
+    hidden = np.where(np.arange(32)[None, None, :, None] > 9, np.nan, recon)
+    heat = np.random.default_rng(0).gamma(1.0, 1.0, (4, 3, 4))
+    curve = tuple((heat.sum((1, 2)) / heat.sum()).tolist())
+    return Pictures([Reconstruction(recon, hidden, 0.9 * recon, 1.0, "mae", TIMES)], [],
+                    [Strip(case.case, clip(i), TIMES) for i, case in enumerate(results.cells[0].cases)],
+                    [Attention(f"case-{i:03d}", "mae", clip(i), TIMES, heat, curve, TIMES) for i in range(2)])
+
+
+def test_samples_are_picked_by_confidence_and_none_twice() -> None:
+    group = sample_groups(actions(3))["mae", "knn", 10]
+    assert group.target is not None and group.probabilities is not None
+    p, target = group.probabilities.mean(0), group.target
+    right = [i for i in range(60) if p[i].argmax() == target[i]]
+    wrong = [i for i in range(60) if i not in right]
+    picked = pick_samples(group)
+    assert picked["most confident right"] == sorted(right, key=lambda i: -p[i].max())[:2]
+    assert picked["worst wrong"] == sorted(wrong, key=lambda i: p[i, target[i]])[:2]
+    rest = [i for i in range(60) if i not in picked["most confident right"] + picked["worst wrong"]]
+    assert picked["least confident"] == sorted(rest, key=lambda i: p[i].max())[:2]
+
+
+def test_contact_sheets_say_what_each_arm_gave(tmp_path: Path) -> None:
+    results = actions(3, arms=("metadata", "scratch", "mae"))
+    page = Page(write_report(results, moving(results), [], tmp_path))
+    groups = sample_groups(results)
+    assert set(groups) == {(arm, "knn", labels) for arm in ("scratch", "mae") for labels in (10, "all")}
+    alts = [img["alt"] or "" for img in page.of("img")]
+    strips = [alt for alt in alts if re.match(r"(scratch|mae|metadata), (most|least|worst)", alt)]
+    assert len(strips) == sum(len(places) for g in groups.values() for places in pick_samples(g).values())
+    for (arm, _, _), group in groups.items():
+        assert group.target is not None and group.probabilities is not None
+        for heading, places in pick_samples(group).items():
+            for i in places:
+                p = group.probabilities[:, i].mean(0)
+                given = ", ".join(f"{results.classes[c]} {p[c]:.2f}" for c in np.argsort(-p))
+                text = f"{group.cases[i]}, truly {results.classes[group.target[i]]}; given {given}"
+                assert f"{heading.capitalize()}: {text}." in page.text
+                assert f"{arm}, {heading}, {text}, 4 frames from 0.00 s to 1.50 s" in strips
+
+
+def test_the_arm_of_headers_is_explained_and_compared(tmp_path: Path) -> None:
+    results = actions(3, arms=("metadata", "scratch", "mae"))
+    summary = summarise(results)
+    c = next(c for c in summary.primary() if (c.baseline, c.labels) == ("metadata", "all"))
+    verb = "beats" if c.difference.low > 0 else "does not beat"
+    text = Page(write_report(results, Pictures(), [], tmp_path)).text
+    assert text.count("knows what the files' headers say") == 1
+    assert f"mae {verb} it by nearest neighbours at 90 labelled subjects ({figures.interval(c.difference, sign=True)})" in text
+    other = actions(3)
+    assert "knows what the files" not in Page(write_report(other, Pictures(), [], tmp_path / "b")).text
+
+
+def test_strips_of_reconstructions_and_attention(tmp_path: Path) -> None:
+    results = actions(2)
+    shown = moving(results)
+    page = Page(write_report(results, shown, [], tmp_path))
+    alts = [img["alt"] or "" for img in page.of("img")]
+    for part in ("original", "masked", "reconstruction"):
+        assert f"Example 1, mae: {part}, 4 frames from 0.00 s to 1.50 s" in alts
+    a = shown.attention[0]
+    most = TIMES[int(np.argmax(a.curve))]
+    told = f"mae from {min(a.curve):.3f} to {max(a.curve):.3f}, most at {most:.2f} s"
+    assert f"Share of attention over time, case-000: {told}." in alts
+    assert sum(alt.startswith("case-00") and "where mae attends" in alt for alt in alts) == 2
+    assert all((img["src"] or "").startswith("data:image/") for img in page.of("img"))
+
+
+def test_strips_survive_the_file_and_older_files_have_none(tmp_path: Path) -> None:
+    shown = moving(actions(2))
+    kept = Pictures.load(shown.save(tmp_path / "pictures.npz"))
+    assert [s.case for s in kept.strips] == [s.case for s in shown.strips]
+    assert np.array_equal(kept.strips[3].frames, shown.strips[3].frames) and kept.strips[3].times == TIMES
+    assert kept.reconstructions[0].times == TIMES and np.array_equal(kept.attention[1].heat, shown.attention[1].heat)
+    assert (kept.attention[0].curve, kept.attention[0].seconds) == (shown.attention[0].curve, TIMES)
+    assert len((kept + shown).strips) == len(shown.strips) and len((kept + shown).attention) == 4
+    stored = dict(np.load(tmp_path / "pictures.npz"))
+    index = json.loads(stored.pop("index").tobytes())
+    old = {"reconstructions": [{k: v for k, v in index["reconstructions"][0].items() if k != "times"}], "overlays": []}
+    np.savez(tmp_path / "old.npz", index=np.frombuffer(json.dumps(old).encode(), np.uint8), **stored)
+    assert Pictures.load(tmp_path / "old.npz").strips == []
+
+
+def test_colour_lies_where_attention_exceeds_an_even_spread() -> None:
+    shown = np.full((2, 8, 8, 3), 0.5)
+    heat = np.ones((2, 2, 2))
+    assert np.array_equal(figures._heated(shown, heat), shown)
+    heat[1, 0, 0] = 3.0
+    drawn = figures._heated(shown, heat)
+    assert np.array_equal(drawn[0], shown[0])
+    assert (drawn[1, 0, 0] != 0.5).any() and np.array_equal(drawn[1, 7, 7], shown[1, 7, 7])
+
+
+@pytest.mark.parametrize("classes", [8, 40])
+def test_many_classes_stay_readable(classes: int, tmp_path: Path) -> None:
+    """Per-class table and confusions agree with counting by hand; beyond 12 classes one panel stands for all."""
+    results = edited(actions(classes, n=80), lambda c: c if c.labels == 10 else None)
+    path = write_report(results, Pictures(), [], tmp_path)
+    page = Page(path)
+    rows = {row[0]: row for row in page.table("per-class")[1:]}
+    assert len(rows) == classes and path.stat().st_size < 3_000_000
+    heads = page.table("per-class")[0]
+    for cell in results.cells:
+        column = heads.index(f"accuracy, {cell.arm}")
+        for k in (0, classes - 1):
+            hits = [int(np.argmax(c.probabilities)) == k for c in cell.cases if c.target == k]
+            row = rows[results.classes[k]]
+            assert row[1] == str(len(hits)) and row[column].startswith(f"{np.mean(hits):.3f}")
+        table = np.zeros((classes, classes))
+        for c in cell.cases:
+            table[c.target, int(np.argmax(c.probabilities))] += 1  # type: ignore[index]
+        np.fill_diagonal(table, 0)
+        i, j = np.unravel_index(table.argmax(), table.shape)
+        assert f"Most often mistaken: {results.classes[i]} as {results.classes[j]} ({table[i, j]:.1f} cases)" in page.text
+    alts = [img["alt"] or "" for img in page.of("img")]
+    panels = [a for a in alts if a.startswith("Probability given to the true class")]
+    one = [a for a in alts if a.startswith(f"Accuracy within each of {classes} classes")]
+    assert (len(panels), len(one)) == ((classes, 0) if classes <= 12 else (0, 1))
+
+
+def test_retrieval_is_shown_in_its_own_metrics(tmp_path: Path) -> None:
+    cells = []
+    for arm, init, level in (("scratch", None, 0.4), ("mae", "ab", 0.7)):
+        hit = np.random.default_rng(1).random(30)
+        cases = tuple(Case(case=f"case-{i}", subject=f"sub-{i}",
+                           metrics={f"R@{k}": {"queries": float(h < level * k**0.1)} for k in (1, 5)})
+                      for i, h in enumerate(hit))
+        cells.append(Cell(arm=arm, init=init, protocol="retrieval", labels="all", labelled_subjects=80, seed=0, cases=cases,
+                          budget=Budget(steps=0, batch=0, trainable=0, seconds=1.0)))
+    results = Results(task="retrieval", kind="retrieval", metric="R@1", classes=("queries",), cells=tuple(cells),
+                      dataset=Dataset(name="films", manifest="1", splits={}))
+    page = Page(write_report(results, Pictures(), [], tmp_path))
+    table = page.table("metrics")
+    assert table[0][2:] == ["R@1", "R@5"]
+    for row, cell in zip(table[1:], results.cells, strict=True):
+        assert row[1] == cell.arm
+        for name, shown in zip(table[0][2:], row[2:], strict=True):
+            assert shown.startswith(f"{np.mean([c.metrics[name]['queries'] for c in cell.cases]):.3f} [")
+    assert "Calibration" not in page.text and "Contact sheets" not in page.text
+
+
+def carried() -> Results:
+    cells = []
+    for arm, init, level in (("scratch", None, 0.3), ("mae", "ab", 0.5)):
+        rng = np.random.default_rng(2)
+        cases = []
+        for i in range(5):
+            j, f = (float(x) for x in level + 0.1 * rng.random(2))
+            cases.append(Case(case=f"case-{i}", subject=f"sub-{i}",
+                              metrics={"J&F": {"objects": (j + f) / 2}, "J": {"objects": j}, "F": {"objects": f}}))
+        cells.append(Cell(arm=arm, init=init, protocol="propagate", labels="all", labelled_subjects=0, seed=0,
+                          cases=tuple(cases), budget=Budget(steps=0, batch=0, trainable=0, seconds=1.0)))
+    return Results(task="propagation", kind="propagation", metric="J&F", classes=("objects",), cells=tuple(cells),
+                   dataset=Dataset(name="films", manifest="1", splits={}), unit="px")
+
+
+def test_carried_labels_are_told_by_sequence(tmp_path: Path) -> None:
+    results = carried()
+    truth = np.zeros((4, 24, 32), int)
+    truth[:, 6:18, 8:20] = 1
+    truth[2] = -1  # nobody labelled this frame
+    overlay = Overlay("case-1", "worst", clip(1), truth, {"scratch": np.roll(truth, 5, 2), "mae": truth},
+                      {"scratch": 0.3, "mae": 0.5}, 1.0, TIMES)
+    page = Page(write_report(results, Pictures([], [overlay]), [], tmp_path))
+    summary = summarise(results)
+    table = page.table("sequences")
+    assert table[0] == ["Sequence", "Arm", "J&F", "J (region)", "F (contour)"]
+    rows, case = {}, ""
+    for row in table[1:]:
+        case = row[0] or case
+        rows[case, row[1]] = row[2:]
+    for cell in results.cells:
+        r = summary.row(cell.arm, "propagate", "all")
+        assert r is not None and rows["mean", cell.arm][0] == figures.interval(r.mean)
+        for c in cell.cases:
+            assert rows[c.case, cell.arm] == [f"{c.metrics[m]['objects']:.3f}" for m in ("J&F", "J", "F")]
+    assert "Carried labels" in page.text and "Label efficiency" not in page.text and "Arms at a glance" in page.text
+    alts = [img["alt"] or "" for img in page.of("img")]
+    assert "worst case case-1, mae, J&F 0.500: contours of truth and prediction, 4 frames from 0.00 s to 1.50 s" in alts
+    assert "labels of the first frame" in page.text and "no recalibration" not in page.text
+
+
+# ---- what is gathered of a run
+
+TINY = ["encoder.transformer.width=24", "encoder.transformer.depth=2", "encoder.transformer.heads=2", "views.x.size=[4,96,96]",
+        "modality.video.fps=10"]
+MASKED = "objectives.pixels.masked.predictor.decoder={depth: 1, width: 24, heads: 2}"
+
+
+@pytest.mark.parametrize("cls", [True, False])
+def test_attention_is_what_the_class_token_gives_or_all_give_on_average(cls: bool) -> None:
+    weight = torch.rand(2, 3, 5 + cls, 5 + cls).softmax(-1)
+    valid = torch.ones(2, 5, dtype=torch.bool)
+    valid[1, 4] = False
+    tokens = torch.zeros(2, 5, 8)
+    encoded = Encoded(tokens, {"mean": tokens[:, 0], **({"cls": tokens[:, 0]} if cls else {})}, valid, attention=weight)
+    given = attended(encoded)
+    for b in range(2):
+        n = int(valid[b].sum())
+        by_hand = np.zeros(5)
+        for i in range(n):
+            for h in range(3):
+                by_hand[i] += float(weight[b, h, 0, 1 + i]) if cls else sum(float(weight[b, h, j, i]) for j in range(5))
+        np.testing.assert_allclose(given[b].numpy(), by_hand / by_hand.sum(), rtol=1e-5)
+
+
+def test_pictures_of_sequences_are_their_frames_at_their_seconds(tmp_path: Path) -> None:
+    """Folders of frames, one of which says which it is; a checkpoint without training; results by hand."""
+    for i in range(4):
+        place = tmp_path / "data" / ("ab"[i % 2]) / f"canary{i}"
+        place.mkdir(parents=True)
+        for t in range(12):
+            frame = np.full((100, 120, 3), (20 * t, 40 * i, 90), np.uint8)
+            frame[30:60, 8 * t:8 * t + 20] = 255 - 20 * t
+            Image.fromarray(frame).save(place / f"{t:03d}.png")
+    recipe = recipes.load("video/videomae", [*TINY, MASKED])
+    data = open_data(tmp_path / "data", recipe.modality, split="0,0,1", cache=tmp_path / "cache", quiet=True)
+    rows = data.rows("test")
+    assert len(rows) == 4
+    assembly = Assembly(recipe)
+    about = {**card(recipe, data, data.identities(rows), "pretraining"), **_reference(recipe, assembly)}
+    checkpoint.save(tmp_path / "run", 1, assembly.state_dict(), about, {"step": 1}, keep=1)
+    out = tmp_path / "out"
+    out.mkdir()
+    task = recipes.build(recipes.override(recipes.read("video/classification"), TINY), TaskRecipe)
+    (out / "recipe.yaml").write_text(yaml.safe_dump(task.dump()))
+    cases = tuple(Case(case=r.case, subject=r.subject, target=r.labels["class"], probabilities=(0.6, 0.4)) for r in rows)
+    cell = Cell(arm="videomae", init="ab", protocol="knn", labels="all", labelled_subjects=4, seed=0, cases=cases,
+                budget=Budget(steps=0, batch=0, trainable=0, seconds=1.0))
+    Results(task="actions", kind="classification", metric="accuracy", classes=("a", "b"), cells=(cell,),
+            dataset=Dataset(name="films", manifest="1", splits={})).save(out / "results.json")
+    pages.gather(out, data, [tmp_path / "run"])
+    shown = Pictures.load(out / "pictures.npz")
+
+    assert {s.case for s in shown.strips} == {r.case for r in rows}
+    for strip in shown.strips:
+        assert strip.frames.shape == (6, 100, 120, 3) and strip.frames.dtype == np.uint8
+        frame = strip.frames[:, 0, 0, 0] / 20  # as red as it is late
+        np.testing.assert_allclose(strip.times, frame / 10, atol=1e-6)
+        assert strip.times[0] == 0 and strip.times[-1] == pytest.approx(1.1)
+    assert len(shown.reconstructions) == 4
+    for r in shown.reconstructions:
+        known = ~np.isnan(r.masked)
+        assert r.original.shape == (4, 96, 96, 3) and len(r.times) == 4 and 0 < known.mean() < 0.2
+        np.testing.assert_allclose(r.masked[known], r.original[known])
+        assert np.nanmin(r.original) > -0.5 and 200 < np.nanmax(r.original) < 255.5  # as stored, not as normalised
+    assert len(shown.attention) == 3 and {a.arm for a in shown.attention} == {"videomae"}
+    for a in shown.attention:
+        assert sum(a.curve) == pytest.approx(1) and len(a.curve) == len(a.seconds) == 2 and a.frames.shape == (2, 96, 96, 3)
+        assert a.heat.mean() == pytest.approx(1) and np.allclose(a.heat.sum((1, 2)) / a.heat.sum(), a.curve, atol=1e-6)
+        assert a.seconds[1] - a.seconds[0] == pytest.approx(2 / 8)  # two frames at 8 a second
+    text = pages.report([out], out).read_text()
+    assert "canary" not in text and "canary" not in str(dict(np.load(out / "pictures.npz"))["index"].tobytes())

@@ -238,13 +238,13 @@ def attentions(recipe: Path, pretrained: Mapping[str, Path], data: Data) -> list
         assembly = Assembly(task).eval()
         checkpoint.load_encoder(init, assembly.encoder, task.modality, task.encoder.sees)
         stream = assembly.tokenizer.stream(view)
-        if not isinstance(stream, LatticeStream) or stream.source is None or stream.lattice is None:
+        if not isinstance(stream, LatticeStream) or stream.position is None or stream.lattice is None:
             return []
         for i, row in enumerate(rows):
             one = assembly.tokenizer.stream(view.select(torch.tensor([i])))
             weight = attended(assembly.encoder(one.seen(task.encoder.sees), want=frozenset({"attention"})))
             heat = weight[0].reshape(stream.lattice)
-            seconds = stream.source[i, :, 0].reshape(stream.lattice)[:, 0, 0]
+            seconds = stream.position[i, :, 0].reshape(stream.lattice)[:, 0, 0]
             picks = _spread(0, len(heat) - 1)
             places = [t * stream.patch[0] + stream.patch[0] // 2 for t in picks]
             shown = _frames(view.array[i].float().numpy(), places, data.cache.header(row.index))
@@ -290,7 +290,7 @@ def reconstructions(init: Path, data: Data) -> list[Reconstruction]:
             frame = views[masked.settings.encode].frame
             places = _spread(0, original.shape[1] - 1)
             index = torch.tensor([[float(t), 0.0, 0.0] for t in places])
-            times = frame.select(slice(i, i + 1)).to_source(index[None])[0, :, 0]
+            times = frame.select(slice(i, i + 1)).local(index[None])[0, :, 0]
             aspect = float(frame.spacing[i, 1] / frame.spacing[i, 2])
             shown = [_frames(x, places, data.cache.header(rows[i].index)) for x in parts]
             found.append(Reconstruction(shown[0], shown[1], shown[2], aspect, recipe.name, tuple(times.tolist())))

@@ -487,7 +487,7 @@ def raster(image: Array, aspect: float, caption: str, alt: str, truth: Array | N
     """A slice (H, W) or (H, W, 3) as an image; NaN is light grey. Contours: truth thin and white-edged, prediction in colour.
 
     times: arrays have a first axis of frames, drawn side by side, each under its second. heat: (n, h, w) of the frames, laid
-    over them in colour, 0 clear.
+    over them in colour where it exceeds 1.
     """
     shown = _shade(image, limits or _limits(image), image.ndim - bool(times) == 3)
     if heat is not None:
@@ -507,12 +507,13 @@ def raster(image: Array, aspect: float, caption: str, alt: str, truth: Array | N
         for i, second in enumerate(times):
             ax.text((i + 0.5) / len(times), 1.02, _seconds(second, times), transform=ax.transAxes, ha="center", va="bottom",
                     fontsize=11, color="#4b5563")
+        thin = 0.6 if times else 1.0
         for i, value in enumerate(classes):
             if truth is not None and (truth == value).any():
-                ax.contour(truth == value, [0.5], colors="white", linewidths=1.6)
-                ax.contour(truth == value, [0.5], colors="#111827", linewidths=0.8, linestyles="dashed")
+                ax.contour(truth == value, [0.5], colors="white", linewidths=1.6 * thin)
+                ax.contour(truth == value, [0.5], colors="#111827", linewidths=0.8 * thin, linestyles="dashed")
             if prediction is not None and (prediction == value).any():
-                ax.contour(prediction == value, [0.5], colors=CONTOURS[i % len(CONTOURS)], linewidths=1.5)
+                ax.contour(prediction == value, [0.5], colors=CONTOURS[i % len(CONTOURS)], linewidths=1.5 * thin)
         buffer = io.BytesIO()
         if times:  # photographs, and many of them
             figure.savefig(buffer, format="jpeg", pil_kwargs={"quality": 82})
@@ -533,10 +534,10 @@ def _shade(image: Array, limits: tuple[float, float], colour: bool) -> Array:
 
 
 def _heated(shown: Array, heat: Array) -> Array:
-    """Frames (n, H, W, 3) under a map (n, h, w), resampled linearly; the strongest of the strip is opaque to three quarters."""
+    """Frames (n, H, W, 3) under what a map (n, h, w) exceeds 1 by, resampled linearly; its most is opaque to three quarters."""
     fine = np.stack([zoom(h.astype(float), np.array(shown.shape[1:3]) / h.shape, order=1, grid_mode=True, mode="nearest")
                      for h in heat])
-    strength = np.clip(fine / max(float(heat.max()), 1e-12), 0, 1)[..., None]
+    strength = np.clip((fine - 1) / max(float(heat.max()) - 1, 1e-12), 0, 1)[..., None]
     return shown * (1 - 0.75 * strength) + 0.75 * strength * mpl.colormaps["inferno"](0.25 + 0.75 * strength[..., 0])[..., :3]
 
 

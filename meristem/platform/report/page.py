@@ -266,6 +266,8 @@ def p_value(p: float | None) -> str:
 
 
 def _labels(row: Row) -> str:
+    if not row.labelled_subjects:
+        return "none"
     return f"{row.labelled_subjects} (all)" if row.labels == "all" else str(row.labelled_subjects)
 
 

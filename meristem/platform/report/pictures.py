@@ -164,9 +164,9 @@ def pick_slice(label: Array, spacing: Sequence[float], axis: int = 2) -> Slice:
 
 
 def pick_samples(group: Group, each: int = 2) -> dict[str, list[int]]:
-    """Heading -> places, in the group's cases, of the `each` extreme ones by the probabilities (mean over seeds).
+    """Heading -> places, in the group's cases, of the `each` extreme ones by the probabilities (mean over seeds), none twice.
 
-    Right with the highest probability; of all, the lowest largest probability; wrong with the lowest of the true class.
+    Right with the highest probability; wrong with the lowest of the true class; of the others, the lowest largest probability.
     """
     assert group.target is not None and group.probabilities is not None
     p = group.probabilities.mean(0)
@@ -176,8 +176,9 @@ def pick_samples(group: Group, each: int = 2) -> dict[str, list[int]]:
     def first(score: Array, among: Array) -> list[int]:
         return [int(i) for i in np.argsort(score, kind="stable") if among[i]][:each]
 
-    return {"most confident right": first(-confidence, right), "least confident": first(confidence, np.ones_like(right)),
-            "worst wrong": first(true, ~right)}
+    sure, wrong = first(-confidence, right), first(true, ~right)
+    rest = ~np.isin(np.arange(len(p)), [*sure, *wrong])
+    return {"most confident right": sure, "least confident": first(confidence, rest), "worst wrong": wrong}
 
 
 def sample_groups(results: Results) -> dict[tuple[str, str, Labels], Group]:
