@@ -179,12 +179,12 @@ def evaluate(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
              cache: Path | None = None, quiet: bool = False) -> Path:
     """Compare encoders by what they are worth to a task; returns the page of the transfer report.
 
-    task: as in `finetune`, or `propagation`. inits: pretraining runs; an arm from scratch is added; `metadata` is one that
-    knows what files say before any pixel. All arms share the first checkpoint's architecture. labels: budgets as in `finetune`.
-    seeds: draws of labels and trainings per cell. protocols: of those the task has (classification: finetune, attentive,
-    linear, knn; or retrieval alone). split: as in `pretrain`; evaluations of all folds into a directory each can be pooled by
-    `report`. Finished cells are kept in `out`/cells: the same call goes on where one was stopped. Raises MeristemError, before
-    any training where it can.
+    task: as in `finetune`, `propagation` or `keypoints`. inits: pretraining runs; an arm from scratch is added; `metadata` is
+    one that knows what files say before any pixel. All arms share the first checkpoint's architecture. labels: budgets as in
+    `finetune`. seeds: draws of labels and trainings per cell. protocols: of those the task has (classification: finetune,
+    attentive, linear, knn; or retrieval alone). split: as in `pretrain`; evaluations of all folds into a directory each can be
+    pooled by `report`. Finished cells are kept in `out`/cells: the same call goes on where one was stopped. Raises
+    MeristemError, before any training where it can.
     """
     quiet = quiet or not first_rank()
     runs = [Path(init) for init in inits if init not in (tuning.SCRATCH, METADATA)]

@@ -30,8 +30,9 @@ SplitOption = Annotated[str, typer.Option(
     "--split", help="auto (the data's own, else 60/20/20 by patient), fractions such as 0.6,0.2,0.2, or every:5:1 (of five "
                     "folds, 0 to 4, the one to test on).")]
 CacheOption = Annotated[Path | None, typer.Option("--cache", help="Where decoded samples are kept.", show_default="user cache")]
-Task = Annotated[str, typer.Argument(help="segmentation, classification or propagation; or a recipe (video/classification) or "
-                                          "YAML file, which says what kind of data it is where the files do not.")]
+Task = Annotated[str, typer.Argument(help="segmentation, classification, propagation or keypoints; or a recipe "
+                                          "(video/classification) or YAML file, which says what kind of data it is where the "
+                                          "files do not.")]
 Run = Annotated[Path, typer.Option("--checkpoint", help="A run directory.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]

@@ -250,7 +250,7 @@ def test_masks_are_written_on_the_sources_grid(made: tuple[TaskRecipe, Data, Ass
     (folder,) = task_of(assembly).write(assembly, data, [row], recipe.task.scope(data), tmp_path)
     assert folder == tmp_path / row.case
     written = np.stack([np.asarray(Image.open(f)) for f in sorted(folder.glob("*.png"))])
-    assert (written == np.maximum(task_of(assembly).labels(assembly, data, row), 0)).all()
+    assert (written == np.maximum(task_of(assembly).carried(assembly, data, row), 0)).all()
 
 
 def test_arms_are_compared_without_training(sequences: Path, tmp_path: Path) -> None:

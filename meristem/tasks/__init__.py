@@ -2,9 +2,9 @@
 
 from meristem.tasks.base import TASKS, TaskObjective, TaskRecipe, TaskSettings
 from meristem.tasks.classification import Classification
-from meristem.tasks.propagation import Propagation
+from meristem.tasks.propagation import Keypoints, Propagation
 from meristem.tasks.segmentation import Segmentation
 
-TASKS.update(segmentation=Segmentation, classification=Classification, propagation=Propagation)
+TASKS.update(segmentation=Segmentation, classification=Classification, propagation=Propagation, keypoints=Keypoints)
 
 __all__ = ["TASKS", "TaskObjective", "TaskRecipe", "TaskSettings"]

@@ -22,7 +22,7 @@ from meristem.platform.recipe import Recipe
 from meristem.platform.slots import Slot
 
 Keep = Callable[[Row, np.ndarray], None]
-"""Called with a row and its predicted label map, for whoever draws pictures."""
+"""Called with a row and its predicted label map, or points, for whoever draws pictures."""
 
 
 @dataclass(frozen=True)

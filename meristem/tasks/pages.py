@@ -43,6 +43,7 @@ from meristem.platform.report.pictures import (
 from meristem.platform.step import Batch, Step
 from meristem.platform.training import checkpoint
 from meristem.tasks.base import TaskRecipe
+from meristem.tasks.propagation import Keypoints, dots, points_of
 from meristem.tasks.transfer import arms
 
 SHOWN = 4  # reconstructions of each masked run
@@ -198,6 +199,9 @@ def _overlays(directory: Path, results: Results, data: Data) -> list[Overlay]:
         scores = {c.arm: float(np.mean(list(next(x for x in c.cases if x.case == case).metrics[results.metric].values())))
                   for c in cells if c.labels == fewest}
         drawn = {arm: of[case] for arm, of in maps.items()}
+        if results.metric == Keypoints.metric:
+            truth = dots(points_of(truth), truth.shape)
+            drawn = {arm: dots(x, truth.shape) for arm, x in drawn.items()}
         if timed(data.modality):
             known = np.flatnonzero((truth.astype(int) >= 0).any((1, 2)))  # frames that somebody labelled
             places = [int(known[i]) for i in _spread(0, len(known) - 1)]

@@ -31,7 +31,7 @@ from meristem.platform.training.loop import first_rank
 from meristem.tasks.base import Scope, TaskRecipe
 from meristem.tasks.finetune import SCRATCH, choose, mean_scores, score, tune
 from meristem.tasks.probing import Frozen, Headers, probe
-from meristem.tasks.propagation import write_masks
+from meristem.tasks.propagation import Carrying
 
 RETRIEVAL = "R@1"  # by which retrieval is compared
 
@@ -181,12 +181,12 @@ def _run(recipe: TaskRecipe, data: Data, arm: Arm, protocol: str, labels: str, r
         cases = score(tuned.outcome.assembly, data, test, scope, lambda row, map_: maps.__setitem__(row.case, map_))
         cost = Budget(steps=tuned.outcome.steps, batch=recipe.train.batch, trainable=tuned.trainable,
                       seconds=round(time.perf_counter() - began, 2))
-    elif protocol == "propagate":
+    elif isinstance(recipe.task, Carrying):
         cases = score(_frozen(recipe, arm, scope), data, test, scope, lambda row, map_: maps.__setitem__(row.case, map_))
         cost = Budget(steps=0, batch=0, trainable=0, seconds=round(time.perf_counter() - began, 2))
         if keep is not None:
             for row in test:
-                write_masks(data, row, maps[row.case], keep / "predictions" / arm.name)
+                recipe.task.save(data, row, maps[row.case], keep / "predictions" / arm.name)
     else:
         cases, chosen, spent = probe(frozen, protocol, rows, test, scope.classes, recipe.train.seed)
         cost = spent.model_copy(update={"seconds": round(time.perf_counter() - began, 2)})

@@ -25,8 +25,8 @@ def read_masks(folder: Path, names: Sequence[str], size: tuple[int, int]) -> np.
     if not folder.is_dir():
         raise DataError("missing", "the masks of a video are a folder of one picture per frame, and there is no such folder")
     pictures = sorted(f for f in folder.iterdir() if f.suffix.lower() in KINDS and not f.name.startswith("."))
-    files = {_key(f.stem): f for f in pictures}
-    places = {_key(name): i for i, name in enumerate(names)}
+    files = {plain_number(f.stem): f for f in pictures}
+    places = places_of(names)
     strange = files.keys() - places.keys()
     twice = len(files) < len(pictures) or len(places) < len(names)
     if strange or twice or not files:
@@ -43,14 +43,19 @@ def read_masks(folder: Path, names: Sequence[str], size: tuple[int, int]) -> np.
     return labels
 
 
+def places_of(names: Sequence[str]) -> dict[str, int]:
+    """Frames by the names or plain numbers that companions write."""
+    return {plain_number(name): i for i, name in enumerate(names)}
+
+
 def first_number(names: Sequence[str]) -> int:
     """From which number the frames are counted: 0 unless their names count on from another."""
-    keys = [_key(name) for name in names]
+    keys = [plain_number(name) for name in names]
     first = int(keys[0]) if keys[0].isdecimal() else 0
     return first if keys == [str(first + i) for i in range(len(keys))] else 0
 
 
-def _key(stem: str) -> str:
+def plain_number(stem: str) -> str:
     """A number without the zeros in front; else the stem."""
     digits = re.fullmatch(r"\D*?(\d+)", stem)
     return str(int(digits[1])) if digits else stem

@@ -20,6 +20,7 @@ from meristem.modalities.lattice.drawing import draw as draw_frames
 from meristem.modalities.lattice.intensity import SPANNED, blur
 from meristem.modalities.video.masks import first_number, read_masks
 from meristem.modalities.video.options import VideoOptions, VideoViewOptions
+from meristem.modalities.video.points import mark, read_points
 from meristem.modalities.video.readers import Frames, open_video, scan
 from meristem.modalities.video.sampling import frames as choose_frames
 
@@ -65,10 +66,8 @@ class Video(Lattice):
                     kept.append(_resized(part, (height, width)))
 
             mean, std = scan(video, keep)
-            masks = {name: self._masks(path, video) for name, path in fields.items()}
+            masks = {name: self._masks(path, video, (height, width)) for name, path in fields.items()}
             shape = (3, source[0], height, width)
-            if shape[1:] != source:
-                masks = {name: _nearest(mask, shape[1:]) for name, mask in masks.items()}
             array = np.ascontiguousarray(np.concatenate(kept).transpose(3, 0, 1, 2)) if kept else None
             return Sample(array, self._header(video, shape, mean, std), masks)
         finally:
@@ -93,17 +92,21 @@ class Video(Lattice):
                     "reader": video.reader, "first": first_number(video.names),
                     **({} if steady else {"times": video.times.tolist()})})
 
-    def _masks(self, path: Path, video: Frames) -> np.ndarray:
+    def _masks(self, path: Path, video: Frames, size: tuple[int, int]) -> np.ndarray:
+        """int16 (T, *size): label maps of a folder of pictures, or points of a file, which know no `mask_values`."""
+        if path.is_file():
+            return mark(read_points(path, video.names), video.size, size)
         labels = read_masks(path, video.names, video.size)
+        whole = (len(labels), *size)
         values = self.options.mask_values
         if values is None:
-            return labels
+            return _nearest(labels, whole)
         found, where = np.unique(labels, return_inverse=True)
         unknown = [int(v) for v in found if int(v) not in values and v >= 0]
         if unknown:
             raise DataError("mask", f"the masks hold {unknown[0]}, not in mask_values",
                             "Add what it means to modality.video.mask_values.")
-        return np.array([values.get(int(v), -1) for v in found], np.int16)[where.reshape(labels.shape)]
+        return _nearest(np.array([values.get(int(v), -1) for v in found], np.int16)[where.reshape(labels.shape)], whole)
 
     def statistics(self, array: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(scale, offset) per channel, so that array (3, T, H, W) * scale + offset has mean 0 and variance 1."""

@@ -16,6 +16,7 @@ SetMetric = Callable[..., Array]  # (target, probabilities, weight=None, **own s
 
 BINS = 15  # of the calibration error; the usual choice since Guo et al. 2017
 TOP = 5  # guesses that the lenient accuracy allows; the usual choice since ImageNet (Russakovsky et al. 2015)
+ALPHAS = (0.1, 0.2)  # of the PCK, as JHMDB is scored (Wang et al. 2019; Jabri et al. 2020)
 RECALLS = (1, 5, 10, 20)  # neighbours looked at by clip retrieval on UCF101 (Buchler et al. 2018; Xu et al. 2019)
 BOUND = 0.008  # of the contour accuracy: tolerance as a fraction of the image's diagonal (Perazzi et al. 2016)
 
@@ -306,12 +307,13 @@ CASE_METRICS: dict[str, Callable[[Array, Array], Array]] = {  # means of one val
     "accuracy": _hit, "top5": _among, "brier": _squares}
 HIGHER = {"dice": True, "hd95": False, "nsd": True, "auroc": True, "auprc": True, "accuracy": True, "top5": True,
           "balanced_accuracy": True, "ece": False, "brier": False, "J&F": True, "J": True, "F": True, "J recall": True,
-          "F recall": True, "J decay": False, "F decay": False, "mAP": True, **{f"R@{k}": True for k in RECALLS}}
+          "F recall": True, "J decay": False, "F decay": False, "mAP": True, **{f"PCK@{a}": True for a in ALPHAS},
+          **{f"R@{k}": True for k in RECALLS}}
 LABELS = {"dice": "Dice", "hd95": "HD95", "nsd": "NSD", "auroc": "AUROC", "auprc": "AUPRC", "accuracy": "accuracy",
           "top5": "top-5 accuracy", "balanced_accuracy": "balanced accuracy", "ece": "calibration error",
           "brier": "Brier score", "J&F": "J&F", "J": "J (region)", "F": "F (contour)", "J recall": "J recall",
           "F recall": "F recall", "J decay": "J decay", "F decay": "F decay", "mAP": "mAP",
-          **{f"R@{k}": f"R@{k}" for k in RECALLS}}
+          **{f"PCK@{a}": f"PCK@{a}" for a in ALPHAS}, **{f"R@{k}": f"R@{k}" for k in RECALLS}}
 
 
 def set_metrics(classes: int) -> dict[str, SetMetric]:
