@@ -142,6 +142,7 @@ class Study:
     def classes(self) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
         """Heads and rows (class, test cases, values) of the metrics of each class, arms side by side."""
         rows = self._detailed() if self.results.kind == "classification" else []
+        rows.sort(key=lambda r: (r.metric != "accuracy", r.metric))
         if not rows:
             return [], []
         group = next(iter(figures.chosen(self.results, self.protocol, self.labels).values()))
