@@ -87,7 +87,7 @@ def segmentation(subjects: int = 42, gain: float = 0.03, seeds: tuple[int, ...] 
 
 
 def classification(n: int = 90, classes: int = 2, seeds: tuple[int, ...] = (0, 1, 2)) -> Results:
-    names = ("normal", "bacterial", "viral")[:classes]
+    names = ("normal", "bacterial", "viral", *(f"kind {i}" for i in range(3, classes)))[:classes]
     cells = []
     target = (np.arange(n) * 7 // 3) % classes
     for labels, signal in ((20, 0.9), ("all", 2.0)):
@@ -236,6 +236,13 @@ def test_classification_summary_is_the_set_metric_of_each_seed(classes: int) -> 
     c = next(c for c in s.primary() if c.labels == 20)
     assert c.difference.low > 0 and c.p is not None and c.p < 0.01
     assert s.row("dino", "linear", 20, "brier") is not None
+
+
+@pytest.mark.parametrize(("classes", "metric", "shown"), [(30, "accuracy", True), (31, "accuracy", False), (31, "auroc", True)])
+def test_of_many_classes_areas_under_curves_are_shown_only_if_they_are_the_headline(classes: int, metric: str,
+                                                                                    shown: bool) -> None:
+    results = classification(n=40, classes=classes, seeds=(0,)).model_copy(update={"metric": metric})
+    assert ("auroc" in {row.metric for row in summarise(results, replicates=3).rows}) == shown
 
 
 def test_auroc_interval_resamples_subjects_with_all_their_images() -> None:

@@ -301,6 +301,7 @@ class Group:
 PROTOCOLS = {"finetune": "fine-tuned", "attentive": "attentive probe", "linear": "linear probe", "knn": "nearest neighbours",
              "retrieval": "retrieval", "propagate": "label propagation"}
 METADATA = "metadata"  # the arm that knows what a file's header says and no pixel
+MANY = 30  # classes, beyond which the areas under their curves take minutes to resample
 QUERIES = "queries"  # the one class of retrieval: all of them
 
 
@@ -312,6 +313,12 @@ def groups(results: Results) -> dict[tuple[str, str, Labels], list[Cell]]:
     protocols = list(dict.fromkeys(c.protocol for c in results.cells))
     order = sorted(found, key=lambda k: (protocols.index(k[1]), _size(k[2]), results.arms.index(k[0])))
     return {key: found[key] for key in order}
+
+
+def _shown(group: Group, results: Results) -> list[str]:
+    """The group's metrics; areas under curves of many classes, each against the rest in every resample, only if primary."""
+    many = group.target is not None and len(results.classes) > MANY
+    return [m for m in group.metrics if not (many and m in metrics.RANK_METRICS and m != results.metric)]
 
 
 def _size(labels: Labels) -> float:
@@ -337,7 +344,7 @@ def summarise(results: Results, replicates: int = REPLICATES, seed: int = 0) -> 
             warnings.append(f"{where}: {lost} cases were not tested for every seed and are left out.")
         if not group.cases:
             raise MeristemError(f"{where}: the seeds share no test case", "Test all seeds of an arm on the same split.")
-        rows += [_row(results, key, cells[key], group, metric, replicates, seed) for metric in group.metrics]
+        rows += [_row(results, key, cells[key], group, metric, replicates, seed) for metric in _shown(group, results)]
     comparisons: list[Comparison] = []
     for (arm, protocol, labels), mine in cells.items():
         if arm in results.baselines:
@@ -424,7 +431,7 @@ def _compare(results: Results, mine: Sequence[Cell], theirs: Sequence[Cell], rep
         raise MeristemError(f"{where}: the same test case has another subject or target in the two arms",
                             "The arms were tested on different data under the same names; evaluate them together.")
     found = []
-    for metric in (m for m in one.metrics if m in two.metrics):
+    for metric in (m for m in _shown(one, results) if m in two.metrics):
         plus, minus = one.statistic(metric), two.statistic(metric)
         difference = bootstrap(lambda w, f=plus, g=minus: f(w) - g(w), len(one.subjects),  # type: ignore[misc]
                                replicates=replicates, seed=seed, widen=metric not in metrics.RANK_METRICS)
