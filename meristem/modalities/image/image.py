@@ -19,6 +19,7 @@ from meristem.modalities.image.files import decode, decode_labels
 from meristem.modalities.image.raster import Raster, dtype_limits
 from meristem.modalities.image.storage import to_integers
 from meristem.modalities.lattice import Lattice, LatticeOptions, LatticeViewOptions, anchors
+from meristem.modalities.lattice.labels import nearest, to_classes, to_values
 
 IMAGENET = {1: ((0.449,), (0.226,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}  # one channel: the three's mean
 ENCODING = ("slope", "intercept", "limits", "inverted", "spacing")
@@ -172,15 +173,7 @@ class Image(Lattice):
         if labels.shape != shape:
             raise DataError("shape", f"the mask is {_size(labels.shape)}, the image {_size(shape)}",
                             "They must cover the same pixels.")
-        values = self.options.mask_values
-        if values is not None:
-            found, where = np.unique(labels, return_inverse=True)
-            unknown = [int(v) for v in found if int(v) not in values]
-            if unknown:
-                more = ", …" if len(unknown) > 8 else ""
-                raise DataError("mask", f"the mask holds {', '.join(map(str, unknown[:8]))}{more}, not in mask_values",
-                                "Add what they mean to modality.image.mask_values.")
-            labels = np.array([values[int(v)] for v in found])[where.reshape(labels.shape)]
+        labels = to_classes(labels, self.options.mask_values, "modality.image.mask_values")
         if labels.min() < -32768 or labels.max() > 32767:
             raise DataError("mask", f"the mask holds {labels.max()}, too large for a class",
                             "Map it by modality.image.mask_values.")
@@ -196,22 +189,15 @@ class Image(Lattice):
         values = torch.from_numpy(array.astype(np.float64))[None]
         smooth = F.interpolate(values, size, mode="bilinear", antialias=True)[0].numpy()
         resized = (smooth if array.dtype.kind == "f" else np.rint(smooth)).astype(array.dtype)
-        return resized, {name: _nearest(mask, size) for name, mask in masks.items()}
+        return resized, {name: nearest(mask, size) for name, mask in masks.items()}
 
     def write(self, prediction: np.ndarray, header: Header, path: Path) -> Path:
         """A grey PNG of the source's size with the recipe's mask values; the suffix becomes .png.
 
         Where several pixel values mean one class, the smallest is written.
         """
-        labels = _nearest(np.asarray(prediction), tuple(header.source["shape"]))
-        if self.options.mask_values is not None:
-            back = {c: v for v, c in sorted(self.options.mask_values.items(), reverse=True)}
-            found, where = np.unique(labels, return_inverse=True)
-            missing = [int(c) for c in found if int(c) not in back]
-            if missing:
-                raise DataError("mask", f"class {missing[0]} was predicted but has no pixel value",
-                                "Add it to modality.image.mask_values.")
-            labels = np.array([back[int(c)] for c in found])[where.reshape(labels.shape)]
+        labels = nearest(np.asarray(prediction), tuple(header.source["shape"]))
+        labels = to_values(labels, self.options.mask_values, "modality.image.mask_values")
         if labels.min() < 0 or labels.max() > 65535:
             raise DataError("mask", f"labels from {labels.min()} to {labels.max()} do not fit a PNG")
         path = path.with_suffix(".png") if path.suffix.lower() in self.suffixes else path.with_name(f"{path.name}.png")
@@ -237,13 +223,6 @@ def _invert(array: np.ndarray, limits: tuple[float, float] | None) -> np.ndarray
     if array.dtype.kind == "f":
         return (low + high - array).astype(array.dtype)
     return _fit(round(low + high) - array.astype(np.int64), array.dtype)
-
-
-def _nearest(labels: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """labels (H, W) on `size` over the same field of view: of the pixel in which each new centre lies."""
-    for axis, (n, m) in enumerate(zip(labels.shape, size, strict=True)):
-        labels = labels.take(((np.arange(m) + 0.5) * n / m).astype(int), axis)
-    return labels
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -15,6 +15,7 @@ from meristem.modalities.base import Axis, Draw, Header, Look, Sample, Settings,
 from meristem.modalities.lattice import geometry
 from meristem.modalities.lattice.drawing import draw
 from meristem.modalities.lattice.intensity import NEUTRAL, SPANNED
+from meristem.modalities.lattice.labels import nearest
 from meristem.modalities.lattice.options import LatticeViewOptions
 from meristem.modalities.lattice.tokenizer import LatticeTokenizer
 from meristem.modalities.rng import Rng
@@ -77,13 +78,10 @@ class Lattice:
         """
         if draw.size == draw.shape:
             return torch.from_numpy(np.ascontiguousarray(window))
-        first = window.ndim - len(draw.size)
         if not interpolate:
-            for axis, (n, m) in enumerate(zip(draw.size, draw.shape, strict=True), first):
-                window = window.take(((np.arange(m) + 0.5) * n / m).astype(int), axis)
-            return torch.from_numpy(np.ascontiguousarray(window))
+            return torch.from_numpy(np.ascontiguousarray(nearest(window, draw.shape)))
         x = torch.from_numpy(np.ascontiguousarray(window, np.float32))
-        for axis, (n, m) in enumerate(zip(draw.size, draw.shape, strict=True), first):
+        for axis, (n, m) in enumerate(zip(draw.size, draw.shape, strict=True), window.ndim - len(draw.size)):
             if n != m:  # torch averages in 2D only, and wrongly in columns one element wide: axis by axis, along rows
                 rows = x.movedim(axis, -1)
                 flat = F.interpolate(rows.reshape(1, 1, -1, n), (rows.numel() // n, m), mode="bilinear", antialias=True)

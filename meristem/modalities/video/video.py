@@ -18,6 +18,7 @@ from meristem.modalities.image.image import IMAGENET
 from meristem.modalities.lattice import Lattice
 from meristem.modalities.lattice.drawing import draw as draw_frames
 from meristem.modalities.lattice.intensity import SPANNED, blur
+from meristem.modalities.lattice.labels import nearest, to_classes, to_values
 from meristem.modalities.video.masks import first_number, read_masks
 from meristem.modalities.video.options import VideoOptions, VideoViewOptions
 from meristem.modalities.video.points import mark, read_points
@@ -96,17 +97,8 @@ class Video(Lattice):
         """int16 (T, *size): label maps of a folder of pictures, or points of a file, which know no `mask_values`."""
         if path.is_file():
             return mark(read_points(path, video.names), video.size, size)
-        labels = read_masks(path, video.names, video.size)
-        whole = (len(labels), *size)
-        values = self.options.mask_values
-        if values is None:
-            return _nearest(labels, whole)
-        found, where = np.unique(labels, return_inverse=True)
-        unknown = [int(v) for v in found if int(v) not in values and v >= 0]
-        if unknown:
-            raise DataError("mask", f"the masks hold {unknown[0]}, not in mask_values",
-                            "Add what it means to modality.video.mask_values.")
-        return _nearest(np.array([values.get(int(v), -1) for v in found], np.int16)[where.reshape(labels.shape)], whole)
+        labels = to_classes(read_masks(path, video.names, video.size), self.options.mask_values, "modality.video.mask_values")
+        return nearest(labels, (len(labels), *size)).astype(np.int16, copy=False)
 
     def statistics(self, array: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(scale, offset) per channel, so that array (3, T, H, W) * scale + offset has mean 0 and variance 1."""
@@ -162,7 +154,7 @@ class Video(Lattice):
         if window.shape[-2:] == draw.shape[1:]:
             return torch.from_numpy(np.ascontiguousarray(window))
         if not interpolate:
-            return torch.from_numpy(_nearest(window, (window.shape[-3], *draw.shape[1:])))
+            return torch.from_numpy(np.ascontiguousarray(nearest(window, draw.shape[1:])))
         frames = _resized(np.ascontiguousarray(window.transpose(1, 2, 3, 0)), draw.shape[1:])
         return torch.from_numpy(frames).permute(3, 0, 1, 2)
 
@@ -178,15 +170,8 @@ class Video(Lattice):
 
     def write(self, prediction: np.ndarray, header: Header, path: Path) -> Path:
         """Label maps (T, H, W) as a folder of grey PNGs of the source's size, numbered as its frames. Returns the folder."""
-        labels = _nearest(np.asarray(prediction), tuple(header.source["shape"]))
-        if self.options.mask_values is not None:
-            back = {c: v for v, c in sorted(self.options.mask_values.items(), reverse=True)}
-            found, where = np.unique(labels, return_inverse=True)
-            missing = [int(c) for c in found if int(c) not in back]
-            if missing:
-                raise DataError("mask", f"class {missing[0]} was predicted but has no pixel value",
-                                "Add it to modality.video.mask_values.")
-            labels = np.array([back[int(c)] for c in found])[where.reshape(labels.shape)]
+        labels = nearest(np.asarray(prediction), tuple(header.source["shape"]))
+        labels = to_values(labels, self.options.mask_values, "modality.video.mask_values")
         folder = path.with_suffix("") if path.suffix.lower() in self.suffixes else path
         folder.mkdir(parents=True, exist_ok=True)
         labels = labels.astype(np.uint8 if labels.max() < 256 else np.uint16)
@@ -218,15 +203,6 @@ def _resized(frames: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)  # channels last: torch's fast path for uint8
     resized: np.ndarray = F.interpolate(x, tuple(size), mode="bilinear", antialias=True).permute(0, 2, 3, 1).numpy()
     return resized
-
-
-def _nearest(labels: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """labels (…, T, H, W) on `size` over the same field of view."""
-    for axis, m in enumerate(size, labels.ndim - len(size)):
-        n = labels.shape[axis]
-        if n != m:
-            labels = labels.take(((np.arange(m) + 0.5) * n / m).astype(int), axis)
-    return np.ascontiguousarray(labels)
 
 
 def _cut(frames: np.ndarray, start: tuple[int, ...], size: tuple[int, ...], pad: np.ndarray) -> np.ndarray:
