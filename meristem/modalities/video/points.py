@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.io import loadmat
 
 from meristem.errors import DataError
 from meristem.modalities.video.masks import UNKNOWN, places_of, plain_number
@@ -77,6 +76,8 @@ def _npy(file: Path, names: Sequence[str]) -> np.ndarray:
 
 
 def _mat(file: Path, names: Sequence[str]) -> np.ndarray:
+    from scipy.io import loadmat  # slow to import, and few runs need it
+
     stored: dict[str, Any] = loadmat(file, variable_names=["pos_img"])
     if "pos_img" not in stored:
         raise DataError("mask", "the .mat file has no `pos_img`", LAYOUTS)
