@@ -17,9 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -27,6 +25,7 @@ import av
 import numpy as np
 import torch
 from PIL import Image
+from timing import seconds
 from torch import Tensor
 
 import meristem
@@ -65,22 +64,6 @@ def made(folder: Path) -> Path:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
             container.mux(stream.encode())
     return folder
-
-
-def seconds(jobs: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each job; they take turns, so that a busy machine slows all alike."""
-    times: list[list[float]] = [[] for _ in jobs]
-    for repeat in range(repeats + 1):  # the first warms up
-        for job, taken in zip(jobs, times, strict=True):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            job()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if repeat:
-                taken.append(time.perf_counter() - began)
-    return [statistics.median(taken) for taken in times]
 
 
 # ---- reading

@@ -14,10 +14,9 @@ import json
 import resource
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 
 import torch
+from timing import seconds
 
 from meristem.modalities.base import Axis
 from meristem.modalities.frame import Frame
@@ -35,20 +34,6 @@ def _peak() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def _median(job: Callable[[], None], repeats: int) -> float:
-    """Milliseconds of a call."""
-    times = []
-    for _ in range(repeats + 1):  # the first warms up
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        job()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return sorted(times[1:])[repeats // 2]
 
 
 def arm(ratio: float, batch: int, repeats: int) -> dict[str, float]:
@@ -73,7 +58,7 @@ def arm(ratio: float, batch: int, repeats: int) -> dict[str, float]:
         encoder(stream.with_array(stream.array), plan).tokens.square().mean().backward()
 
     before = _peak()
-    embedding, step = _median(embed, repeats), _median(whole, repeats)
+    embedding, step = (1e3 * seconds([job], repeats)[0] for job in (embed, whole))
     return {"tokens": embedded[0], "embed_ms": round(embedding, 1), "pass_ms": round(step, 1),
             "peak_mib": round(_peak() - before, 1)}
 
