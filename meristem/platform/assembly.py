@@ -54,8 +54,7 @@ class Assembly(nn.Module):
         self.encoder.requires_grad_(not frozen)
         self.heads = nn.ModuleDict()
         for name, head in recipe.heads.items():
-            below = self.encoder.width if head.input is None else self.head_width(head.input)
-            self.heads[name] = head.build(below)
+            self.heads[name] = head.build(self.head_width(head.input))
         self.objectives = nn.ModuleDict()
         for name, settings in recipe.objectives.items():
             self.objectives[name] = settings.build(self)
@@ -70,8 +69,10 @@ class Assembly(nn.Module):
             total += view.count
         self.last_step: Step | None = None
 
-    def head_width(self, name: str) -> int:
-        """Width of the vectors that come out of a head."""
+    def head_width(self, name: str | None) -> int:
+        """Width of the vectors that come out of a head; None: of the encoder."""
+        if name is None:
+            return self.encoder.width
         head = self.heads[name]
         assert isinstance(head, Head)
         return head.width

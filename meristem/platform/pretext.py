@@ -42,8 +42,7 @@ class Pretext(ObjectiveSettings):
         return problems
 
     def build(self, assembly: Assembly) -> PretextObjective:
-        width = assembly.encoder.width if self.head is None else assembly.head_width(self.head)
-        return PretextObjective(self, width)
+        return PretextObjective(self, assembly.head_width(self.head))
 
 
 class PretextObjective(Objective):

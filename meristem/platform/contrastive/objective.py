@@ -125,8 +125,7 @@ class Contrastive(ObjectiveSettings):
         return []
 
     def build(self, assembly: Assembly) -> ContrastiveObjective:
-        width = assembly.encoder.width if self.head is None else assembly.head_width(self.head)
-        return ContrastiveObjective(self, width)
+        return ContrastiveObjective(self, assembly.head_width(self.head))
 
 
 class ContrastiveObjective(Objective):
