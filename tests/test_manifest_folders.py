@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from npy_modality import Npy
 from PIL import Image
+from test_manifest import touch
 
 from meristem import api
 from meristem.errors import DataError, RecipeError
@@ -33,13 +34,6 @@ class Film(Npy):
 @pytest.fixture(autouse=True)
 def _key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MERISTEM_KEY", "of the tests")
-
-
-def touch(root: Path, *names: str) -> Path:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(name.encode())
-    return root
 
 
 def frames(folder: str, n: int = 3, name: str = "{:05d}.jpg") -> list[str]:
