@@ -16,12 +16,12 @@ from PIL import Image as Pillow
 
 from meristem.catalogue import names as recipe_names
 from meristem.errors import DataError, RecipeError
-from meristem.modalities.base import Modality, modalities, modality_class
+from meristem.modalities.base import Modality, member_files, modalities, modality_class
 from meristem.platform import recipe as recipes
 from meristem.platform.assembly import Assembly
 from meristem.platform.data import check as checking
 from meristem.platform.data import lists
-from meristem.platform.data.layouts import Search, member_files, nested, sequences
+from meristem.platform.data.layouts import Search, nested, sequences
 from meristem.platform.data.manifest import Manifest
 from meristem.platform.data.source import open_data
 from meristem.platform.evaluation.results import METADATA
@@ -103,7 +103,7 @@ def _count(names: Sequence[str], kind: type[Modality]) -> int:
 
 def _listed(root: Path, kinds: Mapping[str, type[Modality]]) -> tuple[list[str], Counter[str]]:
     """The words of the lists that describe a data set, and how many files or folders each modality would read of them."""
-    searches = [Search(kind.suffixes, kind.members) for kind in kinds.values()]
+    searches = [Search(kind) for kind in kinds.values()]
     found = [lists.of_splits(s, root) if root.is_dir() else [root] if lists.is_list(s, root) else [] for s in searches]
     text = {f: f.read_text(encoding="utf-8-sig", errors="replace") for some in found for f in some}
     names = [word.strip('"') for t in text.values() for word in re.split(r"[\s,]+", t.lower())]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from meristem.errors import DataError
 from meristem.modalities.base import Axis, Draw, Header, Look, Sample, Settings, View, ViewSettings
+from meristem.modalities.rng import Rng
 
 SPACING = (1.0, 2.0, 0.5)
 ORIGIN = (-3.0, 7.0, 0.25)
@@ -75,6 +76,15 @@ class Npy:
         if step == 1:
             return x
         return F.avg_pool3d(x.float(), step) if interpolate else x[(slice(None), *[slice(step // 2, None, step)] * 3)]
+
+    def edges(self, header: Header, draw: Draw) -> None:
+        return None
+
+    def elements(self, path: Path) -> None:
+        return None
+
+    def example(self, size: tuple[int, ...], rng: Rng) -> View:
+        raise NotImplementedError
 
     def augment(self, view: View, settings: ViewSettings) -> View:
         return view

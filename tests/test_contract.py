@@ -16,7 +16,7 @@ from meristem.errors import RecipeError
 from meristem.modalities.base import Draw, Header, Modality, View, ViewSettings, modality_class
 from meristem.modalities.frame import Frame
 from meristem.modalities.rng import Rng
-from meristem.modalities.stream import HIDEABLE, TokenStream
+from meristem.modalities.stream import HIDEABLE, Edges, TokenStream
 from meristem.platform import recipe as recipes
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.loader import whole
@@ -51,12 +51,18 @@ def scrambled_view(view: View) -> View:
                    weight=torch.rand(b, 1, *view.frame.shape))
 
 
+def random_edges(rows: int, size: int) -> Edges:
+    index = torch.randint(0, size, (2, 3 * rows)) + torch.arange(rows).repeat(3) * size
+    return Edges(index, torch.zeros(3 * rows, dtype=torch.int64), None, rows, size)
+
+
 def scrambled(stream: TokenStream, keep: frozenset[str]) -> TokenStream:
     """Random values in every hideable field that is not in `keep`."""
     new: dict[str, Any] = {
         "position": torch.randn_like(stream.position), "source": torch.randn_like(stream.source),
         "kind": {"segment": torch.randint(0, 9, stream.valid.shape)}, "aux": {"flow": torch.randn(*stream.valid.shape, 2)},
-        "weight": torch.rand_like(stream.content), "edges": {"near": torch.randint(0, 9, (2, 5))},
+        "weight": torch.rand_like(stream.content), "structure": torch.randn(*stream.valid.shape, 3),
+        "edges": random_edges(*stream.valid.shape),
         "item": torch.randint(0, 99, (stream.batch,))}
     assert new.keys() == set(HIDEABLE), "a new field of the stream must be scrambled here"
     return replace(stream, **{k: v for k, v in new.items() if k not in keep})
@@ -168,6 +174,9 @@ class Noise:
         affine = tuple(tuple(float(i == j) for j in range(dims + 1)) for i in range(dims + 1))
         self._header = Header((channels, *[side] * dims), affine, (1.0,) * dims, (1 / 74,) * channels,
                               (-127.5 / 74,) * channels, (0.0,) * channels)
+
+    def tables(self, row: int) -> dict[str, np.ndarray]:
+        return {}
 
     def header(self, row: int) -> Header:
         return self._header

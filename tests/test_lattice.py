@@ -35,7 +35,7 @@ def view(array: np.ndarray, head: Header, options: LatticeViewOptions, count: in
     room = lattice(array.ndim - 1, len(array))
     arrays, masks, weights, affines, draws = [], [], [], [], []
     for i in range(first, first + count):
-        d = room.draw(options, head, Look.of(0, i, 0, "x"))
+        d = room.draw(options, head, Look(0, i, 0, "x"))
         arrays.append(room.load(cut(array, d, 0), d, True))
         weights.append(room.load(cut(np.ones_like(array[:1]), d, 0), d, False))
         if mask is not None:
@@ -91,7 +91,7 @@ def options(size: tuple[int, ...], *names: str, **kw: Any) -> LatticeViewOptions
 def test_windows_lie_where_they_should(window: str, shape: list[int], data: st.DataObject) -> None:
     size = tuple(data.draw(st.integers(4, 40)) for _ in shape)
     o = LatticeViewOptions(size=size, window=window, zoom=(0.7, 1.4))  # type: ignore[arg-type]
-    d = lattice(len(shape)).draw(o, header(*shape), Look.of(0, data.draw(st.integers(0, 999)), 0, "x"))
+    d = lattice(len(shape)).draw(o, header(*shape), Look(0, data.draw(st.integers(0, 999)), 0, "x"))
     assert d.shape == size
     for start, n, whole, want in zip(d.start, d.size, shape, size, strict=True):
         assert n >= 1
@@ -114,7 +114,7 @@ def test_windows_lie_where_they_should(window: str, shape: list[int], data: st.D
 
 def test_random_places_are_uniform() -> None:
     o, head = options((8, 8)), header(10, 30)
-    starts = np.array([lattice(2).draw(o, head, Look.of(1, i, 0, "x")).start for i in range(600)])
+    starts = np.array([lattice(2).draw(o, head, Look(1, i, 0, "x")).start for i in range(600)])
     assert set(starts[:, 0]) == {0, 1, 2}
     assert set(starts[:, 1]) == set(range(23))
     assert abs(starts[:, 1].mean() - 11) < 0.9
@@ -122,7 +122,7 @@ def test_random_places_are_uniform() -> None:
 
 def test_area_windows_have_the_area_and_ratio_asked_for() -> None:
     o, head = options((24, 24), window="area", area=(0.1, 0.5), aspect=(0.5, 2.0)), header(200, 240)
-    sizes = np.array([lattice(2).draw(o, head, Look.of(1, i, 0, "x")).size for i in range(400)])
+    sizes = np.array([lattice(2).draw(o, head, Look(1, i, 0, "x")).size for i in range(400)])
     fraction, ratio = sizes.prod(1) / (200 * 240), sizes[:, 0] / sizes[:, 1]
     assert 0.095 < fraction.min() < 0.13
     assert 0.45 < fraction.max() < 0.51
@@ -135,7 +135,7 @@ def test_foreground_crops_are_centred_on_anchors() -> None:
     head = header(40, 40, anchors=((9, 12), (30, 31), (0, 39)))
     seen = set()
     for i in range(60):
-        d = lattice(2).draw(options((8, 10), foreground=1.0), head, Look.of(0, i, 0, "x"))
+        d = lattice(2).draw(options((8, 10), foreground=1.0), head, Look(0, i, 0, "x"))
         seen.add((d.start[0] + 4, d.start[1] + 5))
     assert seen == {(9, 12), (30, 31), (4, 35)}  # the last as near as the sample's edge lets it
 
@@ -152,8 +152,8 @@ def test_anchors_are_labelled_and_even() -> None:
 
 def test_draws_are_pure_and_all_collate() -> None:
     o, head = options((8, 8, 8), *EVERYTHING), header(12, 9, 15)
-    draws = [lattice(3).draw(o, head, Look.of(0, i, 0, "x")) for i in range(20)]
-    again = lattice(3).draw(o, head, Look.of(0, 7, 0, "x"))
+    draws = [lattice(3).draw(o, head, Look(0, i, 0, "x")) for i in range(20)]
+    again = lattice(3).draw(o, head, Look(0, 7, 0, "x"))
     assert (again.start, again.size, again.shape) == (draws[7].start, draws[7].size, draws[7].shape)
     for name in draws[0].params:
         assert np.array_equal(again.params[name], draws[7].params[name])
@@ -166,7 +166,7 @@ def test_an_operation_added_last_changes_no_other_draw() -> None:
     head = header(20, 20)
     few, many = options((8, 8), "flip", "gamma"), options((8, 8), *EVERYTHING)
     for i in range(10):
-        a, b = (lattice(2).draw(o, head, Look.of(0, i, 0, "x")) for o in (few, many))
+        a, b = (lattice(2).draw(o, head, Look(0, i, 0, "x")) for o in (few, many))
         assert a.start == b.start
         assert all(np.array_equal(a.params[k], b.params[k]) for k in a.params)
 

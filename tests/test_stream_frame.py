@@ -15,7 +15,7 @@ from scipy import stats
 
 from meristem.modalities.frame import Frame
 from meristem.modalities.rng import Rng
-from meristem.modalities.stream import HIDEABLE, LatticeStream, TokenStream
+from meristem.modalities.stream import HIDEABLE, Edges, LatticeStream, TokenStream
 
 
 def frame(batch: int = 2, shape: tuple[int, ...] = (4, 6, 8), seed: int = 0) -> Frame:
@@ -98,11 +98,12 @@ def test_a_remainder_belongs_to_no_token() -> None:
     assert torch.equal(s.content, LatticeStream(array[..., :4, :6].clone(), (2, 3), None, None).content)
 
 
-@pytest.mark.parametrize("sees", [frozenset(s) for n in range(4) for s in itertools.combinations(HIDEABLE[:5], n)])
+@pytest.mark.parametrize("sees", [frozenset(s) for n in range(4) for s in itertools.combinations(HIDEABLE[:6], n)])
 def test_what_is_not_seen_does_not_exist(sees: frozenset[str]) -> None:
     lazy = stream()
-    eager = TokenStream(lazy.content, lazy.position, lazy.valid, lazy.item, lazy.source, {"channel": lazy.valid.long()},
-                        {"target": lazy.content}, lazy.weight, {"near": 1}, lazy.lattice)
+    edges = Edges(torch.tensor([[0, 1], [1, 0]]), torch.zeros(2, dtype=torch.int64), None, *lazy.valid.shape)
+    eager = TokenStream(lazy.content, lazy.position, lazy.valid, lazy.item, lazy.source, lazy.content,
+                        {"channel": lazy.valid.long()}, {"target": lazy.content}, lazy.weight, edges, lazy.lattice)
     for full in (lazy, eager):
         reduced = full.seen(sees)
         for shown in (reduced, reduced.take(torch.zeros(2, 1, dtype=torch.long)), reduced.seen(frozenset(HIDEABLE))):
@@ -170,3 +171,29 @@ def test_mixing_is_splitmix64() -> None:
     from meristem.modalities.rng import _GOLDEN, _mix
     state = 1234567 + torch.arange(1, 6) * _GOLDEN
     assert [int(v) % 2**64 for v in _mix(state)] == wanted
+
+
+def edges_of(rows: int, size: int, seed: int) -> tuple[Edges, list[tuple[int, int, int]]]:
+    """Edges of a random batch, and the same as (row, from, to)."""
+    table = torch.rand(rows, size, size, generator=torch.Generator().manual_seed(seed)) < 0.4
+    table &= ~torch.eye(size, dtype=torch.bool)
+    at, a, b = table.nonzero(as_tuple=True)
+    return (Edges(torch.stack([at * size + a, at * size + b]), torch.arange(len(at)), at[:, None].float(), rows, size),
+            list(zip(at.tolist(), a.tolist(), b.tolist(), strict=True)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_edges_follow_their_rows_and_elements(seed: int) -> None:
+    edges, listed = edges_of(3, 5, seed)
+    rows = torch.tensor([2, 0])
+    chosen = edges.select(rows)
+    assert chosen.index.T.tolist() == [[(rows == r).nonzero().item() * 5 + x for x in (a, b)]
+                                       for r, a, b in listed if r in rows]
+    assert chosen.rows == 2 and chosen.kind.tolist() == [i for i, (r, *_) in enumerate(listed) if r in rows]
+    kept = torch.tensor([[4, 1, 0], [2, 3, 0], [1, 3, 4]])
+    taken, place = edges.take(kept), [{int(x): i for i, x in enumerate(row)} for row in kept]
+    assert taken.index.T.tolist() == [[3 * r + place[r][a], 3 * r + place[r][b]] for r, a, b in listed
+                                      if a in place[r] and b in place[r]]
+    dense = edges.dense()
+    assert {(r, a, b) for r, b, a in dense.nonzero().tolist()} == set(listed)
+    assert all(dense[r, b, a] == i + 1 for i, (r, a, b) in enumerate(listed))

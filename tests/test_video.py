@@ -40,7 +40,7 @@ def video(**options: object) -> Video:
 
 
 def look(cursor: int = 0, number: int = 0, view: str = "x", seed: int = 0) -> Look:
-    return Look.of(seed, cursor, number, view)
+    return Look(seed, cursor, number, view)
 
 
 def options(size: Sequence[int] = (8, 16, 16), **keys: object) -> VideoViewOptions:
@@ -330,7 +330,8 @@ def drawn(pixels: np.ndarray, view: VideoViewOptions, modality: Video, opens: An
     """Views of one video as the loader draws them."""
     opens(Made(pixels, times))
     head = modality.read([Path("x")]).header
-    cache: Any = SimpleNamespace(header=lambda row: head, windows=lambda row, draws: modality.fetch([Path("x")], head, draws))
+    cache: Any = SimpleNamespace(header=lambda row: head, tables=lambda row: {},
+                                 windows=lambda row, draws: modality.fetch([Path("x")], head, draws))
     rows: Any = [SimpleNamespace(index=i) for i in range(count)]
     return whole(cache, rows, modality, view)
 

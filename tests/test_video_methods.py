@@ -30,6 +30,9 @@ class Clips:
         return Header((3, 60, 40, 48), tuple(tuple(float(i == j) for j in range(4)) for i in range(4)), (0.04, 1.0, 1.0),
                       (1 / 60,) * 3, (-2.0,) * 3, (0.0,) * 3)
 
+    def tables(self, row: int) -> dict[str, np.ndarray]:
+        return {}
+
     def windows(self, row: int, draws: Sequence[Draw]) -> list[np.ndarray]:
         film = np.random.default_rng(row).integers(0, 256, (3, 60, 40, 48), np.uint8)
         return [film[(slice(None), list(d.index), *(slice(a, a + n) for a, n in zip(d.start[1:], d.size[1:], strict=True)))]

@@ -459,7 +459,7 @@ def test_a_view_of_a_phantom_becomes_tokens_in_millimetres(tmp_path: Path) -> No
     name = "phantom_000.nii.gz"
     sample = room.read([root / "images" / name], {"mask": root / "labels" / name})
     view = VolumeViewOptions(size=(32, 32, 16), foreground=1.0)
-    drawn = room.draw(view, sample.header, Look.of(0, 0, 0, "x"))
+    drawn = room.draw(view, sample.header, Look(0, 0, 0, "x"))
     window = tuple(slice(a, a + n) for a, n in zip(drawn.start, drawn.size, strict=True))
     loaded = room.load(sample.array[(slice(None), *window)], drawn, True)
     assert loaded.shape == (1, 32, 32, 16)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from meristem.errors import RecipeError
 from meristem.modalities.frame import Frame
 from meristem.modalities.rng import Rng
-from meristem.modalities.stream import TokenStream
+from meristem.modalities.stream import Edges, TokenStream
 
 LOOKS = 64  # of one view and sample that can be told apart: a look's counter is cursor · 64 + number
 
@@ -43,11 +44,13 @@ class Axis:
 class Header:
     """What is known of a stored sample without its elements.
 
-    shape: lattice of the stored array, channels first: (C, *S). affine: (D+1, D+1) stored index -> source, in the modality's
-    unit. spacing: per axis, size of one lattice step. scale, offset: per channel, stored integer * scale + offset is the
-    value an encoder sees (normalisation folded in). pad: the value, per channel and normalised, outside the sample.
+    shape: lattice of the stored array, channels first: (C, *S); a set (points, nodes) is a lattice of one axis. affine:
+    (D+1, D+1) stored index -> source, in the modality's unit; where elements carry coordinates: those -> source. spacing: per
+    axis, size of one lattice step. scale, offset: per channel, stored integer * scale + offset is the value an encoder sees
+    (normalisation folded in). pad: the value, per channel and normalised, outside the sample.
     source: what `write` needs to put a prediction back on the file's own grid (shape, affine, resampling, crop); plain JSON.
     anchors: up to 64 stored positions of labelled elements, spread evenly over the classes, for crops that must hold some.
+    tables: what is stored beside the lattice (`Sample.tables`), for draws that follow it; given to `draw` and `edges` only.
     """
 
     shape: tuple[int, ...]
@@ -58,18 +61,21 @@ class Header:
     pad: tuple[float, ...] = (0.0,)
     source: Mapping[str, Any] = field(default_factory=dict)
     anchors: tuple[tuple[int, ...], ...] = ()
+    tables: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False)
 
 
 @dataclass
 class Sample:
     """A whole decoded file: array (C, *S), its header, and companions on the same lattice (mask: integers (*S)).
 
-    array None: it stays in its files, whose windows `Modality.fetch` decodes when they are asked for.
+    array None: it stays in its files, whose windows `Modality.fetch` decodes when they are asked for. tables: arrays of other
+    shapes (the edges of a graph).
     """
 
     array: np.ndarray | None
     header: Header
     fields: dict[str, np.ndarray] = field(default_factory=dict)
+    tables: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class Draw:
     params: what augmentation will do to it, by name; also the pretext labels (int64 numbers).
     index: places along the first axis, in the order shown, where that is no plain window (strided, repeated, reversed): as
     many as `shape` says, −1 for nothing (padding). spacing: the view's own, where it is not the sample's.
+    The views of a set may differ in `shape`: a batch is padded to its longest.
     """
 
     start: tuple[int, ...]
@@ -92,18 +99,31 @@ class Draw:
 
 @dataclass(frozen=True)
 class Look:
-    """Which look is drawn. number: of the view's `count`. rng: its own random numbers, of one sample. sample: random numbers
-    that all looks of all views of that sample share in this step.
-    """
+    """Which look is drawn: `number` of the view's `count`, at the sample whose place in the run's stream is `cursor`."""
 
+    seed: int
+    cursor: int
     number: int
-    rng: Rng
-    sample: Rng
+    view: str
 
-    @classmethod
-    def of(cls, seed: int, cursor: int, number: int, view: str) -> Look:
-        """Look `number` of a view at the sample whose place in the run's stream is `cursor`."""
-        return cls(number, Rng.of(seed, cursor * LOOKS + number, view), Rng.of(seed, cursor, "all looks"))
+    @cached_property
+    def rng(self) -> Rng:
+        """Its own random numbers, of one sample."""
+        return Rng.of(self.seed, self.cursor * LOOKS + self.number, self.view)
+
+    @cached_property
+    def sample(self) -> Rng:
+        """Random numbers that all looks of all views of that sample share in this step."""
+        return Rng.of(self.seed, self.cursor, "all looks")
+
+
+@dataclass
+class Links:
+    """The edges of one look: pairs (2, E) places in the view, kind (E,), value (E, K) or None, as in `Edges`; numpy."""
+
+    pairs: np.ndarray
+    kind: np.ndarray
+    value: np.ndarray | None = None
 
 
 @dataclass
@@ -113,6 +133,7 @@ class View:
     array: (B·count, C, *S) float. item: (B·count,) place of the sample in the batch. look: (B·count,) which of the `count`
     looks this is. params: name -> (B·count, …), drawn values; never given to an encoder. fields: companions carried through
     the same geometry (mask: (B·count, *S) int64). weight: (B·count, 1, *S) per element, 0 outside the sample.
+    index: (B·count, N) of a set: which stored element each is, −1 for padding. edges: between the elements of a set.
     """
 
     name: str
@@ -123,6 +144,8 @@ class View:
     params: dict[str, Tensor] = field(default_factory=dict)
     fields: dict[str, Tensor] = field(default_factory=dict)
     weight: Tensor | None = None
+    index: Tensor | None = None
+    edges: Edges | None = None
 
     def __len__(self) -> int:
         return self.array.shape[0]
@@ -131,7 +154,9 @@ class View:
         """The given rows (n,), as a view of the same name."""
         return replace(self, array=self.array[rows], frame=self.frame.select(rows), item=self.item[rows], look=self.look[rows],
                        params={k: v[rows] for k, v in self.params.items()}, fields={k: v[rows] for k, v in self.fields.items()},
-                       weight=None if self.weight is None else self.weight[rows])
+                       weight=None if self.weight is None else self.weight[rows],
+                       index=None if self.index is None else self.index[rows],
+                       edges=None if self.edges is None else self.edges.select(rows))
 
     def to(self, device: torch.device | str) -> View:
         def move(x: Tensor) -> Tensor:
@@ -139,14 +164,24 @@ class View:
 
         return replace(self, array=move(self.array), frame=self.frame.to(device), item=move(self.item), look=move(self.look),
                        params={k: move(v) for k, v in self.params.items()}, fields={k: move(v) for k, v in self.fields.items()},
-                       weight=None if self.weight is None else move(self.weight))
+                       weight=None if self.weight is None else move(self.weight),
+                       index=None if self.index is None else move(self.index),
+                       edges=None if self.edges is None else self.edges.to(device))
 
 
 class Tokenizer(nn.Module):
-    """View <-> tokens of one modality."""
+    """View <-> tokens of one modality.
+
+    token_size: numbers of a token's content, channels first. structure: modules for `TokenStream.structure` are made by
+    `places`; 0 where a stream has none. edge_kinds: types of edges, 0 where there are no edges. coordinates: how many of the
+    first channels of a token are coordinates relative to its position, in the view's frame.
+    """
 
     mask_unit: tuple[int, ...]
     token_size: int
+    structure: int = 0
+    edge_kinds: int = 0
+    coordinates: int = 0
 
     def stream(self, view: View) -> TokenStream:
         raise NotImplementedError
@@ -154,6 +189,10 @@ class Tokenizer(nn.Module):
     def embedding(self, width: int) -> nn.Module:
         """A module TokenStream -> (B, n, width); positions are the encoder's business."""
         raise NotImplementedError
+
+    def places(self, width: int) -> nn.Module | None:
+        """A module `TokenStream.structure` (B, n, S) -> (B, n, width), added to tokens; None where there is none."""
+        return None
 
     def fold(self, content: Tensor, lattice: tuple[int, ...]) -> Tensor:
         """Token content (B, N, P) of a whole lattice back to an array (B, C, *S); differentiable."""
@@ -168,6 +207,21 @@ class ViewSettings(Settings):
     def plain(self) -> Self:
         """The view of a whole sample as evaluation shows it: nothing random, of the same size; its looks are averaged."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Element:
+    """One sample of a file that holds several. place: `name/number` in it. subject: '' for one of its own. split: as declared.
+
+    fold: which fold of a declared cross-validation tests it, −1 where none is declared. meta: other columns.
+    """
+
+    place: str
+    label: str | None = None
+    subject: str = ""
+    split: str = ""
+    fold: int = -1
+    meta: Mapping[str, float | str] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -208,6 +262,10 @@ class Modality(Protocol):
         """Choose window and augmentation for one look."""
         ...
 
+    def edges(self, header: Header, draw: Draw) -> Links | None:
+        """The edges among what a look shows, of samples that have `tables`."""
+        ...
+
     def load(self, window: np.ndarray, draw: Draw, interpolate: bool) -> Tensor:
         """A window (C, *size), as stored or fetched, to the view's lattice (C, *shape); nearest for labels."""
         ...
@@ -218,9 +276,53 @@ class Modality(Protocol):
 
     def tokenizer(self) -> Tokenizer: ...
 
+    def example(self, size: tuple[int, ...], rng: Rng) -> View:
+        """Noise in the shape of a plain view of this size, a row for each key of `rng`, with a mask of two classes.
+
+        Item of each row: its number; look 0. The card's reference input is made of it, so it must never change.
+        """
+        ...
+
+    def elements(self, path: Path) -> Sequence[Element] | None:
+        """The samples in a file that holds several; none where it is no data (an index, a label file); None: it is one sample.
+
+        `read` gets an element as the path `file#name/number`, `Element.place` behind the mark. Raises DataError.
+        """
+        ...
+
     def write(self, prediction: np.ndarray, header: Header, path: Path) -> Path:
         """Write a label map (*S) of the stored lattice on the grid of the source file. Returns the file written."""
         ...
+
+
+def natural(name: str) -> list[str | int]:
+    """A key that sorts frame_2 before frame_10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def member_files(folder: Path, members: Iterable[str]) -> list[Path]:
+    """The files of one sample that is a folder, in natural order; hidden ones are no data."""
+    if not folder.is_dir():
+        return []
+    ends = tuple(members)
+    return sorted((f for f in folder.iterdir() if not f.name.startswith(".") and f.name.lower().endswith(ends)),
+                  key=lambda f: natural(f.name))
+
+
+def split_element(path: Path) -> tuple[Path, str, int] | None:
+    """(file, name, number) of an element's path `file#name/number`; None for an ordinary file."""
+    found = re.fullmatch(r"(.*\.[^/#]+)#([^/#]+)/(\d+)", str(path))
+    return (Path(found[1]), found[2], int(found[3])) if found else None
+
+
+def raw_pad(header: Header, dtype: str) -> np.ndarray:
+    """(C,) stored values nearest to the header's pad."""
+    raw = (np.array(header.pad) - np.array(header.offset)) / np.array(header.scale)
+    kind = np.dtype(dtype)
+    if np.issubdtype(kind, np.integer):
+        info = np.iinfo(kind)
+        raw = np.clip(np.rint(raw), info.min, info.max)
+    return raw.astype(kind)
 
 
 @cache

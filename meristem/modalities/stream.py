@@ -12,13 +12,68 @@ from torch import Tensor
 
 from meristem.modalities.frame import Frame
 
-HIDEABLE = ("position", "source", "kind", "aux", "weight", "edges", "item")
+HIDEABLE = ("position", "source", "structure", "kind", "aux", "weight", "edges", "item")
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """Rows `index` (B, n) of x (B, N, …) -> (B, n, …)."""
     shape = index.shape + (1,) * (x.ndim - 2)
     return torch.gather(x, 1, index.reshape(shape).expand(*index.shape, *x.shape[2:]))
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Directed edges between the elements of each row of a batch; an undirected one is both of its directions. No self-loops.
+
+    index: (2, E) int64, places row · size + element; a message goes from index[0] to index[1]. kind: (E,) int64, the type, 0
+    where there is one type. value: (E, K) float, features of edges, or None. rows, size: of the batch (rows, size, …) that the
+    places are counted in.
+    """
+
+    index: Tensor
+    kind: Tensor
+    value: Tensor | None
+    rows: int
+    size: int
+
+    def __len__(self) -> int:
+        return self.index.shape[1]
+
+    def where(self, chosen: Tensor) -> Edges:
+        """The edges `chosen` ((E,) bool, or their numbers)."""
+        return replace(self, index=self.index[:, chosen], kind=self.kind[chosen],
+                       value=None if self.value is None else self.value[chosen])
+
+    def select(self, rows: Tensor) -> Edges:
+        """Those of the given rows (n,), distinct, as a batch of its own."""
+        place = torch.full((self.rows,), -1, dtype=torch.int64, device=rows.device)
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        inside = self.where(place[self.index[0] // self.size] >= 0)
+        moved = place[inside.index // self.size] * self.size + inside.index % self.size
+        return replace(inside, index=moved, rows=len(rows))
+
+    def take(self, index: Tensor) -> Edges:
+        """Those among the elements `index` (B, n), distinct, of each row."""
+        n = index.shape[1]
+        flat = index + torch.arange(self.rows, device=index.device)[:, None] * self.size
+        place = torch.full((self.rows * self.size,), -1, dtype=torch.int64, device=index.device)
+        place[flat.flatten()] = torch.arange(flat.numel(), device=index.device)
+        moved = place[self.index]
+        inside = (moved >= 0).all(0)
+        return replace(self.where(inside), index=moved[:, inside], size=n)
+
+    def dense(self) -> Tensor:
+        """(rows, size, size) int64, [b, target, source]: type + 1 of the edge, 0 where there is none; the last of several."""
+        table = torch.zeros(self.rows * self.size, self.size, dtype=torch.int64, device=self.index.device)
+        table[self.index[1], self.index[0] % self.size] = self.kind + 1
+        return table.unflatten(0, (self.rows, self.size))
+
+    def to(self, device: torch.device | str) -> Edges:
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        return replace(self, index=move(self.index), kind=move(self.kind),
+                       value=None if self.value is None else move(self.value))
 
 
 @dataclass
@@ -30,9 +85,10 @@ class TokenStream:
     source: (B, N, C) where the token lies in the source sample. For objectives only, never for an encoder.
     valid: (B, N) bool; False for padding.
     item: (B,) which sample of the batch each row shows.
-    kind: name -> (B, N) int64 (channel, segment, …). aux: name -> (B, N, …) fields for targets only.
+    structure: (B, N, S) encodings of each token's place among the others (walks, eigenvectors of a graph); not its content.
+    kind: name -> (B, N) int64 (channel, segment, place in the sample, …). aux: name -> (B, N, …) fields for targets only.
     weight: (B, N, P) weight of each element in a loss (0 for padding or defaced voxels), or None.
-    edges: name -> whatever the relation holds (graphs).
+    edges: between tokens.
     lattice: the token grid's shape when the tokens lie on one, in raster order.
     """
 
@@ -41,10 +97,11 @@ class TokenStream:
     valid: Tensor
     item: Tensor | None
     source: Tensor | None = None
+    structure: Tensor | None = None
     kind: Mapping[str, Tensor] = field(default_factory=dict)
     aux: Mapping[str, Tensor] = field(default_factory=dict)
     weight: Tensor | None = None
-    edges: Mapping[str, Any] = field(default_factory=dict)
+    edges: Edges | None = None
     lattice: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
@@ -60,12 +117,13 @@ class TokenStream:
             return None if x is None else gather(x, index)
 
         return TokenStream(gather(self.content, index), pick(self.position), gather(self.valid, index), self.item,
-                           pick(self.source), {k: gather(v, index) for k, v in self.kind.items()},
-                           {k: gather(v, index) for k, v in self.aux.items()}, pick(self.weight), self.edges)
+                           pick(self.source), pick(self.structure), {k: gather(v, index) for k, v in self.kind.items()},
+                           {k: gather(v, index) for k, v in self.aux.items()}, pick(self.weight),
+                           None if self.edges is None else self.edges.take(index))
 
     def seen(self, sees: frozenset[str]) -> TokenStream:
         """What an encoder is given: content, validity, and only the named fields; the rest is gone, not merely ignored."""
-        empty: dict[str, Any] = {"kind": {}, "aux": {}, "edges": {}}
+        empty: dict[str, Any] = {"kind": {}, "aux": {}}
         gone: dict[str, Any] = {name: empty.get(name) for name in HIDEABLE if name not in sees}
         return replace(self, **gone)
 
@@ -81,7 +139,7 @@ class LatticeStream(TokenStream):
                  visible: frozenset[str] | None = None) -> None:
         self.array: Tensor = array
         self.patch, self.frame, self.item = patch, frame, item
-        self.weight_array, self.aux, self.kind, self.edges = weight_array, aux or {}, {}, {}
+        self.weight_array, self.aux, self.kind, self.structure, self.edges = weight_array, aux or {}, {}, None, None
         self.lattice = tuple(n // p for n, p in zip(array.shape[2:], patch, strict=True))
         self._visible = visible
 

@@ -79,6 +79,7 @@ class Recipe(Settings):
 
     follows: what it implements; departs: where it differs. status: verified | tested | expressible. transfer: whose encoder
     is taken downstream. summary: which of its vectors stands for a whole sample there: the one that pretraining trained.
+    reads: companions of a sample (of those its modality finds) that every view carries, for objectives.
     """
 
     name: Annotated[str, Field(pattern=r"^[^/\\]+$")]
@@ -87,6 +88,7 @@ class Recipe(Settings):
     status: Literal["verified", "tested", "expressible"] = "expressible"
     modality: Any
     views: dict[str, SerializeAsAny[ViewSettings]]
+    reads: tuple[str, ...] = ()
     masking: dict[str, Annotated[Masking, Slot("masking", MASKINGS)]] = {}
     encoder: Annotated[EncoderSettings, Slot("encoder", ENCODERS)]
     heads: dict[str, Annotated[HeadSettings, Slot("head", HEADS)]] = {}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from meristem.modalities.base import LOOKS, View
 from meristem.modalities.rng import Rng
-from meristem.modalities.stream import TokenStream
+from meristem.modalities.stream import TokenStream, gather
 from meristem.platform import schedules
 from meristem.platform.objectives import Encoded, Items, Plan, Units
 
@@ -155,6 +155,8 @@ class Step:
                 index = torch.arange(n, device=encoded.tokens.device)[None].expand(b, -1)
             keys = {k: v[:, None].expand(b, n)[encoded.valid] for k, v in keys.items()}
             keys["token"] = index[encoded.valid]
+            kinds = {name: x if encoded.index is None else gather(x, index) for name, x in self.stream(view).kind.items()}
+            keys |= {name: x[encoded.valid] for name, x in kinds.items() if x.shape == (b, n)}
             if view in self._plans and (masked or by != "encoder") and self._plans[view].hidden.shape == (b, n):
                 keys["hidden"] = self._plans[view].hidden[encoded.valid].long()
             z = encoded.tokens[encoded.valid]

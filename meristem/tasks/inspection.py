@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from meristem.modalities.base import View
-from meristem.modalities.frame import Frame
 from meristem.modalities.rng import Rng
 from meristem.platform.assembly import Assembly
 from meristem.platform.objectives import Items
@@ -25,13 +24,9 @@ def noise(recipe: Recipe) -> Batch:
     views = {}
     for name, options in recipe.views.items():
         size: tuple[int, ...] = tuple(options.size)  # type: ignore[attr-defined]
-        rows, dims = SAMPLES * options.count, len(size)
-        rng = Rng.of(0, torch.arange(rows), name)
-        frame = Frame(torch.eye(dims + 1).expand(rows, -1, -1), size, torch.ones(rows, dims),
-                      tuple(a.unit for a in recipe.modality.axes))
-        views[name] = View(name, rng.normal("array", recipe.modality.channels, *size), frame,
-                           torch.arange(SAMPLES).repeat_interleave(options.count), torch.arange(options.count).repeat(SAMPLES),
-                           fields={"mask": rng.integers("mask", CLASSES, *size)})
+        view = recipe.modality.example(size, Rng.of(0, torch.arange(SAMPLES * options.count), name))
+        views[name] = replace(view, name=name, item=torch.arange(SAMPLES).repeat_interleave(options.count),
+                              look=torch.arange(options.count).repeat(SAMPLES))
     return Batch(items, views)
 
 

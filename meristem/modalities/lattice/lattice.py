@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meristem.modalities.base import Axis, Draw, Header, Look, Sample, Settings, View, ViewSettings
+from meristem.modalities.base import Axis, Draw, Element, Header, Links, Look, Sample, Settings, View, ViewSettings
+from meristem.modalities.frame import Frame
 from meristem.modalities.lattice import geometry
 from meristem.modalities.lattice.drawing import draw
 from meristem.modalities.lattice.intensity import NEUTRAL, SPANNED
@@ -65,6 +66,21 @@ class Lattice:
 
     def fetch(self, paths: Sequence[Path], header: Header, draws: Sequence[Draw]) -> list[np.ndarray]:
         raise NotImplementedError  # `read` leaves nothing in its files
+
+    def edges(self, header: Header, draw: Draw) -> Links | None:
+        return None
+
+    def elements(self, path: Path) -> Sequence[Element] | None:
+        return None
+
+    def example(self, size: tuple[int, ...], rng: Rng) -> View:
+        """Smooth noise: normal numbers on a lattice four times as coarse, interpolated; spacing 1."""
+        rows, dims, device = len(rng.key), len(size), rng.key.device
+        coarse = rng.normal("field", self.channels, *(max(n // 4, 2) for n in size))
+        array = F.interpolate(coarse, size=size, mode="bilinear" if dims == 2 else "trilinear", align_corners=False)
+        frame = Frame(torch.eye(dims + 1).expand(rows, -1, -1), size, torch.ones(rows, dims), tuple(a.unit for a in self.axes))
+        return View("example", array, frame.to(device), torch.arange(rows, device=device), torch.zeros_like(rng.key),
+                    fields={"mask": rng.integers("mask", 2, *size)})
 
     def draw(self, view: ViewSettings, header: Header, look: Look) -> Draw:
         """See `LatticeViewOptions`."""

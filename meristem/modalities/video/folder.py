@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from meristem.errors import DataError
+from meristem.modalities.base import member_files
 from meristem.modalities.image.files import decode
 from meristem.modalities.image.raster import Raster
 
@@ -21,8 +21,7 @@ class Folder:
     reader = "folder"
 
     def __init__(self, path: Path, fps: float, max_pixels: int) -> None:
-        self._files = sorted((f for f in path.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")),
-                             key=_natural)
+        self._files = member_files(path, SUFFIXES)
         if not self._files:
             raise DataError("frames", f"the folder holds no picture ({', '.join(SUFFIXES)})")
         self._max_pixels = max_pixels
@@ -57,10 +56,6 @@ class Folder:
             raise DataError("unreadable", f"frame {i} is {h}×{w}, the first {self.size[0]}×{self.size[1]}",
                             "The frames of one video are of one size.")
         return np.moveaxis(_bytes(raster), 0, -1)
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def _bytes(raster: Raster) -> np.ndarray:

@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 from torch import Tensor
 
 from meristem.errors import DataError
-from meristem.modalities.base import Axis, Draw, Header, Look, Sample, View, ViewSettings
+from meristem.modalities.base import Axis, Draw, Header, Look, Sample, View, ViewSettings, raw_pad
 from meristem.modalities.image.image import IMAGENET
 from meristem.modalities.lattice import Lattice
 from meristem.modalities.lattice.drawing import draw as draw_frames
@@ -109,7 +109,7 @@ class Video(Lattice):
     def fetch(self, paths: Sequence[Path], header: Header, draws: Sequence[Draw]) -> list[np.ndarray]:
         """See `Modality.fetch`; frames are cropped and resized as they are decoded, so windows are (3, *shape) already."""
         video = open_video(paths[0], header.source["reader"], self.options.fps, self.options.max_pixels)
-        grey = np.clip(np.rint(-np.array(header.offset) / np.array(header.scale)), 0, 255).astype(np.uint8)
+        grey = raw_pad(header, "|u1")
         windows = [np.empty((*draw.shape, 3), np.uint8) for draw in draws]
         places = [np.array(draw.index or range(draw.start[0], draw.start[0] + draw.size[0])) for draw in draws]
         places = [np.where((p >= 0) & (p < header.shape[1]), p, -1) for p in places]

@@ -32,14 +32,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from meristem.errors import DataError, MeristemError
-from meristem.modalities.base import Draw, Header, Modality, Sample
-from meristem.platform.data.layouts import member_files, split_element
+from meristem.modalities.base import Draw, Header, Modality, Sample, member_files, raw_pad, split_element
 from meristem.platform.data.manifest import Manifest, Problem, Row, pseudonym, user_key
 
-LAYOUT = 1  # of the files in a cache; another number, another folder
+LAYOUT = 2  # of the files in a cache; another number, another folder
 LARGE = 4 << 20  # bytes above which a sample gets a chunked file: below, reading it raw is cheaper than opening one
 CHUNK, BLOCK = 1 << 18, 1 << 15  # elements (64³, 32³): a crop unpacks only the blocks it touches
 SHARD_BYTES, SHARD_SECONDS = 64 << 20, 30.0  # an interruption loses at most this much work on small samples
+TABLE = "table-"  # before a table's name in a sample's arrays
 HANDLES = 64  # chunked files one process keeps open
 FREE = 0.05  # share of the disk that is left free
 Progress = Callable[[int, int], None]
@@ -61,14 +61,20 @@ class Block:
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored sample. content: sha256 of its image files. counts: field -> value -> elements that have it."""
+    """One stored sample. content: sha256 of its image files. tables: arrays off the lattice. counts: field -> value -> elements
+    that have it.
+    """
 
     key: str
     content: str
     header: Header
     array: Block
     fields: Mapping[str, Block]
+    tables: Mapping[str, Block]
     counts: Mapping[str, Mapping[int, int]]
+
+    def blocks(self) -> tuple[Block, ...]:
+        return (self.array, *self.fields.values(), *self.tables.values())
 
     def dump(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,7 +88,8 @@ class Entry:
         def block(b: Mapping[str, Any]) -> Block:
             return Block(b["file"], b["dtype"], tuple(b["shape"]), b["offset"])
 
-        return cls(data["key"], data["content"], header, block(data["array"]), {k: block(b) for k, b in data["fields"].items()},
+        fields, tables = ({k: block(b) for k, b in data[name].items()} for name in ("fields", "tables"))
+        return cls(data["key"], data["content"], header, block(data["array"]), fields, tables,
                    {name: {int(v): n for v, n in counts.items()} for name, counts in data["counts"].items()})
 
 
@@ -168,11 +175,15 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Of all stored arrays, before compression."""
-        blocks = (b for e in self.entries.values() for b in (e.array, *e.fields.values()))
-        return sum(b.nbytes for b in blocks if b.file)
+        return sum(b.nbytes for e in self.entries.values() for b in e.blocks() if b.file)
 
     def header(self, row: int) -> Header:
+        """Without tables."""
         return self.entries[row].header
+
+    def tables(self, row: int) -> dict[str, np.ndarray]:
+        """What is stored beside the lattice, by name; not copied where it is mapped into memory."""
+        return {name: self._open(block)[...] for name, block in self.entries[row].tables.items()}
 
     def content(self, row: int) -> str:
         """sha256 of the sample's image files, for the leakage audit."""
@@ -249,16 +260,6 @@ def fingerprint(modality: Modality) -> str:
     """Of all that decides what a decoded file looks like: options, version of the reader, layout of the cache."""
     made_by = [modality.name, modality.options.model_dump(mode="json"), getattr(modality, "version", 0), LAYOUT]
     return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def raw_pad(header: Header, dtype: str) -> np.ndarray:
-    """(C,) stored values nearest to the header's pad."""
-    raw = (np.array(header.pad) - np.array(header.offset)) / np.array(header.scale)
-    kind = np.dtype(dtype)
-    if np.issubdtype(kind, np.integer):
-        info = np.iinfo(kind)
-        raw = np.clip(np.rint(raw), info.min, info.max)
-    return raw.astype(kind)
 
 
 def decode(row: Row, modality: Modality) -> Sample | Problem:
@@ -341,9 +342,11 @@ class _Decoding(Dataset[Result]):
         sample = decode(row, self.modality)
         if isinstance(sample, Problem):
             return sample
-        arrays = {name: np.ascontiguousarray(x) for name, x in {"": sample.array, **sample.fields}.items() if x is not None}
+        tables = {f"{TABLE}{name}": x for name, x in sample.tables.items()}
+        arrays = {name: np.ascontiguousarray(x) for name, x in {"": sample.array, **sample.fields, **tables}.items()
+                  if x is not None}
         counts = {name: {int(v): int(n) for v, n in zip(*np.unique(x, return_counts=True), strict=True)}
-                  for name, x in arrays.items() if name}
+                  for name, x in sample.fields.items()}
         large = max((x.nbytes for x in arrays.values()), default=0) > LARGE
         blocks = {"": Block("", "|u1", tuple(sample.header.shape))}
         for name, x in arrays.items():
@@ -351,13 +354,20 @@ class _Decoding(Dataset[Result]):
             blocks[name] = Block(file, x.dtype.str, x.shape)
             if large:
                 _leave_room(self.home)
-                _write_chunked(self.home / file, x, len(sample.header.spacing))
-        array = blocks.pop("")
-        entry = Entry(key, self.contents[i], sample.header, array, blocks, counts)
+                _write_chunked(self.home / file, x, x.ndim if name.startswith(TABLE) else len(sample.header.shape) - 1)
+        entry = _entry(key, self.contents[i], sample.header, blocks, counts)
         if large:
             _write_index(self.home / f"{key}.json", [entry])
             return entry, None
         return entry, arrays
+
+
+def _entry(key: str, content: str, header: Header, blocks: Mapping[str, Block],
+           counts: Mapping[str, Mapping[int, int]]) -> Entry:
+    """Of its blocks by name: '' the array, those with `TABLE` in front tables, the others fields."""
+    fields = {name: b for name, b in blocks.items() if name and not name.startswith(TABLE)}
+    tables = {name.removeprefix(TABLE): b for name, b in blocks.items() if name.startswith(TABLE)}
+    return Entry(key, content, header, blocks[""], fields, tables, counts)
 
 
 def _each(decoding: _Decoding, workers: int) -> Iterator[Result]:
@@ -389,9 +399,8 @@ class _Shard:
         return bool(self.entries) and (self.nbytes >= SHARD_BYTES or time.monotonic() - self.began >= SHARD_SECONDS)
 
     def add(self, entry: Entry, arrays: Mapping[str, np.ndarray]) -> Entry:
-        blocks = {name: self._append(x) for name, x in arrays.items()}
-        array = blocks.pop("", entry.array)
-        entry = Entry(entry.key, entry.content, entry.header, array, blocks, entry.counts)
+        blocks = {"": entry.array} | {name: self._append(x) for name, x in arrays.items()}
+        entry = _entry(entry.key, entry.content, entry.header, blocks, entry.counts)
         self.entries.append(entry)
         return entry
 
@@ -468,8 +477,7 @@ def _stored(home: Path) -> dict[str, Entry]:
             continue
         for data in json.loads(index.read_text()):
             entry = Entry.load(data)
-            blocks = (entry.array, *entry.fields.values())
-            stored = [b for b in blocks if b.file]
+            stored = [b for b in entry.blocks() if b.file]
             if all(b.file in sizes and (b.offset is None or b.offset + b.nbytes <= sizes[b.file]) for b in stored):
                 known[entry.key] = entry
     return known
@@ -512,7 +520,8 @@ def contents(rows: Sequence[Row], problems: list[Problem], workers: int = 0, mem
         place = "|".join(f"{f}|{s.st_size}|{s.st_mtime_ns}" for f in inside or [file] for s in [f.stat()])
         name = pseudonym("file", f"{path}|{place}", secret)
         if name not in remembered:
-            remembered[name] = (_element_digest(place, *element) if element else
+            remembered[name] = (_element_digest(place, *element) if element and file.suffix == ".npz" else
+                                hashlib.sha256(f"{one(file)}|{element[1:]}".encode()).hexdigest() if element else
                                 _folder_digest(inside) if inside else _file_digest(file))
         return remembered[name]
 

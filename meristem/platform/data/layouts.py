@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from meristem.errors import DataError
+from meristem.modalities.base import Element, Modality, member_files, natural, split_element
 
 IMAGES = ("images", "jpegimages", "frames", "rgb")
 PARTNERS = {**dict.fromkeys(("labels", "masks", "annotations"), IMAGES), "labelstr": ("imagestr",), "labelsts": ("imagests",)}
@@ -26,31 +27,8 @@ NUMBERED = 0.8  # of a folder's members must carry a number, or the folder holds
 SEQUENCE = 8  # members below which a numbered folder does not say of itself that it is one sample
 
 
-def split_element(path: Path) -> tuple[Path, str, int] | None:
-    """(file, key, index) of an element path `file.npz#key/17`; None for an ordinary file."""
-    file, mark, element = str(path).rpartition(".npz#")
-    if not mark:
-        return None
-    key, _, index = element.rpartition("/")
-    return Path(file + ".npz"), key, int(index)
-
-
 def relative(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
-
-
-def natural(name: str) -> list[str | int]:
-    """A key that sorts frame_2 before frame_10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
-
-
-def member_files(folder: Path, members: Iterable[str]) -> list[Path]:
-    """The files of one sample that is a folder, in natural order; hidden ones are no data."""
-    if not folder.is_dir():
-        return []
-    ends = tuple(members)
-    return sorted((f for f in folder.iterdir() if not f.name.startswith(".") and f.name.lower().endswith(ends)),
-                  key=lambda f: natural(f.name))
 
 
 def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -103,15 +81,17 @@ class Found:
     mask: Path | None = None
     label: str | None = None
     split: str = ""
+    fold: int = -1
     meta: dict[str, float | str] = field(default_factory=dict)
 
 
 class Search:
-    """Collects samples in one layout. suffixes: of files. members: of files of which a whole folder is one sample."""
+    """Collects samples in one layout, for a modality whose files, or folders of `members`, they are."""
 
-    def __init__(self, suffixes: Iterable[str], members: Iterable[str] = ()) -> None:
-        self.suffixes = sorted((s.lower() for s in suffixes), key=len, reverse=True)
-        self.members = tuple(s.lower() for s in members)
+    def __init__(self, modality: Modality | type[Modality]) -> None:
+        self.suffixes = sorted((s.lower() for s in modality.suffixes), key=len, reverse=True)
+        self.members = tuple(s.lower() for s in modality.members)
+        self._modality = modality
         self.frames: dict[Path, int] = {}  # folder that is a sample, relative to where it was looked for -> files in it
         self.found: list[Found] = []
         self.lost: list[tuple[str, str, str, str]] = []  # reason, local, message, remedy
@@ -130,6 +110,23 @@ class Search:
 
     def add(self, paths: tuple[Path, ...], local: str, subject: str, **more: Any) -> None:
         self.found.append(Found(paths, local, subject, **more))
+
+    def elements(self, path: Path) -> Sequence[Element] | None:
+        """The samples in a file; None: it is one sample itself. What cannot be looked into is one, and `read` will say why."""
+        if isinstance(self._modality, type) or not self.suffix(path.name):
+            return None
+        try:
+            return self._modality.elements(path)
+        except DataError:
+            return None
+
+    def within(self, file: Path, local: str, elements: Sequence[Element], **more: Any) -> None:
+        """Add the samples in a file; what an element does not say of itself is `more`."""
+        for e in elements:
+            said = {key: value for key, value in (("label", e.label), ("split", e.split)) if value}
+            place = f"{local}#{e.place}"
+            self.add((file.with_name(f"{file.name}#{e.place}"),), place, e.subject or place, fold=e.fold, meta=dict(e.meta),
+                     **{**more, **said})
 
     def files(self, root: Path) -> list[Path]:
         """All samples below root, relative to it, sorted: readable files, and folders of numbered members without one."""
@@ -173,7 +170,11 @@ class Search:
             self.layout += ", numbered files in folders"
         subjects = self._subjects(list(images), bool(classes), patients)
         for image in images:
-            self.add((root / image,), image.as_posix(), subjects[image], label=classes.get(image), split=_split_of(image),
+            label, split = classes.get(image), _split_of(image)
+            if (inside := self.elements(root / image)) is not None:
+                self.within(root / image, image.as_posix(), inside, label=label, split=split)
+                continue
+            self.add((root / image,), image.as_posix(), subjects[image], label=label, split=split,
                      mask=root / matched[image] if image in matched else None)
 
     def _beside(self, files: list[Path]) -> tuple[dict[Path, tuple[str, ...]], dict[tuple[str, ...], Path]]:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from meristem.errors import DataError, RecipeError
-from meristem.modalities.base import LOOKS, Draw, Header, Look, Modality, View, ViewSettings
+from meristem.modalities.base import LOOKS, Draw, Header, Links, Look, Modality, View, ViewSettings
 from meristem.modalities.frame import Frame
 from meristem.modalities.rng import Rng
+from meristem.modalities.stream import Edges
 from meristem.platform.data.cache import Cache
 from meristem.platform.data.manifest import Row
 from meristem.platform.objectives import Items
@@ -88,6 +91,7 @@ class _PinnedBatch(Batch):
         for view in self.views.values():
             view.array, view.params, view.fields = view.array.pin_memory(), pin(view.params), pin(view.fields)
             view.weight = None if view.weight is None else view.weight.pin_memory()
+            view.index = None if view.index is None else view.index.pin_memory()
         return self
 
 
@@ -128,20 +132,29 @@ class _Batches(Dataset[Batch | DataError]):
 
     def collate(self, name: str, settings: ViewSettings, looks: Sequence[tuple[int, int, int, int]]) -> View:
         """The view of some looks, each (manifest row, cursor, place in the batch, look)."""
-        arrays, affines, spacings, params, weights = [], [], [], [], []
+        arrays, affines, spacings, params, weights, drawn, links = [], [], [], [], [], [], []
         fields: dict[str, list[Tensor]] = {field: [] for field in self.fields}
         for (row, cursor), of_item in groupby(looks, key=lambda look: look[:2]):  # one reading serves all looks at a sample
             header = self.cache.header(row)
-            draws = [self.modality.draw(settings, header, Look.of(self.seed, cursor, look, name)) for *_, look in of_item]
+            if tables := self.cache.tables(row):
+                header = replace(header, tables=tables)
+            draws = [self.modality.draw(settings, header, Look(self.seed, cursor, look, name)) for *_, look in of_item]
             for draw, window in zip(draws, self._windows(row, draws), strict=True):
                 arrays.append(self.modality.load(window, draw, interpolate=True))
                 affines.append(torch.from_numpy(affine(header, draw)))
                 spacings.append(torch.tensor(draw.spacing or header.spacing, dtype=torch.float32))
                 params.append({**draw.params, "scale": header.scale, "offset": header.offset})
                 weights.append(inside(header, draw))
+                drawn.append(draw)
+                links.append(self.modality.edges(header, draw) if tables else None)
                 for field, values in fields.items():
                     values.append(self._field(row, field, draw))
-        shape = tuple(arrays[0].shape[1:])
+        shape = max(tuple(a.shape[1:]) for a in arrays)
+        if any(a.shape[1:] != shape for a in arrays):  # sets of several sizes
+            weights = [_padded(torch.ones(1, *a.shape[1:]) if w is None else w, shape[0])
+                       for a, w in zip(arrays, weights, strict=True)]
+            arrays = [_padded(a, shape[0]) for a in arrays]
+            fields = {name: [_padded(x, shape[0], IGNORED) for x in xs] for name, xs in fields.items()}
         frame = Frame(torch.stack(affines).float(), shape, torch.stack(spacings), tuple(a.unit for a in self.modality.axes))
         weight = None
         if any(w is not None for w in weights):
@@ -149,7 +162,8 @@ class _Batches(Dataset[Batch | DataError]):
         return View(name, _stack(arrays), frame, torch.tensor([i for _, _, i, _ in looks]),
                     torch.tensor([look for *_, look in looks]),
                     {key: torch.stack([_number(p[key]) for p in params]) for key in params[0]},
-                    {field: torch.stack(values) for field, values in fields.items()}, weight)
+                    {field: torch.stack(values) for field, values in fields.items()}, weight,
+                    _places(drawn, shape[0]) if len(shape) == 1 else None, _edges(links, shape[0]))
 
     def _windows(self, row: int, draws: Sequence[Draw]) -> list[np.ndarray]:
         try:
@@ -174,8 +188,10 @@ def whole(cache: Cache, rows: Sequence[Row], modality: Modality, options: ViewSe
 def affine(header: Header, draw: Draw) -> np.ndarray:
     """(D+1, D+1) view index -> source: the header's affine after i -> (i + ½) · size / shape − ½ + start; float64.
 
-    Along an index, the place it shows.
+    Along an index, the place it shows. The header's own where elements carry coordinates.
     """
+    if len(header.affine) != len(draw.size) + 1:
+        return np.array(header.affine, float)
     step = np.array(draw.size) / np.array(draw.shape)
     start = 0.5 * step - 0.5 + np.array(draw.start)
     if draw.index:  # the straight line through its first and last place
@@ -191,15 +207,38 @@ def affine(header: Header, draw: Draw) -> np.ndarray:
 
 def inside(header: Header, draw: Draw) -> Tensor | None:
     """(1, *shape) 1 where a view's elements lie in the sample, else 0; None when all do."""
-    weight = torch.ones(1, *draw.shape)
-    whole = True
+    weight = None
     for axis, (a, n, m, stored) in enumerate(zip(draw.start, draw.size, draw.shape, header.shape[1:], strict=True)):
-        at = np.array(draw.index) if draw.index and axis == 0 else (np.arange(m) + 0.5) * n / m - 0.5 + a
-        if min(draw.index) < 0 if draw.index and axis == 0 else a < 0 or a + n > stored:
-            line = torch.from_numpy((at >= -0.5) & (at <= stored - 0.5))
-            weight *= line.reshape(-1, *[1] * (len(draw.shape) - axis - 1))
-            whole = False
-    return None if whole else weight
+        index = draw.index if axis == 0 else ()
+        outside = min(index) < 0 if index else a < 0 or a + n > stored
+        if outside:
+            at = np.array(index) if index else (np.arange(m) + 0.5) * n / m - 0.5 + a
+            line = torch.from_numpy((at >= -0.5) & (at <= stored - 0.5)).float()
+            line = line.reshape(-1, *[1] * (len(draw.shape) - axis - 1)).expand(1, *draw.shape)
+            weight = line.clone() if weight is None else weight * line
+    return weight
+
+
+def _padded(x: Tensor, length: int, value: float = 0) -> Tensor:
+    return F.pad(x, (0, length - x.shape[-1]), value=value)
+
+
+def _places(draws: Sequence[Draw], length: int) -> Tensor:
+    """(B, length) which stored element of a set each is; −1 for padding."""
+    places = [torch.tensor(d.index) if d.index else torch.arange(d.start[0], d.start[0] + d.size[0]) for d in draws]
+    return torch.stack([_padded(x, length, IGNORED) for x in places])
+
+
+def _edges(links: Sequence[Links | None], length: int) -> Edges | None:
+    """The edges of all looks, in a batch whose rows are `length` long; of all looks or of none."""
+    some = [x for x in links if x is not None]
+    if not some:
+        return None
+    offset = np.repeat(np.arange(len(some)) * length, [x.pairs.shape[1] for x in some])
+    value = None if some[0].value is None else torch.from_numpy(np.concatenate([x.value for x in some if x.value is not None]))
+    pairs = np.concatenate([x.pairs for x in some], 1).astype(np.int64) + offset
+    kind = np.concatenate([x.kind for x in some]).astype(np.int64)
+    return Edges(torch.from_numpy(pairs), torch.from_numpy(kind), value, len(some), length)
 
 
 def _stack(arrays: Sequence[Tensor]) -> Tensor:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from meristem.errors import DataError, MeristemError
-from meristem.modalities.base import Modality
+from meristem.modalities.base import Modality, member_files, split_element
 from meristem.platform.data import lists
-from meristem.platform.data.layouts import Search, member_files, relative, split_element, splits_of
+from meristem.platform.data.layouts import Search, relative, splits_of
 from meristem.platform.data.lists import number
 
 
@@ -31,6 +31,8 @@ class Row:
     `file.npz#key/17`. fields: companions by name (mask). labels: class index by name (`class`). split: train | val | test, or
     '' when open. local: the true name relative to the data, for `data check` only. meta: other columns of a CSV; they may
     identify a person, so they are in no table. rank: place of the subject among all by true name, where a table names it.
+    fold: of a declared cross-validation, the one that tests it; −1 where none is declared. element: number of the part of the
+    sample that is meant (a node), where a task counts parts; −1: all of it.
     """
 
     index: int
@@ -43,6 +45,8 @@ class Row:
     split: str = ""
     meta: Mapping[str, float | str] = field(default_factory=dict, repr=False)
     rank: int = 0
+    fold: int = -1
+    element: int = -1
 
     @property
     def labelled(self) -> bool:
@@ -91,9 +95,13 @@ class Manifest:
         path = Path(path).expanduser()
         if not path.exists():
             raise DataError("missing", f"no data at {path}", "Give an existing folder, CSV, dataset.json, npz or data file.")
-        search = Search(modality.suffixes, modality.members)
+        search = Search(modality)
         root = path.resolve() if path.is_dir() else path.resolve().parent
-        if path.is_file() and lists.is_list(search, path):
+        inside = search.elements(path) if path.is_file() else None
+        if inside is not None:
+            search.layout = "file of several samples"
+            search.within(path.resolve(), path.name, inside)
+        elif path.is_file() and lists.is_list(search, path):
             root = lists.read(search, {path.resolve(): ""})
         elif path.name == "dataset.json" or (path / "dataset.json").is_file():
             search.described(root)
@@ -179,7 +187,7 @@ def _manifest(search: Search, root: Path) -> Manifest:
         labels = {} if f.label is None else {"class": index[f.label]}
         lines.append([*local, f.label or "", f.split, f.subject])
         rows.append(Row(i, pseudonym("case", local[0], key), pseudonym("sub", f.subject, key), f.paths, f.local,
-                        {"mask": f.mask} if f.mask else {}, labels, f.split, f.meta, ranks.get(f.subject, 0)))
+                        {"mask": f.mask} if f.mask else {}, labels, f.split, f.meta, ranks.get(f.subject, 0), f.fold))
     digest = hashlib.sha256(json.dumps([lines, names, search.mask_names]).encode()).hexdigest()[:16]
     problems = tuple(Problem(pseudonym("case", local, key), reason, message, remedy, local)
                      for reason, local, message, remedy in search.lost)

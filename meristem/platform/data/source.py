@@ -53,6 +53,8 @@ def open_data(path: Path, modality: Modality, split: str = "auto", cache: Path |
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("", total=len(manifest))
             store = Cache.build(manifest, modality, cache, lambda done, total: bar.update(task, completed=done, total=total))
+    inside = {r.index: {n: r.paths[0] for n in store.fields(r.index)} for r in manifest.rows if labels and r.index in store}
+    manifest = replace(manifest, rows=tuple(replace(r, fields={**inside.get(r.index, {}), **r.fields}) for r in manifest.rows))
     usable = {i: store.volume(i) for i in store.rows if "mask" in store.fields(i)}
     if labels:
         bare = split == "auto" and not any(row.labelled or row.split for row in manifest.rows)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meristem.modalities.base import Axis, Tokenizer
-from meristem.modalities.stream import LatticeStream, TokenStream
+from meristem.modalities.stream import Edges, LatticeStream, TokenStream
 from meristem.platform.encoders.base import Encoder, EncoderSettings
 from meristem.platform.encoders.rotary import Rotary
 from meristem.platform.objectives import Encoded, Plan
@@ -23,15 +23,20 @@ SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "la
 class Blocks(nn.Module):
     """`depth` blocks of attention and perceptron with a final norm; encoders and decoders are built of it.
 
-    axes: of the positions it will be given. drop_path: stochastic depth of the last block, rising linearly from 0.
+    axes: of the positions it will be given. drop_path: stochastic depth of the last block, rising linearly from 0. tokenizer:
+    of tokens that have edges or `structure`: an edge of each type adds a number of its own to each head's attention (Ying et
+    al. 2021, Graphormer, section 3.1.2, for edges instead of distances), and what `structure` says is added to the tokens.
     """
 
     def __init__(self, width: int, depth: int, heads: int, axes: Sequence[Axis], drop_path: float = 0.0,
-                 mlp_ratio: float = 4.0) -> None:
+                 mlp_ratio: float = 4.0, tokenizer: Tokenizer | None = None) -> None:
         from timm.models.eva import EvaBlock  # timm brings torchvision: seconds that reading a recipe need not wait for
 
         super().__init__()
-        self.rotary = Rotary(width // heads, axes)
+        self.rotary = Rotary(width // heads, axes) if axes else None
+        self.places = tokenizer.places(width) if tokenizer is not None else None
+        kinds = tokenizer.edge_kinds if tokenizer is not None else 0
+        self.bias = nn.Parameter(torch.zeros(1 + kinds, heads)) if kinds else None  # first: no edge
         self.blocks = nn.ModuleList(
             EvaBlock(width, heads, mlp_ratio=mlp_ratio, num_prefix_tokens=0, attn_type="rope",
                      drop_path=drop_path * i / max(depth - 1, 1)) for i in range(depth))
@@ -42,11 +47,12 @@ class Blocks(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, position: Tensor | None, prefix: int = 0, valid: Tensor | None = None,
-                want: frozenset[str] = frozenset()) -> tuple[Tensor, list[Tensor] | None, Tensor | None]:
+                want: frozenset[str] = frozenset(), structure: Tensor | None = None,
+                edges: Edges | None = None) -> tuple[Tensor, list[Tensor] | None, Tensor | None]:
         """Encode tokens x (B, prefix + n, D).
 
         position: (B, n, C), or None for a set without positions. prefix: tokens in front that have none. valid: (B, n), False
-        for padding, which no other token attends to; None where there is none, which is faster.
+        for padding, which no other token attends to; None where there is none, which is faster. structure: (B, n, S).
         Returns the normed tokens (B, prefix + n, D); if `layers` is wanted the tokens after each block, before the norm; if
         `attention` is wanted the weights (B, H, prefix + n, prefix + n) of the last block.
         """
@@ -57,7 +63,12 @@ class Blocks(nn.Module):
             mask = (valid | ~valid.any(1, keepdim=True))[:, None, None]  # an empty row attends to itself rather than to nothing
             if position is not None:
                 position = position.masked_fill(~valid[:, prefix:, None], 0)
-        rope = self.rotary(position, prefix) if position is not None else None
+        if self.places is not None and structure is not None:
+            x = x + F.pad(self.places(structure).to(x.dtype), (0, 0, prefix, 0))
+        if self.bias is not None and edges is not None:
+            bias = F.pad(self.bias[edges.dense()].permute(0, 3, 1, 2), (prefix, 0, prefix, 0)).to(x.dtype)
+            mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+        rope = self.rotary(position, prefix) if position is not None and self.rotary is not None else None
         layers: list[Tensor] = []
         attention = None
         for i, block in enumerate(self.blocks):
@@ -78,7 +89,9 @@ def _attention(block: Any, x: Tensor, rope: Tensor | None, mask: Tensor | None) 
     if rope is not None:
         q, k = apply_rot_embed_cat(q, rope), apply_rot_embed_cat(k, rope)
     logits = (q * attn.scale) @ k.transpose(-2, -1)
-    return (logits if mask is None else logits.masked_fill(~mask, float("-inf"))).softmax(-1)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+    return logits.softmax(-1)
 
 
 class TransformerSettings(EncoderSettings):
@@ -128,7 +141,7 @@ class Transformer(Encoder):
         self.takes, self.provides = settings.takes, settings.provides
         self.width, self.depth, heads = settings.shape
         self.embed = tokenizer.embedding(self.width)
-        self.blocks = Blocks(self.width, self.depth, heads, axes, settings.drop_path, settings.mlp_ratio)
+        self.blocks = Blocks(self.width, self.depth, heads, axes, settings.drop_path, settings.mlp_ratio, tokenizer)
         self.mask_token = nn.Parameter(torch.randn(self.width) * 0.02)
         self.cls = nn.Parameter(torch.randn(1, 1, self.width) * 0.02) if settings.cls else None
 
@@ -144,7 +157,7 @@ class Transformer(Encoder):
             x = torch.cat([self.cls.to(x.dtype).expand(len(x), -1, -1), x], 1)
         # a lattice has no padding; knowing it spares the device a round trip
         valid = None if isinstance(stream, LatticeStream) else tokens.valid
-        x, layers, attention = self.blocks(x, tokens.position, prefix, valid, want)
+        x, layers, attention = self.blocks(x, tokens.position, prefix, valid, want, tokens.structure, tokens.edges)
         summary = {"cls": x[:, 0]} if prefix else {}
         x = x[:, prefix:]
         weight = tokens.valid[..., None].to(x.dtype)

@@ -113,13 +113,13 @@ class DecoderPredictor(Predictor):
     The decoder knows where a token lies by the view-frame positions that the encoder sees, and by nothing else.
     """
 
-    def __init__(self, settings: Decoder, encoder: Encoder, axes: tuple[Axis, ...], sizes: Mapping[str, int],
-                 everywhere: bool) -> None:
+    def __init__(self, settings: Decoder, encoder: Encoder, tokenizer: Tokenizer, axes: tuple[Axis, ...],
+                 sizes: Mapping[str, int], everywhere: bool) -> None:
         super().__init__()
         self.everywhere = everywhere
         self.enter = nn.Linear(encoder.width, settings.width)
         self.mask_token = nn.Parameter(torch.empty(settings.width).normal_(std=0.02))
-        self.blocks = Blocks(settings.width, settings.depth, settings.heads, axes)
+        self.blocks = Blocks(settings.width, settings.depth, settings.heads, axes, tokenizer=tokenizer)
         self.heads = nn.ModuleDict({name: nn.Linear(settings.width, size) for name, size in sizes.items()})
         for layer in (self.enter, *self.heads.values()):
             if isinstance(layer, nn.Linear):
@@ -134,7 +134,8 @@ class DecoderPredictor(Predictor):
         x = self.mask_token.to(seen).expand(*plan.hidden.shape, -1)
         x = x.scatter(1, plan.keep[..., None].expand_as(seen), seen)
         # a lattice has no padding; knowing it spares the device a round trip
-        x, _, _ = self.blocks(x, stream.position, valid=None if isinstance(stream, LatticeStream) else stream.valid)
+        x, _, _ = self.blocks(x, stream.position, valid=None if isinstance(stream, LatticeStream) else stream.valid,
+                              structure=stream.structure, edges=stream.edges)
         index = None
         if not self.everywhere:
             hidden = plan.hidden.shape[1] - plan.keep.shape[1]
@@ -169,14 +170,14 @@ class Decoder(PredictorSettings):
 
     def check(self, name: str, encoder: EncoderSettings, masking: Masking) -> list[str]:
         problems = super().check(name, encoder, masking)
-        if "position" not in encoder.sees:
-            problems.append(f"the {name} predictor cannot tell mask tokens apart without positions; add `position` to "
+        if not encoder.sees & {"position", "structure"}:
+            problems.append(f"the {name} predictor cannot tell mask tokens apart without positions or structure; add one to "
                             "encoder.….sees")
         return problems
 
     def build(self, encoder: Encoder, tokenizer: Tokenizer, axes: tuple[Axis, ...], channels: int, sizes: Mapping[str, int],
               everywhere: bool) -> Predictor:
-        return DecoderPredictor(self, encoder, axes, sizes, everywhere)
+        return DecoderPredictor(self, encoder, tokenizer, axes, sizes, everywhere)
 
 
 class DensePredictor(Predictor):

@@ -22,8 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from meristem.errors import CheckpointError
-from meristem.modalities.base import Modality, View
-from meristem.modalities.frame import Frame
+from meristem.modalities.base import Modality
 from meristem.modalities.rng import Rng
 from meristem.platform.encoders.base import Encoder
 
@@ -173,15 +172,9 @@ class LoadReport:
 
 
 def reference_embedding(encoder: Encoder, modality: Modality, sees: frozenset[str], size: tuple[int, ...]) -> list[float]:
-    """The encoder's mean embedding of a built-in input: seeded smooth noise of the recipe's first view size, 1 unit spacing."""
+    """The encoder's mean embedding of a built-in input: the modality's seeded example of the recipe's first view size."""
     device = next(encoder.parameters()).device
-    coarse = Rng.of(0, 0, "reference").normal("field", modality.channels, *(max(n // 4, 2) for n in size))
-    mode = "bilinear" if len(size) == 2 else "trilinear"
-    array = F.interpolate(coarse, size=size, mode=mode, align_corners=False).to(device)
-    dims = len(size)
-    frame = Frame(torch.eye(dims + 1)[None], size, torch.ones(1, dims), tuple(a.unit for a in modality.axes)).to(device)
-    view = View("reference", array, frame, torch.zeros(1, dtype=torch.long, device=device),
-                torch.zeros(1, dtype=torch.long, device=device))
+    view = modality.example(size, Rng.of(0, 0, "reference")).to(device)
     training = encoder.training
     encoder.eval()
     with torch.no_grad():

@@ -84,8 +84,8 @@ def pretrain(recipe: Recipe, data: Data, directory: Path, *, resume: bool = Fals
     assembly = Assembly(recipe)
 
     def batches(first: int, rank: int, world: int) -> Any:
-        return iter(loader(data.cache, rows, recipe, start=first, steps=recipe.train.steps, rank=rank, world=world,
-                           workers=recipe.train.workers))
+        return iter(loader(data.cache, rows, recipe, fields=recipe.reads, start=first, steps=recipe.train.steps, rank=rank,
+                           world=world, workers=recipe.train.workers))
 
     first = fabric.global_rank == 0
     with Reporter(f"{recipe.name} {recipe.modality.name}", recipe.train.steps, directory if first else None, quiet) as reporter:
