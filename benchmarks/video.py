@@ -89,7 +89,7 @@ def plain_views(cache: Cache, rows: Sequence[Row], recipe: Recipe, test: bool) -
     views, draws = [], []
     for i, row in enumerate(rows):
         for n in range(settings.count):
-            draws.append(modality.draw(settings, cache.header(row.index), Look.of(0, i, n, "x")))
+            draws.append(modality.draw(settings, cache.header(row.index), Look(0, i, n, "x")))
             views.append(plain(row, draws[-1]))
     x = torch.stack(views).float()
     for name in ("scale", "offset"):
