@@ -18,9 +18,8 @@ from test_manifest import touch
 
 from meristem import api
 from meristem.errors import DataError, RecipeError
-from meristem.modalities.base import modality_class
+from meristem.modalities.base import modality_class, natural
 from meristem.platform.data.cache import contents
-from meristem.platform.data.layouts import natural
 from meristem.platform.data.manifest import Manifest, Row
 from meristem.platform.data.splits import divide
 

@@ -19,6 +19,7 @@ from meristem.modalities.lattice import Lattice
 from meristem.modalities.lattice.drawing import draw as draw_frames
 from meristem.modalities.lattice.intensity import SPANNED, blur
 from meristem.modalities.lattice.labels import nearest, to_classes, to_values
+from meristem.modalities.video.folder import SUFFIXES
 from meristem.modalities.video.masks import first_number, read_masks
 from meristem.modalities.video.options import VideoOptions, VideoViewOptions
 from meristem.modalities.video.points import mark, read_points
@@ -37,7 +38,7 @@ class Video(Lattice):
 
     name = "video"
     suffixes = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".dcm")
-    members = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
+    members = SUFFIXES
     Options = VideoOptions
     ViewOptions = VideoViewOptions
     options: VideoOptions
