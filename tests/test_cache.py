@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from npy_modality import SPACING, Npy, NpyOptions, ramp
 
 from meristem.errors import DataError, MeristemError
-from meristem.modalities.base import Draw, Header, Sample
+from meristem.modalities.base import Draw, Header, Sample, raw_pad
 from meristem.platform.data import cache as module
-from meristem.platform.data.cache import Cache, raw_pad
+from meristem.platform.data.cache import Cache
 from meristem.platform.data.check import check
 from meristem.platform.data.manifest import Manifest
 
