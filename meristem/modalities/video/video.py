@@ -86,10 +86,10 @@ class Video(Lattice):
             mean, std = (255 * np.array(each) for each in IMAGENET[3])
         elif self.options.normalise == "unit":
             mean, std = np.zeros(3), np.full(3, 255.0)
-        std = np.where(std > 0, std, 1.0)
+        scale, offset = _standard(mean, std)
         return Header(
             shape=shape, affine=((period, 0.0, 0.0, 0.0), (0.0, dy, 0.0, y), (0.0, 0.0, dx, x), (0.0, 0.0, 0.0, 1.0)),
-            spacing=spacing, scale=tuple((1 / std).tolist()), offset=tuple((-mean / std).tolist()), pad=(0.0, 0.0, 0.0),
+            spacing=spacing, scale=scale, offset=offset, pad=(0.0, 0.0, 0.0),
             source={"shape": [len(video.times), *video.size], "unit": self.options.unit, "levels": [0, 255],
                     "reader": video.reader, "first": first_number(video.names),
                     **({} if steady else {"times": video.times.tolist()})})
@@ -103,9 +103,7 @@ class Video(Lattice):
 
     def statistics(self, array: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(scale, offset) per channel, so that array (3, T, H, W) * scale + offset has mean 0 and variance 1."""
-        mean, std = (f(array, axis=(1, 2, 3), dtype=np.float64) for f in (np.mean, np.std))
-        std = np.where(std > 0, std, 1.0)
-        return tuple((1 / std).tolist()), tuple((-mean / std).tolist())
+        return _standard(array.mean((1, 2, 3), np.float64), array.std((1, 2, 3), np.float64))
 
     def fetch(self, paths: Sequence[Path], header: Header, draws: Sequence[Draw]) -> list[np.ndarray]:
         """See `Modality.fetch`; frames are cropped and resized as they are decoded, so windows are (3, *shape) already."""
@@ -179,6 +177,12 @@ class Video(Lattice):
         for i, frame in enumerate(labels, header.source["first"]):
             Pillow.fromarray(frame).save(folder / f"{i:05d}.png")
         return folder
+
+
+def _standard(mean: np.ndarray, std: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(scale, offset) that take mean to 0 and std to 1; a channel that does not vary is only moved."""
+    std = np.where(std > 0, std, 1.0)
+    return tuple((1 / std).tolist()), tuple((-mean / std).tolist())
 
 
 def _period(times: np.ndarray, fps: float) -> tuple[float, bool]:
