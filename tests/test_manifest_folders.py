@@ -285,8 +285,9 @@ def test_folds_that_are_none(split: str) -> None:
 
 @pytest.fixture
 def guess(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(api, "modalities", lambda: ["image", "film", "volume"])
-    monkeypatch.setattr(api, "modality_class", lambda name: Film if name == "film" else modality_class(name))
+    monkeypatch.setattr("meristem.platform.data.guess.modalities", lambda: ["image", "film", "volume"])
+    monkeypatch.setattr("meristem.platform.data.guess.modality_class",
+                        lambda name: Film if name == "film" else modality_class(name))
     return api.guess_modality
 
 
