@@ -172,15 +172,18 @@ class View:
 class Tokenizer(nn.Module):
     """View <-> tokens of one modality.
 
-    token_size: numbers of a token's content, channels first. structure: modules for `TokenStream.structure` are made by
-    `places`; 0 where a stream has none. edge_kinds: types of edges, 0 where there are no edges. coordinates: how many of the
-    first channels of a token are coordinates relative to its position, in the view's frame.
+    token_size: numbers of a token's content, of so many `channels`, channels first. structure: modules for
+    `TokenStream.structure` are made by `places`; 0 where a stream has none. edge_kinds: types of edges, 0 where there are no
+    edges; edge_values: numbers that each edge has. coordinates: how many of the first channels of a token are coordinates
+    relative to its position, in the view's frame.
     """
 
     mask_unit: tuple[int, ...]
     token_size: int
+    channels: int = 1
     structure: int = 0
     edge_kinds: int = 0
+    edge_values: int = 0
     coordinates: int = 0
 
     def stream(self, view: View) -> TokenStream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from meristem.modalities.base import Settings, Tokenizer
+from meristem.errors import RecipeError
+from meristem.modalities.base import Settings, Tokenizer, View
 from meristem.modalities.stream import TokenStream, gather
 from meristem.platform.encoders.base import Encoder
 
@@ -133,4 +135,152 @@ class Features(TargetSettings):
         return (weight[..., None] * error).sum(), weight.sum() * target.shape[-1]
 
 
-TARGETS: dict[str, type[TargetSettings]] = {"content": Content, "features": Features}
+def token_points(stream: TokenStream, channels: int) -> tuple[Tensor, Tensor]:
+    """The coordinates of each token's points (B, n, K, 3), relative to its position, and (B, n, K) which of them count."""
+    points = stream.content.float().unflatten(-1, (channels, -1))[..., :3, :].transpose(-1, -2)
+    live = element_weight(stream).unflatten(-1, (channels, -1))[..., 0, :] > 0
+    return points, live & stream.valid[..., None]
+
+
+def _of_points(recipe: Any, name: str) -> list[str]:
+    coordinates = recipe.modality.tokenizer().coordinates
+    return [] if coordinates == 3 else [f"the {name} target needs tokens whose content is points (x, y, z); choose `content`"]
+
+
+class Chamfer(TargetSettings):
+    """The points of a token as a set: every predicted point has a true one near it, and the other way round.
+
+    Source: Pang et al. 2022 (Point-MAE), equation 6. L = 1/|P| Σ_p min_t |p − t|² + 1/|T| Σ_t min_p |p − t|² for each token, P
+    as many points as a token holds; T without the points that only fill a token up. Coordinates relative to the token's
+    position, in the view's unit.
+    """
+
+    def check(self, recipe: Any) -> list[str]:
+        return _of_points(recipe, "chamfer")
+
+    def size(self, tokenizer: Tokenizer, encoder: Encoder) -> int:
+        return tokenizer.token_size // tokenizer.channels * 3
+
+    def compare(self, step: Step, view: str, index: Tensor | None, prediction: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        stream = step.stream(view) if index is None else step.stream(view).take(index)
+        true, live = token_points(stream, step.assembly.tokenizer.channels)
+        made = prediction.float().unflatten(-1, (3, -1)).transpose(-1, -2)
+        weight = weight * live.any(-1)
+        return (weight * chamfer(made, true, live)).sum(), weight.sum()
+
+
+def chamfer(made: Tensor, true: Tensor, live: Tensor) -> Tensor:
+    """(…): squared Chamfer distance of points made (…, P, 3) and true (…, K, 3), of which `live` (…, K) count; 0 of none."""
+    distance = (made[..., :, None, :] - true[..., None, :, :]).square().sum(-1)  # differences: squares would cancel
+    to_true = distance.masked_fill(~live[..., None, :], torch.inf).amin(-1).mean(-1)
+    to_made = (distance.amin(-2) * live).sum(-1) / live.sum(-1).clamp_min(1)
+    return torch.where(live.any(-1), to_true + to_made, 0.0)
+
+
+class Surface(TargetSettings):
+    """How the surface lies and bends at a token: normal and surface variation (Yan et al. 2023, MaskFeat3D).
+
+    Both come of the covariance of the token's points, eigenvalues λ0 ≤ λ1 ≤ λ2: the eigenvector of λ0, whose sign means
+    nothing, and λ0 / (λ0 + λ1 + λ2) (Pauly et al. 2002), from 0 of a plane to 1/3 of a ball. Squared errors, the normal's to
+    the nearer of ±n; variation: the weight of its own. flat: a token has a normal where λ1 − λ0 is more than this share of the
+    sum; three points or fewer have neither.
+    """
+
+    variation: float = 1.0
+    flat: Annotated[float, Field(ge=0, lt=1)] = 0.02
+
+    def check(self, recipe: Any) -> list[str]:
+        return _of_points(recipe, "surface")
+
+    def size(self, tokenizer: Tokenizer, encoder: Encoder) -> int:
+        return 4
+
+    def compare(self, step: Step, view: str, index: Tensor | None, prediction: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        stream = step.stream(view) if index is None else step.stream(view).take(index)
+        points, live = token_points(stream, step.assembly.tokenizer.channels)
+        normal, variation, plain = surface(points, live, self.flat)
+        made, bend = prediction.float().split([3, 1], -1)
+        normals = torch.minimum((made - normal).square().sum(-1), (made + normal).square().sum(-1)) * plain
+        bends = (bend[..., 0] - variation).square()
+        weight = weight * (live.sum(-1) > 3)
+        return (weight * (normals + self.variation * bends)).sum(), weight.sum()
+
+
+def surface(points: Tensor, live: Tensor, flat: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Normals (…, 3), surface variation (…) and (…) bool whether there is a normal, of points (…, K, 3) where live (…, K)."""
+    weight = live.to(points)[..., None]
+    count = weight.sum(-2, keepdim=True).clamp_min(1)
+    centred = (points - (points * weight).sum(-2, keepdim=True) / count) * weight
+    values, vectors = torch.linalg.eigh(centred.transpose(-1, -2) @ centred / count)
+    total = values.sum(-1).clamp_min(torch.finfo(values.dtype).tiny)
+    return vectors[..., 0], values[..., 0].clamp_min(0) / total, values[..., 1] - values[..., 0] > flat * total
+
+
+class Extent(TargetSettings):
+    """The box of the segment that a token lies in, in the view's frame: where it is, how large, how it is turned.
+
+    Source: the pose- and size-aware head of PSA-SSL (Nisar and Waslander 2025). Eight numbers: from the token's position to the
+    box's centre (3), the logarithms of length, width and height (3, length ≥ width, height along z), and sine and cosine of
+    twice the heading about z (2), as a box without front and back has it. The box is that of least area among `headings`
+    upright ones (Zhang et al. 2017, criterion of area). Tokens of no segment (−1) do not count. loss, beta: as in `features`;
+    least: of a side, in the view's unit.
+    """
+
+    loss: ElementLoss = "smooth_l1"
+    beta: Annotated[float, Field(gt=0)] = 1.0
+    headings: Annotated[int, Field(ge=2)] = 45
+    least: Annotated[float, Field(gt=0)] = 0.01
+
+    def check(self, recipe: Any) -> list[str]:
+        missing = [] if "segment" in recipe.reads else ["the extent target needs segments; set reads: [segment]"]
+        return _of_points(recipe, "extent") + missing
+
+    def size(self, tokenizer: Tokenizer, encoder: Encoder) -> int:
+        return 8
+
+    def compare(self, step: Step, view: str, index: Tensor | None, prediction: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        stream = step.stream(view)
+        if "segment" not in stream.kind or stream.position is None:
+            raise RecipeError("the extent target needs tokens that know their segment", "Choose tokens of points.")
+        segment = stream.kind["segment"]
+        box = self.boxes(step.batch.views[view], segment)
+        target = torch.cat([box[..., :3] - stream.position.float(), box[..., 3:]], -1)
+        known = segment >= 0
+        if index is not None:
+            target, known = gather(target, index), gather(known, index)
+        error = _error(self.loss, prediction.float(), target, self.beta)
+        weight = weight * known
+        return (weight[..., None] * error).sum(), weight.sum() * 8
+
+    def boxes(self, view: View, wanted: Tensor) -> Tensor:
+        """(B, n, 8): centre, log sides, sine and cosine of twice the heading, of the segments `wanted` (B, n) of each row."""
+        segment = view.fields["segment"]
+        if view.weight is not None:
+            segment = torch.where(view.weight[:, 0] > 0, segment, -1)
+        numbers = torch.unique(torch.cat([segment, wanted], 1))
+        place, asked = torch.searchsorted(numbers, segment), torch.searchsorted(numbers, wanted)
+        rows = torch.arange(len(segment), device=segment.device)[:, None] * len(numbers)
+        place, asked = (place + rows).flatten(), (asked + rows).flatten()
+        angle = torch.arange(self.headings, device=segment.device) * (math.pi / 2 / self.headings)
+        x, y, z = view.array[:, :3].float().transpose(0, 1).flatten(1)
+        along = x[:, None] * angle.cos() + y[:, None] * angle.sin()
+        across = y[:, None] * angle.cos() - x[:, None] * angle.sin()
+        measured = torch.cat([along, across, z[:, None]], 1)  # (B·N, 2·headings + 1)
+        to = place[:, None].expand_as(measured)
+        empty = measured.new_zeros(len(segment) * len(numbers), measured.shape[1])
+        low = empty.scatter_reduce(0, to, measured, "amin", include_self=False)[asked]
+        high = empty.scatter_reduce(0, to, measured, "amax", include_self=False)[asked]
+        side = (high - low).clamp_min(self.least)
+        best = (side[:, :self.headings] * side[:, self.headings:-1]).argmin(1)
+        both = torch.stack([best, best + self.headings], 1)
+        middle, (a, b), theta = ((low + high) / 2), side.gather(1, both).unbind(1), angle[best]
+        u, v = middle.gather(1, both).unbind(1)
+        centre = torch.stack([u * theta.cos() - v * theta.sin(), u * theta.sin() + v * theta.cos(), middle[:, -1]], 1)
+        heading = 2 * torch.where(a >= b, theta, theta + math.pi / 2)
+        sides = torch.stack([torch.maximum(a, b), torch.minimum(a, b), side[:, -1]], 1).log()
+        box = torch.cat([centre, sides, heading.sin()[:, None], heading.cos()[:, None]], 1)
+        return box.unflatten(0, wanted.shape)
+
+
+TARGETS: dict[str, type[TargetSettings]] = {"content": Content, "features": Features, "chamfer": Chamfer, "surface": Surface,
+                                            "extent": Extent}
