@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from meristem.modalities.base import Settings
+from meristem.modalities.stream import TokenStream
 
 if TYPE_CHECKING:
     from meristem.platform.assembly import Assembly
@@ -23,19 +24,31 @@ class Plan:
     keep: (B, k) indices of the tokens that enter the encoder, ascending; None when hidden tokens are replaced instead.
     hidden: (B, N) bool, the tokens whose content the encoder does not get. predict: (B, N) weight of each token in the loss.
     decode: (B, m) indices of the places that a decoder predicts, ascending, visible ones among them; None: every hidden one.
+    swap: (B, N) number of the token whose content a hidden one shows to the encoder, −1 where it shows a mask token.
+    remask: (K, B, N) bool, the tokens whose encoding a decoder is not given, in each of its K passes; None: the hidden ones.
+    edges: (E,) bool, the edges of the stream that are hidden.
     """
 
     hidden: Tensor
     predict: Tensor
     keep: Tensor | None = None
     decode: Tensor | None = None
+    swap: Tensor | None = None
+    remask: Tensor | None = None
+    edges: Tensor | None = None
+
+    def shown(self, stream: TokenStream) -> TokenStream:
+        """The stream without its hidden edges; tokens are hidden by whoever embeds them."""
+        if self.edges is None or stream.edges is None:
+            return stream
+        return replace(stream, edges=stream.edges.where(~self.edges))
 
 
 @dataclass
 class Encoded:
     """Result of one pass.
 
-    tokens: (B, n, D). summary: name -> (B, D): `mean`, and `cls` where the encoder has one. valid: (B, n).
+    tokens: (B, n, D). summary: name -> (B, D): `mean`, and what else it provides of cls, sum, max. valid: (B, n).
     index: (B, n) which stream tokens these are; None: all of the encoder's own lattice. lattice: that lattice's shape.
     pyramid: feature maps (B, D_i, *S_i), fine to coarse, when wanted. dense: (B, D, *S) map at the array's resolution, when
     wanted. layers: tokens after each block, when wanted. attention: (B, H, n, n) of the last block, when wanted.

@@ -1,6 +1,7 @@
 """Encoders behind one contract."""
 
 from meristem.platform.encoders.base import ENCODERS, Encoder, EncoderSettings
+from meristem.platform.encoders.message_passing import MessagePassingSettings
 from meristem.platform.encoders.monai import SegResNetSettings, SwinSettings
 from meristem.platform.encoders.slicewise import SlicewiseSettings
 from meristem.platform.encoders.timm import TimmSettings
@@ -14,6 +15,7 @@ ENCODERS.update({
     "swin": SwinSettings,
     "timm": TimmSettings,
     "slicewise": SlicewiseSettings,
+    "message_passing": MessagePassingSettings,
 })
 
 __all__ = ["ENCODERS", "Encoder", "EncoderSettings"]

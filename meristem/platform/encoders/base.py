@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from typing import Self
 
+import torch
 from pydantic import field_serializer, field_validator
-from torch import nn
+from torch import Tensor, nn
 
 from meristem.modalities.base import Axis, Settings, Tokenizer
-from meristem.modalities.stream import HIDEABLE, TokenStream
+from meristem.modalities.stream import HIDEABLE, TokenStream, gather
 from meristem.platform.objectives import Encoded, Plan
+
+
+def replaced(x: Tensor, plan: Plan, token: Tensor) -> Tensor:
+    """Tokens x (B, N, D) with `token` (D,) where the plan hides one, or with the other token that the plan swaps in there."""
+    if plan.swap is None:
+        return torch.where(plan.hidden[..., None], token.to(x.dtype), x)
+    shown = torch.where((plan.swap >= 0)[..., None], gather(x, plan.swap.clamp_min(0)), token.to(x.dtype))
+    return torch.where(plan.hidden[..., None], shown, x)
 
 
 class Encoder(nn.Module):
     """Tokens or arrays in, `Encoded` out.
 
-    width: D of its tokens. takes: how it can be masked, of {drop, replace}: `drop` encodes the plan's kept tokens only,
-    `replace` puts a learned mask token (or zeros, in convolutions) where content is hidden. provides: what it can return, of
-    {cls, mean, pyramid, dense, layers, attention}. Both are its settings'. mask_unit: grain, in tokens of the stream, at which
+    width: D of its tokens. takes: how it can be masked, of {drop, replace, swap}: `drop` encodes the plan's kept tokens only,
+    `replace` puts a learned mask token (or zeros, in convolutions) where content is hidden, `swap` another token's content at
+    some of them. provides: what it can return, of {cls, mean, sum, max, pyramid, dense, layers, attention}. Both are its
+    settings'. mask_unit: grain, in tokens of the stream, at which
     it can be masked.
     pyramid_widths, pyramid_strides: channels and stride (array elements) of each pyramid level, fine to coarse.
     dense_width: channels of `dense`. depth: how many `layers` there are.

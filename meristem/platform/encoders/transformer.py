@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from meristem.modalities.base import Axis, Tokenizer
 from meristem.modalities.stream import Edges, LatticeStream, TokenStream
-from meristem.platform.encoders.base import Encoder, EncoderSettings
+from meristem.platform.encoders.base import Encoder, EncoderSettings, replaced
 from meristem.platform.encoders.rotary import Rotary
 from meristem.platform.objectives import Encoded, Plan
 
@@ -113,7 +113,7 @@ class TransformerSettings(EncoderSettings):
 
     @property
     def takes(self) -> frozenset[str]:
-        return frozenset({"drop", "replace"})
+        return frozenset({"drop", "replace", "swap"})
 
     @property
     def provides(self) -> frozenset[str]:
@@ -150,7 +150,7 @@ class Transformer(Encoder):
         tokens = stream if keep is None else stream.take(keep)
         x = self.embed(tokens)
         if plan is not None and keep is None:
-            x = torch.where(plan.hidden[..., None], self.mask_token.to(x.dtype), x)
+            x = replaced(x, plan, self.mask_token)
         prefix = 0
         if self.cls is not None:
             prefix = 1
