@@ -5,30 +5,46 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from meristem import pointops
 from meristem.modalities.base import Tokenizer, View
 from meristem.modalities.points.options import PointsOptions
 from meristem.modalities.stream import TokenStream
 
+BITS = 16  # of a cell's number along each axis
+
 
 class PointNet(nn.Module):
-    """A shared perceptron on each point of a token, and the maximum over them, twice (Yu et al. 2022, section 3.1)."""
+    """A shared perceptron on each point of a token and the maximum over them, twice (Pang et al. 2022, Point-MAE, section 3.1).
+
+    Their batch normalisation is layer normalisation here: a token's embedding depends on no other sample.
+    """
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.channels = channels
-        self.first = nn.Sequential(nn.Linear(channels, 128), nn.LayerNorm(128), nn.GELU(), nn.Linear(128, 256))
-        self.second = nn.Sequential(nn.Linear(512, 512), nn.LayerNorm(512), nn.GELU(), nn.Linear(512, width))
+        self.first = nn.Sequential(nn.Linear(channels, 128), nn.LayerNorm(128), nn.ReLU(), nn.Linear(128, 256))
+        self.point, self.whole = nn.Linear(256, 512), nn.Linear(256, 512, bias=False)
+        self.second = nn.Sequential(nn.LayerNorm(512), nn.ReLU(), nn.Linear(512, width))
 
     def forward(self, stream: TokenStream) -> Tensor:
         """Stream of n tokens of channels × points numbers to (B, n, width)."""
         x = self.first(stream.content.unflatten(-1, (self.channels, -1)).transpose(-1, -2))
-        x = self.second(torch.cat([x.amax(-2, keepdim=True).expand_as(x), x], -1))
+        # one layer on each point beside the maximum, which is multiplied once for all of them
+        x = self.second(self.point(x) + self.whole(x.amax(-2, keepdim=True)))
         embedded: Tensor = x.amax(-2)
         return embedded
 
 
 class PointTokenizer(Tokenizer):
-    """content: (channels, points) of each token, flattened; its coordinates relative to the token's position."""
+    """content: (channels, points) of each token, flattened; its coordinates relative to the token's position.
+
+    `groups`: the position of a token is that of its centre. There are fewer than `count` where the cloud has fewer distinct
+    points. `serial`: runs along a Hilbert curve on cubic cells from the cloud's lowest corner (larger than `cell` where 2^16
+    of them do not span the cloud); the position is the mean of the run; every point of the view is in one token.
+    A token with fewer points than `size` repeats one of them, with weight 0.
+    kind: `place` (the stored element) and each field of whole numbers but the mask, at the centre or the middle of the run; −1
+    where a token is padding. aux: `points` (B, N, size), which points of the view a token holds.
+    """
 
     def __init__(self, channels: int, options: PointsOptions) -> None:
         super().__init__()
@@ -38,27 +54,58 @@ class PointTokenizer(Tokenizer):
         self.coordinates = 3
 
     def stream(self, view: View) -> TokenStream:
-        x = view.array
-        live = torch.ones_like(x[:, 0], dtype=torch.bool) if view.weight is None else view.weight[:, 0] > 0
-        xyz = x[:, :3].transpose(1, 2)
-        chosen = torch.zeros(len(x), self.options.count, dtype=torch.int64, device=x.device)
-        far = torch.full_like(xyz[..., 0], torch.inf).masked_fill(~live, -1.0)
-        at = (xyz - (xyz * live[..., None]).sum(1, keepdim=True) / live.sum(1).clamp_min(1)[:, None, None]).square().sum(-1)
-        nearest = at.masked_fill(~live, -1.0).argmax(1)
-        for i in range(self.options.count):
-            chosen[:, i] = nearest
-            here = xyz.gather(1, nearest[:, None, None].expand(-1, 1, 3))
-            far = torch.minimum(far, (xyz - here).square().sum(-1))
-            nearest = far.argmax(1)
-        centre = xyz.gather(1, chosen[..., None].expand(-1, -1, 3))
-        distance = torch.cdist(centre, xyz).masked_fill(~live[:, None], torch.inf)
-        near = distance.topk(self.options.size, dim=-1, largest=False).indices  # (B, G, k)
-        content = x.gather(2, near.flatten(1)[:, None].expand(-1, self.channels, -1)).unflatten(2, near.shape[1:])
-        content = content.permute(0, 2, 1, 3).clone()  # (B, G, C, k)
-        content[:, :, :3] -= centre[..., None]
-        kind = {} if view.index is None else {"place": view.index.gather(1, chosen)}
-        return TokenStream(content.flatten(2), centre, torch.ones_like(chosen, dtype=torch.bool), view.item,
-                           view.frame.to_source(centre), kind=kind)
+        x = view.array.transpose(1, 2)  # (B, N, C)
+        xyz = x[..., :3]
+        live = torch.ones_like(x[..., 0], dtype=torch.bool) if view.weight is None else view.weight[:, 0] > 0
+        if self.options.tokens == "groups":
+            at, valid = pointops.farthest_point_sampling(xyz, live, self.options.count)
+            position = pointops.gather_points(xyz, at)
+            distance, points = pointops.nearest(position, xyz, live, self.options.size)
+            there = (distance < torch.inf) & valid[..., None]
+            content = pointops.gather_points(x, points)  # (B, T, k, C)
+        else:
+            points, there = self._runs(xyz, live)
+            valid = there[..., 0]
+            at = points.gather(-1, there.sum(-1, keepdim=True) // 2).squeeze(-1)
+            content = pointops.gather_points(x, points)
+            share = there / there.sum(-1, keepdim=True).clamp_min(1)
+            position = (content[..., :3] * share[..., None]).sum(-2)
+        content = torch.cat([content[..., :3] - position[:, :, None], content[..., 3:]], -1)
+        fields = {name: y for name, y in view.fields.items()
+                  if name != "mask" and y.shape == live.shape and not y.is_floating_point()}
+        if view.index is not None:
+            fields["place"] = view.index
+        kind = {name: y.gather(1, at).masked_fill(~valid, -1) for name, y in fields.items()}
+        return TokenStream(content.transpose(-1, -2).flatten(2), position, valid, view.item, view.frame.to_source(position),
+                           kind=kind, aux={"points": points}, weight=there.to(x.dtype))
+
+    def _runs(self, xyz: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, size) points in order along the curve, and which of these places hold one."""
+        low = xyz.masked_fill(~live[..., None], torch.inf).amin(1, keepdim=True)
+        high = xyz.masked_fill(~live[..., None], -torch.inf).amax(1, keepdim=True)
+        cell = ((high - low).amax(-1, keepdim=True) / (2**BITS - 1)).clamp_min(self.options.cell)
+        cells = ((xyz - low) / cell).nan_to_num(0).clamp(0, 2**BITS - 1).int()
+        place = pointops.hilbert(cells, BITS).masked_fill(~live, 1 << 3 * BITS)
+        order = place.argsort(dim=1, stable=True)
+        size, count = self.options.size, live.sum(1, keepdim=True)
+        number = torch.arange(-(-xyz.shape[1] // size) * size, device=xyz.device)
+        points = order.gather(1, torch.minimum(number, (count - 1).clamp_min(0)))
+        return points.unflatten(1, (-1, size)), (number < count).unflatten(1, (-1, size))
+
+    def spread(self, tokens: Tensor, stream: TokenStream, view: View) -> Tensor:
+        """What tokens (B, T, D) of a whole stream of the view say at each of its points (B, N, D); differentiable in tokens.
+
+        `groups`: by `pointops.interpolate` from the three nearest centres; `serial`: the point's own token.
+        """
+        xyz = view.array[:, :3].transpose(1, 2)
+        if self.options.tokens == "groups":
+            assert stream.position is not None
+            return pointops.interpolate(xyz, stream.position, tokens, stream.valid)
+        assert stream.weight is not None
+        rows, number, _ = (stream.weight > 0).nonzero(as_tuple=True)
+        own = torch.zeros(xyz.shape[:2], dtype=torch.int64, device=tokens.device)
+        own[rows, stream.aux["points"][stream.weight > 0]] = number
+        return pointops.gather_points(tokens, own)
 
     def embedding(self, width: int) -> PointNet:
         return PointNet(self.channels, width)
