@@ -14,6 +14,7 @@ import torch
 from meristem.catalogue import names as recipe_names
 from meristem.errors import DataError, RecipeError
 from meristem.modalities.base import modality_class
+from meristem.platform import joint
 from meristem.platform import recipe as recipes
 from meristem.platform.assembly import Assembly
 from meristem.platform.data import check as checking
@@ -22,6 +23,7 @@ from meristem.platform.data.manifest import Manifest
 from meristem.platform.data.source import open_data
 from meristem.platform.evaluation.results import METADATA
 from meristem.platform.training import checkpoint
+from meristem.platform.training.joint import pretrain as _pretrain_joint
 from meristem.platform.training.loop import Outcome, first_rank
 from meristem.platform.training.pretrain import pretrain as _pretrain
 from meristem.tasks import finetune as tuning
@@ -62,12 +64,14 @@ def _is_recipe(name: str) -> bool:
     return "/" in name or name.endswith((".yaml", ".yml"))
 
 
-def pretrain(recipe: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] = (), *, split: str = "auto",
+def pretrain(recipe: str, data: Pathlike | Mapping[str, Pathlike], out: Pathlike, overrides: Sequence[str] = (), *,
+             split: str = "auto",
              cache: Path | None = None, resume: bool = False, quiet: bool = False) -> Outcome:
     """Learn an encoder from unlabelled data into the run directory `out`.
 
     recipe: a name (`volume/mae`, or `mae` where the data's files say which modality) or a YAML file. data: a folder, an MSD or
-    nnU-Net dataset, a CSV, a list of paths and labels or a MedMNIST npz; only rows of the training split are seen. overrides:
+    nnU-Net dataset, a CSV, a list of paths and labels or a MedMNIST npz; for a joint recipe (`joint/mae`) such a place for each
+    member that takes part; only rows of the training split are seen. overrides:
     `key.sub=value`. split: `auto` (the data's own, else 60/20/20 by patient; data without any label all trains), fractions
     `0.6,0.2,0.2`, or `every:5:1`: fold 1 of 5 (0 to 4) tests, the next validates; folds share no subject. cache: where decoded
     samples are kept (None: the user's cache). resume: go on from the newest checkpoint in `out`, exactly.
@@ -75,15 +79,32 @@ def pretrain(recipe: str, data: Pathlike, out: Pathlike, overrides: Sequence[str
     Under torchrun every process calls it alike. Raises MeristemError.
     """
     quiet = quiet or not first_rank()
+    if isinstance(data, Mapping):
+        return _pretrain_jointly(recipe, data, out, overrides, split, cache, resume, quiet)
     if not _is_recipe(recipe):
         recipe = f"{_modality(recipe, data, overrides)}/{recipe}"
     plain = recipes.override(recipes.read(recipe), overrides)
+    if "members" in plain:
+        raise RecipeError(f"'{recipe}' is a joint recipe: it wants data for each member that takes part",
+                          f"Give --data several times: {' '.join(f'--data {m}=…' for m in plain['members'])}.")
     if not plain.get("objectives"):
         remedy = "Use `meristem finetune`." if "task" in plain else "Choose one of `meristem recipes list`."
         raise RecipeError(f"'{recipe}' has no objective to pretrain by", remedy)
     settings = recipes.build(plain, recipes.Recipe)
     found = open_data(Path(data), settings.modality, split, cache, quiet)
     return _pretrain(settings, found, Path(out), resume=resume, quiet=quiet)
+
+
+def _pretrain_jointly(recipe: str, data: Mapping[str, Pathlike], out: Pathlike, overrides: Sequence[str], split: str,
+                      cache: Path | None, resume: bool, quiet: bool) -> Outcome:
+    plain = recipes.override(recipes.read(recipe), overrides)
+    if "members" not in plain:
+        raise RecipeError(f"'{recipe}' is a recipe of one kind of data, and data of {len(data)} were named",
+                          "Use joint/mae, or give one --data without a name.")
+    settings = joint.build(plain, list(data))
+    found = {name: open_data(Path(place), settings.members[name].recipe.modality, split, cache, quiet)
+             for name, place in data.items()}
+    return _pretrain_joint(settings, found, Path(out), resume=resume, quiet=quiet)
 
 
 def finetune(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] = (), *, init: str = tuning.SCRATCH,

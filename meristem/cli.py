@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from meristem.errors import MeristemError
+from meristem.errors import MeristemError, RecipeError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Pretrain on unlabelled scans, fine-tune on few labels, and see whether it helped.")
@@ -48,12 +49,23 @@ Protocols = Annotated[list[str] | None, typer.Option(
 
 
 @app.command()
-def pretrain(recipe: Annotated[str, typer.Argument(help="A recipe name (volume/mae) or a YAML file.")], data: DataOption,
+def pretrain(recipe: Annotated[str, typer.Argument(help="A recipe name (volume/mae) or a YAML file.")],
+             data: Annotated[list[str], typer.Option("--data", help=f"{DATA} For joint/mae several: image=PATH, points=PATH.")],
              out: OutOption, overrides: Overrides = None, split: SplitOption = "auto", cache: CacheOption = None,
              resume: Resume = False, quiet: Quiet = False) -> None:
     """Learn an encoder from unlabelled data."""
     from meristem import api
-    api.pretrain(recipe, data, out, overrides or (), split=split, cache=cache, resume=resume, quiet=quiet)
+    api.pretrain(recipe, _places(data), out, overrides or (), split=split, cache=cache, resume=resume, quiet=quiet)
+
+
+def _places(data: list[str]) -> str | dict[str, str]:
+    """One place, or a place by the name of each member of a joint recipe."""
+    named = [re.fullmatch(r"([a-z]\w*)=(.+)", text) for text in data]
+    if len(data) == 1 and (named[0] is None or Path(data[0]).exists()):
+        return data[0]
+    if not all(named) or len({m[1] for m in named if m}) < len(data):
+        raise RecipeError("several --data need a name each, and each its own", "E.g. --data image=scans/ --data points=clouds/")
+    return {m[1]: m[2] for m in named if m}
 
 
 @app.command()

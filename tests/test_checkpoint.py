@@ -20,7 +20,7 @@ from meristem.platform.data.source import open_data
 from meristem.platform.encoders.base import Encoder
 from meristem.platform.encoders.unet import UNetSettings
 from meristem.platform.training import checkpoint
-from meristem.platform.training.loop import _reference
+from meristem.platform.training.pretrain import reference
 from meristem.platform.training.pretrain import card
 
 TINY = ["encoder.transformer.width=32", "encoder.transformer.depth=2", "encoder.transformer.heads=2", "views.x.size=[16,16,16]",
@@ -32,7 +32,7 @@ def written(folder: Path, run: Path, name: str = "volume/mae", settings: Sequenc
     recipe = recipes.load(name, settings)
     data = open_data(folder, recipe.modality, cache=folder.parent / "cache", quiet=True)
     assembly = Assembly(recipe)
-    about = {**card(recipe, data, data.identities(data.rows()), "pretraining"), **_reference(recipe, assembly)}
+    about = {**card(recipe, data, data.identities(data.rows()), "pretraining"), **reference(assembly)}
     checkpoint.save(run, 1, assembly.state_dict(), about, {"step": 1}, keep=2)
     return assembly, recipe
 

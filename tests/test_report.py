@@ -40,7 +40,7 @@ from meristem.platform.report.pictures import (
     sample_groups,
 )
 from meristem.platform.training import checkpoint
-from meristem.platform.training.loop import _reference
+from meristem.platform.training.pretrain import reference
 from meristem.platform.training.pretrain import card
 from meristem.tasks import pages
 from meristem.tasks.base import TaskRecipe
@@ -828,7 +828,7 @@ def test_pictures_of_sequences_are_their_frames_at_their_seconds(tmp_path: Path)
     rows = data.rows("test")
     assert len(rows) == 4
     assembly = Assembly(recipe)
-    about = {**card(recipe, data, data.identities(rows), "pretraining"), **_reference(recipe, assembly)}
+    about = {**card(recipe, data, data.identities(rows), "pretraining"), **reference(assembly)}
     checkpoint.save(tmp_path / "run", 1, assembly.state_dict(), about, {"step": 1}, keep=1)
     out = tmp_path / "out"
     out.mkdir()

@@ -16,7 +16,6 @@ from meristem.platform.data.loader import _Batches
 from meristem.platform.objectives import Loss
 from meristem.platform.recipe import load
 from meristem.platform.step import Batch, Step
-from meristem.platform.training.loop import prepare
 
 METHODS = ("cvrl", "rspnet", "vfs", "pcl-pretext-contrast")
 PASSES = {"cvrl": ["encoder(v)"], "rspnet": ["encoder(query)", "teacher(key)", "teacher(other)"], "vfs": ["encoder(v)"],
@@ -52,7 +51,7 @@ def assemble(method: str, *more: str) -> Assembly:
 def draw(assembly: Assembly, step: int = 0) -> Batch:
     recipe, cache = assembly.recipe, Clips()
     batches = _Batches(cache, list(range(12)), {}, recipe.modality, recipe.views, (), 0, 6, 0, 1)  # type: ignore[arg-type]
-    return prepare(batches[step], recipe)
+    return assembly.prepare(batches[step])
 
 
 def mean(loss: Loss) -> float:

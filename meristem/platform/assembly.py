@@ -88,6 +88,11 @@ class Assembly(nn.Module):
             return self.teacher.copies[name]
         return self.encoder if name == "encoder" else self.heads[name]
 
+    def prepare(self, batch: Batch) -> Batch:
+        """Augment every view of a batch, on its device."""
+        views = {name: self.recipe.modality.augment(view, self.recipe.views[name]) for name, view in batch.views.items()}
+        return Batch(batch.items, views, batch.member)
+
     def train(self, mode: bool = True) -> Assembly:
         super().train(mode)
         if self.frozen:

@@ -15,6 +15,7 @@ from pydantic import Field, SerializeAsAny, ValidationError, ValidationInfo, fie
 from meristem.catalogue import CONFIGS, names
 from meristem.errors import RecipeError
 from meristem.modalities.base import Modality, Settings, ViewSettings, modality_class
+from meristem.platform.contrastive.infomax import Infomax
 from meristem.platform.contrastive.objective import Contrastive
 from meristem.platform.encoders import ENCODERS
 from meristem.platform.encoders.base import EncoderSettings
@@ -23,6 +24,7 @@ from meristem.platform.masked.masking import MASKINGS, Masking
 from meristem.platform.masked.objective import Masked
 from meristem.platform.objectives import ObjectiveSettings
 from meristem.platform.pretext import Pretext
+from meristem.platform.relational.objective import Hops, Links, Property
 from meristem.platform.schedules import Scalar
 from meristem.platform.slots import Slot, validated
 
@@ -30,7 +32,8 @@ PARTS = ("modality", "encoder", "predictor", "target", "loss", "task", "sample")
 NAMED = {"views": "names", "readouts": "names", "masking": "parts", "heads": "parts", "objectives": "parts"}  # the user's names
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-OBJECTIVES: dict[str, type[ObjectiveSettings]] = {"masked": Masked, "contrastive": Contrastive, "pretext": Pretext}
+OBJECTIVES: dict[str, type[ObjectiveSettings]] = {"masked": Masked, "contrastive": Contrastive, "infomax": Infomax,
+                                                  "pretext": Pretext, "links": Links, "hops": Hops, "property": Property}
 
 
 class TeacherSettings(Settings):
@@ -94,7 +97,7 @@ class Recipe(Settings):
     heads: dict[str, Annotated[HeadSettings, Slot("head", HEADS)]] = {}
     teacher: TeacherSettings | None = None
     transfer: Literal["encoder", "teacher"] = "encoder"
-    summary: Literal["mean", "cls"] = "mean"
+    summary: Literal["mean", "cls", "sum", "max"] = "mean"
     objectives: dict[str, Annotated[ObjectiveSettings, Slot("objective", OBJECTIVES)]] = {}
     train: TrainSettings = TrainSettings()
 
@@ -136,6 +139,7 @@ class Recipe(Settings):
             if masking.corruption not in self.encoder.takes:
                 problems.append(f"masking of '{name}' would {masking.corruption} tokens, but this encoder can only take "
                                 f"{' or '.join(sorted(self.encoder.takes)) or 'whole views'}; set masking.{name}.….corruption")
+            problems += [f"masking of '{name}': {problem}" for problem in masking.check(self)]
         for i, (name, head) in enumerate(self.heads.items()):
             if head.input is not None and head.input not in list(self.heads)[:i]:
                 problems.append(f"head '{name}' stands on '{head.input}', which is not among the heads before it")
@@ -161,10 +165,15 @@ class Recipe(Settings):
     @property
     def hash(self) -> str:
         """Of the resolved recipe; 12 hex digits."""
-        return hashlib.sha256(json.dumps(self.dump(), sort_keys=True).encode()).hexdigest()[:12]
+        return digest(self.dump())
 
 
-AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+AnyRecipe = TypeVar("AnyRecipe", bound=Settings)
+
+
+def digest(plain: Any) -> str:
+    """12 hex digits of a plain value's SHA-256."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any], level: str = "keys") -> dict[str, Any]:

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 class Batch:
-    """Everything one step may use: who, and the drawn views by name."""
+    """Everything one step may use: who, and the drawn views by name. member: whose step it is, in a joint run."""
 
-    def __init__(self, items: Items, views: dict[str, View]) -> None:
-        self.items, self.views = items, views
+    def __init__(self, items: Items, views: dict[str, View], member: str = "") -> None:
+        self.items, self.views, self.member = items, views, member
 
     def to(self, device: torch.device | str) -> Batch:
         items = Items(self.items.row.to(device), self.items.cursor.to(device),
                       {k: v.to(device) for k, v in self.items.labels.items()})
-        return Batch(items, {k: v.to(device) for k, v in self.views.items()})
+        return Batch(items, {k: v.to(device) for k, v in self.views.items()}, self.member)
 
     def split(self, parts: int) -> list[Batch]:
         """Micro-batches of equal size, in order."""
@@ -41,7 +41,7 @@ class Batch:
                 chosen = view.select(torch.nonzero((view.item >= start) & (view.item < start + size)).squeeze(1))
                 chosen.item = chosen.item - start
                 views[name] = chosen
-            result.append(Batch(items, views))
+            result.append(Batch(items, views, self.member))
         return result
 
 
@@ -112,10 +112,12 @@ class Step:
         key = (by, view, masked, want)
         if key not in self._encoded:
             encoder = self.assembly.module(by, "encoder")
+            plan = self.plan(view) if masked else None
             stream = self.stream(view).seen(self.assembly.recipe.encoder.sees)
+            stream = stream if plan is None else plan.shown(stream)
             self.passes.append(f"{by}({view}{', plan' if masked else ''})")
             with torch.set_grad_enabled(torch.is_grad_enabled() and by == "encoder"):
-                self._encoded[key] = encoder(stream, self.plan(view) if masked else None, want=want)
+                self._encoded[key] = encoder(stream, plan, want=want)
         return self._encoded[key]
 
     def summary(self) -> Tensor | None:

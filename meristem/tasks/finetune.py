@@ -24,7 +24,7 @@ from meristem.platform.evaluation.results import METADATA, QUERIES, Case
 from meristem.platform.recipe import build, override, read
 from meristem.platform.training import checkpoint
 from meristem.platform.training.loop import Outcome, first_rank, launch, train
-from meristem.platform.training.pretrain import card, close_run, open_run
+from meristem.platform.training.pretrain import card, close_run, open_run, reference
 from meristem.platform.training.progress import Reporter
 from meristem.tasks.base import Keep, Scope, TaskRecipe, objective
 
@@ -111,7 +111,8 @@ def tune(recipe: TaskRecipe, data: Data, rows: Sequence[Row], scope: Scope, init
            "load": load.dump() if load else None}
     start = open_run(fabric, directory, own, data, resume) if directory is not None else None
     with Reporter(title, recipe.train.steps, (directory or log) if fabric.global_rank == 0 else None, quiet) as reporter:
-        outcome = train(recipe, assembly, batches, fabric, reporter, directory=directory, card=own, resume=start)
+        outcome = train(recipe.train, assembly, batches, fabric, reporter, directory=directory,
+                        card=lambda usable: {**own, **reference(usable)}, resume=start)
         if outcome.stopped and directory is not None:
             reporter.say(f"stopped after {outcome.steps} of {recipe.train.steps} steps, not tested; --resume goes on")
     trainable = sum(p.numel() for p in assembly.parameters() if p.requires_grad)

@@ -98,8 +98,8 @@ def locate(path: Path) -> Path:
     return found[-1]
 
 
-def read_card(path: Path) -> dict[str, Any]:
-    """card.json of a run or checkpoint folder."""
+def read_card(path: Path, joint: bool = False) -> dict[str, Any]:
+    """card.json of a run or checkpoint folder. Raises CheckpointError; for that of a joint run too unless `joint`."""
     folder = locate(path)
     try:
         card: dict[str, Any] = json.loads((folder / "card.json").read_text())
@@ -107,6 +107,10 @@ def read_card(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder.name} has no readable card.json: {error}", "It is damaged; use another.") from None
     if card.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint format {card.get('format')!r} is not {FORMAT}", "Use the version that wrote it.")
+    if card["kind"] == "joint" and not joint:
+        members = " or ".join(f"{path.name}/{name}" for name in card["members"])
+        raise CheckpointError(f"{path.name} is a joint run of {len(card['members'])} kinds of data",
+                              f"Name a member's own: {members}.")
     return card
 
 

@@ -22,7 +22,7 @@ from meristem.errors import MeristemError
 from meristem.platform.assembly import Assembly, Teacher
 from meristem.platform.contrastive.lights import feature_lights
 from meristem.platform.objectives import Loss
-from meristem.platform.recipe import Recipe, TrainSettings
+from meristem.platform.recipe import TrainSettings
 from meristem.platform.step import Batch
 from meristem.platform.training import checkpoint, optim
 from meristem.platform.training.progress import Reporter
@@ -32,6 +32,10 @@ LOST = 0.05  # share of steps so skipped above which the user is told
 
 Batches = Callable[[int, int, int], Iterator[Batch]]
 """(first step, rank, world) -> one batch per remaining step: this rank's share."""
+
+
+Card = Callable[[Assembly], Mapping[str, Any]]
+"""The card of an assembly with these weights."""
 
 
 @dataclass
@@ -96,11 +100,6 @@ class _StopSignal:
             signal.signal(name, old)
 
 
-def prepare(batch: Batch, recipe: Recipe) -> Batch:
-    """Augment every view of a batch, on its device."""
-    return Batch(batch.items, {name: recipe.modality.augment(view, recipe.views[name]) for name, view in batch.views.items()})
-
-
 def reduce(fabric: Fabric, losses: Mapping[str, Loss]) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss to back-propagate on this rank, and each objective's value over all ranks.
 
@@ -116,14 +115,14 @@ def reduce(fabric: Fabric, losses: Mapping[str, Loss]) -> tuple[Tensor, dict[str
     return torch.stack(shares).sum(), {name: table[i, 0] / table[i, 1].clamp_min(1e-12) for i, name in enumerate(losses)}
 
 
-def train(recipe: Recipe, assembly: Assembly, batches: Batches, fabric: Fabric, reporter: Reporter, *,
-          directory: Path | None = None, card: Mapping[str, Any] | None = None, resume: Path | None = None) -> Outcome:
-    """Train an assembly for recipe.train.steps optimiser steps.
+def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric: Fabric, reporter: Reporter, *,
+          directory: Path | None = None, card: Card | None = None, resume: Path | None = None) -> Outcome:
+    """Train an assembly for settings.steps optimiser steps.
 
-    directory: where checkpoints go (None: none are written). card: what the checkpoint's card says beside weights.
+    directory: where checkpoints go (None: none are written). card: what a checkpoint's card says.
     resume: a checkpoint to continue from, exactly.
     """
-    settings, raw = recipe.train, assembly
+    raw = assembly
     torch.manual_seed(settings.seed + fabric.global_rank)
     if settings.batch % (fabric.world_size * settings.accumulate):
         raise MeristemError(f"train.batch={settings.batch} cannot be split over {fabric.world_size} processes × "
@@ -141,6 +140,7 @@ def train(recipe: Recipe, assembly: Assembly, batches: Batches, fabric: Fabric, 
     told = False
     before: float = 0.0
     last: dict[str, float] = {}
+    shown: dict[str, Tensor] = {}  # the newest value of each loss: in a joint run not every step has all
     if resume is not None:
         state = checkpoint.read_state(resume)
         raw.load_state_dict(state["raw"] if state["raw"] else checkpoint.read_weights(resume))
@@ -161,8 +161,7 @@ def train(recipe: Recipe, assembly: Assembly, batches: Batches, fabric: Fabric, 
                  "precision": fabric.strategy.precision.state_dict(), "last": last,
                  "seconds": before + time.perf_counter() - began, "raw": raw.state_dict() if average is not None else {}}
         assert isinstance(usable, Assembly)
-        checkpoint.save(directory, step, usable.state_dict(), {**(card or {}), **_reference(recipe, usable)}, state,
-                        settings.keep)
+        checkpoint.save(directory, step, usable.state_dict(), card(usable) if card is not None else {}, state, settings.keep)
 
     began = time.perf_counter()
     step = start
@@ -184,13 +183,14 @@ def train(recipe: Recipe, assembly: Assembly, batches: Batches, fabric: Fabric, 
             values: dict[str, Tensor] = {}
             parts = batch.split(settings.accumulate) if settings.accumulate > 1 else [batch]
             for i, part in enumerate(parts):
-                part = prepare(part.to(fabric.device), recipe)
+                part = raw.prepare(part.to(fabric.device))
                 with fabric.no_backward_sync(module, enabled=i < len(parts) - 1):
                     losses = module(part, progress)
                     share, named = reduce(fabric, losses)
                     fabric.backward(share / len(parts))
                 for name, value in named.items():
                     values[name] = values.get(name, torch.zeros_like(value)) + value / len(parts)
+            shown |= values
             loss = sum(float(v) * losses[n].weight for n, v in values.items())  # one synchronisation a step
 
             sound = math.isfinite(loss)
@@ -220,7 +220,7 @@ def train(recipe: Recipe, assembly: Assembly, batches: Batches, fabric: Fabric, 
                 elapsed = time.perf_counter() - window_began
                 last = {"loss": loss, "lr": rate, "samples_per_s": seen_since / elapsed, "data_wait": waited / elapsed,
                         **lights,
-                        **({f"loss/{k}": float(v) for k, v in values.items()} if len(values) > 1 else {}),
+                        **({f"loss/{k}": float(v) for k, v in shown.items()} if len(shown) > 1 else {}),
                         **({"skipped": float(skipped)} if skipped else {})}
                 reporter.record(step, last)
                 waited, seen_since, window_began = 0.0, 0, time.perf_counter()
@@ -277,11 +277,3 @@ def _lights(assembly: Assembly) -> dict[str, float]:
     assert assembly.last_step is not None
     summary = assembly.last_step.summary()
     return feature_lights(summary.detach().float()) if summary is not None and len(summary) > 1 else {}
-
-
-def _reference(recipe: Recipe, assembly: Assembly) -> dict[str, Any]:
-    """The card's built-in input: its size, what the encoder saw, and what came out."""
-    encoder = assembly.module(recipe.transfer, "encoder")
-    size = next(iter(recipe.views.values())).size  # type: ignore[attr-defined]
-    embedding = checkpoint.reference_embedding(encoder, recipe.modality, recipe.encoder.sees, tuple(size))  # type: ignore[arg-type]
-    return {"reference": {"size": list(size), "sees": sorted(recipe.encoder.sees), "embedding": embedding}}

@@ -12,7 +12,8 @@ from meristem.errors import RecipeError
 from meristem.platform.assembly import Assembly
 from meristem.platform.recipe import TrainSettings
 
-VECTORS = ("token", "cls", "query", "pos_embed", "position_bias_table")  # learned vectors and tables that do not decay
+# learned vectors and tables that do not decay
+VECTORS = ("token", "cls", "query", "pos_embed", "position_bias_table", "blocks.bias")
 
 
 def groups(assembly: Assembly, settings: TrainSettings) -> list[dict[str, object]]:

@@ -16,6 +16,7 @@ from meristem.errors import CheckpointError, MeristemError
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.loader import loader
 from meristem.platform.data.source import Data
+from meristem.platform.encoders.base import Encoder
 from meristem.platform.recipe import Recipe
 from meristem.platform.training import checkpoint
 from meristem.platform.training.loop import Outcome, launch, train
@@ -33,6 +34,15 @@ def card(recipe: Recipe, data: Data, identities: Mapping[str, Any], kind: str) -
             "licence": "Weights inherit the terms of the data they were trained on; check them before sharing."}
 
 
+def reference(assembly: Assembly) -> dict[str, Any]:
+    """The card's built-in input: its size, what the encoder that transfers saw, and what came out."""
+    recipe = assembly.recipe
+    encoder, size = assembly.module(recipe.transfer, "encoder"), tuple(next(iter(recipe.views.values())).size)  # type: ignore[attr-defined]
+    assert isinstance(encoder, Encoder)
+    embedding = checkpoint.reference_embedding(encoder, recipe.modality, recipe.encoder.sees, size)
+    return {"reference": {"size": list(size), "sees": sorted(recipe.encoder.sees), "embedding": embedding}}
+
+
 def open_run(fabric: Fabric, directory: Path, about: Mapping[str, Any], data: Data, resume: bool) -> Path | None:
     """Make a run directory, or find the checkpoint to go on from: None where a run was opened but nothing was saved yet.
 
@@ -46,7 +56,7 @@ def open_run(fabric: Fabric, directory: Path, about: Mapping[str, Any], data: Da
         raise MeristemError(f"{directory} already holds a run", "Choose another --out, or pass --resume to go on with it.")
     if resume and (saved or not begun):
         found = checkpoint.locate(directory)
-        before = checkpoint.read_card(found)
+        before = checkpoint.read_card(found, joint=True)
         for key, what in (("recipe_hash", "the recipe differs"), ("kind", "the kind of run differs"),
                           ("init", "the initial weights differ")):
             if before.get(key) != about.get(key):
@@ -89,7 +99,8 @@ def pretrain(recipe: Recipe, data: Data, directory: Path, *, resume: bool = Fals
 
     first = fabric.global_rank == 0
     with Reporter(f"{recipe.name} {recipe.modality.name}", recipe.train.steps, directory if first else None, quiet) as reporter:
-        outcome = train(recipe, assembly, batches, fabric, reporter, directory=directory, card=about, resume=start)
+        outcome = train(recipe.train, assembly, batches, fabric, reporter, directory=directory,
+                        card=lambda usable: {**about, **reference(usable)}, resume=start)
         if outcome.stopped:
             reporter.say(f"stopped after {outcome.steps} of {recipe.train.steps} steps; --resume goes on")
     if first:

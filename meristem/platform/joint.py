@@ -1,0 +1,185 @@
+"""One encoder for several kinds of data: recipes whose members share a trunk, each with its own tokens and its own losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Self
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from meristem.errors import RecipeError
+from meristem.modalities.base import Settings
+from meristem.modalities.rng import Rng
+from meristem.platform import recipe as recipes
+from meristem.platform.assembly import Assembly
+from meristem.platform.encoders.transformer import Transformer
+from meristem.platform.objectives import Loss
+from meristem.platform.recipe import Recipe, TrainSettings
+from meristem.platform.slots import validated
+from meristem.platform.step import Batch, Step
+
+TRUNK = ("blocks.blocks", "blocks.norm")  # modules of a transformer that do not know what kind of data they see
+VECTORS = ("cls", "mask_token")
+
+
+class Member(Settings):
+    """One kind of data in a joint run. ratio: how often it has a step, relative to the others. weight: of its losses."""
+
+    recipe: Recipe
+    ratio: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        return validated(Recipe, value) if isinstance(value, Mapping) else value
+
+
+class Joint(Settings):
+    """A recipe of several: all members share the blocks, the norm, the class and the mask token of one transformer.
+
+    Embeddings of tokens, encodings of structure, biases of edges, decoders and heads are each member's own. train: of the whole
+    run; a member's own batch size holds. Every step belongs to one member, drawn by `ratio` from (seed, step): on all ranks
+    the same, and known beforehand, so that a run resumes exactly.
+    """
+
+    name: str
+    follows: str = ""
+    departs: str = ""
+    status: str = "expressible"
+    train: TrainSettings
+    members: Annotated[dict[str, Member], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _share(self) -> Self:
+        for name, member in self.members.items():
+            if "sees" not in type(member.recipe.encoder).model_fields or self._shape(member) != self._shape(self._first):
+                raise ValueError(f"member '{name}' has another encoder than '{next(iter(self.members))}'; all share one "
+                                 "transformer, set by the joint recipe's `encoder`")
+        if self.train.compile:
+            raise ValueError("train.compile: the members' shapes differ from step to step; leave it off")
+        return self
+
+    @property
+    def _first(self) -> Member:
+        return next(iter(self.members.values()))
+
+    @staticmethod
+    def _shape(member: Member) -> Any:
+        return type(member.recipe.encoder), member.recipe.encoder.model_dump(exclude={"sees"})
+
+    @property
+    def hash(self) -> str:
+        """Of the resolved recipe; 12 hex digits."""
+        return recipes.digest(self.dump())
+
+    def dump(self) -> dict[str, Any]:
+        """Plain data."""
+        members = {n: {"ratio": m.ratio, "weight": m.weight, "recipe": m.recipe.dump()} for n, m in self.members.items()}
+        return self.model_dump(mode="json", exclude={"members"}) | {"members": members}
+
+    def turns(self) -> list[str]:
+        """Whose each step of the run is."""
+        names, share = list(self.members), np.cumsum([m.ratio for m in self.members.values()])
+        u = Rng.of(self.train.seed, torch.arange(self.train.steps), "member").uniform("turn").double().numpy()
+        return [names[i] for i in np.searchsorted(share / share[-1], u, side="right").clip(max=len(names) - 1)]
+
+
+def build(data: Mapping[str, Any], wanted: Sequence[str] = ()) -> Joint:
+    """A joint recipe of plain data, of the members that are wanted (none named: of all).
+
+    A member is the name of a recipe under `extends` and what is laid over it. The joint recipe's `encoder` takes the place of
+    its encoder, but for what that sees; `train` is laid over it, and the member's own `train` on top. Raises RecipeError that names each wrong key.
+    """
+    members = data.get("members")
+    if not isinstance(members, Mapping):
+        raise RecipeError("members of a joint recipe are not a mapping", "E.g. members: {image: {extends: image/mae}}.")
+    unknown = [name for name in wanted if name not in members]
+    if unknown:
+        raise RecipeError(f"the joint recipe has no member '{unknown[0]}'", f"Members: {', '.join(members)}.")
+    chosen = {}
+    for name in wanted or members:
+        entry = dict(members[name] or {})
+        how = {key: entry.pop(key) for key in ("ratio", "weight") if key in entry}
+        bases = entry.pop("extends", f"{name}/{data.get('name', 'mae')}")
+        plain = recipes.read(bases)
+        own = next(iter(plain.get("encoder", {"": {}}).values())) or {}
+        (kind, arguments), = data.get("encoder", {"transformer": {}}).items()
+        plain["encoder"] = {kind: {**arguments, **{key: own[key] for key in ("sees",) if key in own}}}
+        for over in ({"train": data.get("train", {})}, entry):
+            plain = recipes.merge(plain, over)
+        chosen[name] = {**how, "recipe": {**plain, "name": data.get("name", "joint")}}
+    rest = {key: value for key, value in data.items() if key not in ("members", "encoder")}
+    return recipes.build({**rest, "members": chosen}, Joint)
+
+
+class JointAssembly(Assembly):
+    """The assemblies of all members over one trunk. A batch says whose it is."""
+
+    def __init__(self, recipe: Joint) -> None:
+        nn.Module.__init__(self)
+        self.joint = recipe
+        self.members = nn.ModuleDict({name: Assembly(member.recipe) for name, member in recipe.members.items()})
+        self.names = list(recipe.members)
+        first = self.of(self.names[0]).encoder
+        for name in self.names:
+            encoder = self.of(name).encoder
+            if not isinstance(encoder, Transformer) or not isinstance(first, Transformer):
+                raise RecipeError(f"member '{name}' has an encoder that cannot share a trunk", "Set encoder: transformer.")
+            encoder.blocks.blocks, encoder.blocks.norm = first.blocks.blocks, first.blocks.norm
+            encoder.cls, encoder.mask_token = first.cls, first.mask_token
+        self._active = self.names[0]
+        self.register_state_dict_post_hook(_once)
+        self.register_load_state_dict_pre_hook(_everywhere)
+
+    def of(self, name: str) -> Assembly:
+        member = self.members[name]
+        assert isinstance(member, Assembly)
+        return member
+
+    @property
+    def last_step(self) -> Step | None:  # type: ignore[override]
+        return self.of(self._active).last_step
+
+    @property
+    def encoder(self) -> Any:  # type: ignore[override]
+        return self.of(self.names[0]).encoder
+
+    def prepare(self, batch: Batch) -> Batch:
+        return self.of(batch.member).prepare(batch)
+
+    def train(self, mode: bool = True) -> JointAssembly:
+        nn.Module.train(self, mode)
+        return self
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Loss]:
+        self._active = batch.member
+        weight = self.joint.members[batch.member].weight
+        return {f"{batch.member}.{name}": loss._replace(weight=loss.weight * weight)
+                for name, loss in self.of(batch.member)(batch, progress).items()}
+
+    @torch.no_grad()
+    def after(self, progress: float) -> None:
+        self.of(self._active).after(progress)
+
+
+def _shared(assembly: nn.Module) -> dict[str, str]:
+    """Name of every weight of the trunk in members after the first -> its name in the first."""
+    assert isinstance(assembly, JointAssembly)
+    first, *others = assembly.names
+    names = [n for n in assembly.of(first).encoder.state_dict() if n in VECTORS or n.startswith(TRUNK)]
+    return {f"members.{other}.encoder.{n}": f"members.{first}.encoder.{n}" for other in others for n in names}
+
+
+def _once(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    for name in _shared(module):
+        state.pop(prefix + name, None)
+
+
+def _everywhere(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    for name, first in _shared(module).items():
+        if prefix + first in state:
+            state[prefix + name] = state[prefix + first]
