@@ -203,7 +203,8 @@ def test_confusion_counts() -> None:
 def test_every_metric_has_a_direction_and_a_label() -> None:
     tracked = metrics.tracking(np.eye(4)[None].repeat(3, 0), np.eye(4)[None].repeat(3, 0), [1])
     names = {*metrics.SET_METRICS, "dice", "hd95", "nsd", *tracked, "mAP", *(f"R@{k}" for k in metrics.RECALLS),
-             *(f"PCK@{a}" for a in metrics.ALPHAS)}
+             *(f"PCK@{a}" for a in metrics.ALPHAS), *metrics.RATIOS, *metrics.BY_CATEGORY, "instance_miou", "point_accuracy",
+             "few-shot"}
     assert names == set(metrics.HIGHER) == set(metrics.LABELS)
 
 

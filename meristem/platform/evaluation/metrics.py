@@ -1,5 +1,5 @@
-"""Metrics of a case (segmentation, propagated masks and points) and of a set (classification); set metrics take case weights,
-so resampling is one call.
+"""Metrics of a case (segmentation, parts of shapes, propagated masks and points) and of a set (classification); set metrics
+take case weights, so resampling is one call.
 """
 
 from __future__ import annotations
@@ -137,6 +137,41 @@ def pck(prediction: Array, truth: Array, alpha: float) -> float:
     right = np.linalg.norm(prediction[1:] - filled, axis=-1) <= alpha * size[:, None]
     scored = known.any(0)
     return float(((right & known).sum(0)[scored] / known.sum(0)[scored]).mean())
+
+
+def part_iou(prediction: Array, truth: Array, parts: Sequence[int]) -> float:
+    """Mean IoU of one shape over the parts of its category: |A∩B| / |A∪B|, 1 for a part that neither has (Yi et al. 2016).
+
+    prediction, truth: (N,) part of each point; where the truth is −1 a point does not count. parts: of the category, values.
+    """
+    known = truth >= 0
+    return float(np.mean([jaccard(prediction[known] == part, truth[known] == part) for part in parts]))
+
+
+def point_counts(prediction: Array, truth: Array, classes: Mapping[int, str]) -> dict[str, dict[str, float]]:
+    """What `RATIOS` are made of, of one scene and each class: points of the intersection, the union, the truth.
+
+    prediction, truth: (N,) class of each point; where the truth is −1 a point does not count.
+    """
+    known = truth >= 0
+    prediction, truth = prediction[known], truth[known]
+    counts: dict[str, dict[str, float]] = {name: {} for name in COUNTS}
+    for value, name in classes.items():
+        a, b = prediction == value, truth == value
+        for key, mask in zip(COUNTS, (a & b, a | b, b), strict=True):
+            counts[key][name] = float(mask.sum())
+    return counts
+
+
+def ratio(above: Array, below: Array, pooled: bool = False) -> Array:
+    """Counts (…, C) of classes to one figure (…): pooled, Σ above / Σ below; else the mean of above / below over the classes
+    that have any below; NaN where none has.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if pooled:
+            return np.asarray(above.sum(-1) / below.sum(-1))
+        known = below > 0
+        return np.asarray(np.where(known, above / below, 0.0).sum(-1) / known.sum(-1))
 
 
 # Set metrics: target (n,) integers; probabilities (n, K) with optional weights (…, n) of the cases, as a bootstrap needs, or
@@ -305,15 +340,22 @@ SET_METRICS: dict[str, SetMetric] = {"auroc": auroc, "auprc": auprc, "accuracy":
 RANK_METRICS = ("auroc", "auprc")  # depend on the order of scores only
 CASE_METRICS: dict[str, Callable[[Array, Array], Array]] = {  # means of one value per case, (…, n)
     "accuracy": _hit, "top5": _among, "brier": _squares}
+COUNTS = ("intersection", "union", "truth")
+RATIOS: dict[str, tuple[str, str, bool]] = {  # of sums over the set: above, below, pooled over classes
+    "miou": ("intersection", "union", False), "oa": ("intersection", "truth", True), "macc": ("intersection", "truth", False)}
+BY_CATEGORY = ("class_miou",)  # means over the categories of the means over their cases
 HIGHER = {"dice": True, "hd95": False, "nsd": True, "auroc": True, "auprc": True, "accuracy": True, "top5": True,
           "balanced_accuracy": True, "ece": False, "brier": False, "J&F": True, "J": True, "F": True, "J recall": True,
           "F recall": True, "J decay": False, "F decay": False, "mAP": True, **{f"PCK@{a}": True for a in ALPHAS},
-          **{f"R@{k}": True for k in RECALLS}}
+          **{f"R@{k}": True for k in RECALLS}, "instance_miou": True, "class_miou": True, "point_accuracy": True, "miou": True,
+          "oa": True, "macc": True, "few-shot": True}
 LABELS = {"dice": "Dice", "hd95": "HD95", "nsd": "NSD", "auroc": "AUROC", "auprc": "AUPRC", "accuracy": "accuracy",
           "top5": "top-5 accuracy", "balanced_accuracy": "balanced accuracy", "ece": "calibration error",
           "brier": "Brier score", "J&F": "J&F", "J": "J (region)", "F": "F (contour)", "J recall": "J recall",
           "F recall": "F recall", "J decay": "J decay", "F decay": "F decay", "mAP": "mAP",
-          **{f"PCK@{a}": f"PCK@{a}" for a in ALPHAS}, **{f"R@{k}": f"R@{k}" for k in RECALLS}}
+          **{f"PCK@{a}": f"PCK@{a}" for a in ALPHAS}, **{f"R@{k}": f"R@{k}" for k in RECALLS},
+          "instance_miou": "instance mIoU", "class_miou": "class mIoU", "point_accuracy": "share of points right",
+          "miou": "mIoU", "oa": "overall accuracy", "macc": "mean class accuracy", "few-shot": "few-shot accuracy"}
 
 
 def set_metrics(classes: int) -> dict[str, SetMetric]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -47,10 +47,14 @@ class Budget(Model):
 
 
 class Case(Model):
-    """One tested case under pseudonyms: either `metrics` (name -> class -> value) or `target` and `probabilities`."""
+    """One tested case under pseudonyms: either `metrics` (name -> class -> value) or `target` and `probabilities`.
+
+    metrics: those of `metrics.RATIOS` are given as the counts they are made of. category: of a shape with parts.
+    """
 
     case: str
     subject: str
+    category: str = ""
     metrics: dict[str, dict[str, FiniteFloat]] = {}
     target: int | None = None
     probabilities: tuple[FiniteFloat, ...] = ()
@@ -101,13 +105,14 @@ class Results(Model):
     """One task on one data set, with all its cells. The file `results.json`.
 
     metric: the primary one, by which arms are compared. classes: those scored (segmentation: foreground; classification: all,
-    in the order of the probabilities; retrieval: `QUERIES` alone). unit: of distances (mm | px). tolerance: of the NSD.
+    in the order of the probabilities; retrieval: `QUERIES` alone; parts: `SHAPES` alone; few-shot: its
+    settings). unit: of distances (mm | px). tolerance: of the NSD.
     pretraining: arm -> excerpt of its card. leakage: arm -> audit. cost: anything worth printing, by name. settings: the
     resolved recipes, by name.
     """
 
     task: str
-    kind: Literal["segmentation", "classification", "retrieval", "propagation"]
+    kind: Literal["segmentation", "classification", "retrieval", "propagation", "parts", "semantic", "few-shot"]
     metric: str
     classes: tuple[str, ...]
     dataset: Dataset
@@ -143,7 +148,8 @@ class Results(Model):
                 for name, by_class in case.metrics.items():
                     if set(by_class) != set(self.classes):
                         raise ValueError(f"{case.case} has {name} of {', '.join(by_class)}, not of {', '.join(self.classes)}")
-                if self.kind != "classification" and self.metric not in case.metrics:
+                needed = metrics.RATIOS.get(self.metric, (self.metric,))[:2]
+                if self.kind != "classification" and not {*needed} <= set(case.metrics):
                     raise ValueError(f"{case.case} has no {self.metric}")
         return self
 
@@ -230,7 +236,7 @@ class Group:
     """The cells of one arm × protocol × labels as arrays over the cases they share.
 
     cases, owner: case names and, for each, the index in `subjects`. values: metric -> (seeds, classes, cases), of scored cases;
-    target (cases,) and probabilities (seeds, cases, K), classification.
+    target (cases,) and probabilities (seeds, cases, K), classification. categories: name of each case's, '' where it has none.
     """
 
     seeds: list[int]
@@ -240,6 +246,7 @@ class Group:
     values: dict[str, Array]
     target: Array | None
     probabilities: Array | None
+    categories: Array
 
     @classmethod
     def of(cls, cells: Iterable[Cell], classes: Sequence[str], only: set[str] | None = None) -> Group:
@@ -259,14 +266,37 @@ class Group:
         if cases and rows[0][0].target is not None:
             target = np.array([case.target for case in rows[0]])
             probabilities = np.array([[case.probabilities for case in row] for row in rows])
-        return cls([c.seed for c in cells], cases, subjects, owner, values, target, probabilities)
+        categories = np.array([case.category for case in rows[0]])
+        return cls([c.seed for c in cells], cases, subjects, owner, values, target, probabilities, categories)
 
     @property
     def metrics(self) -> list[str]:
-        return list(self.values) if self.probabilities is None else list(metrics.set_metrics(self.probabilities.shape[-1]))
+        if self.probabilities is not None:
+            return list(metrics.set_metrics(self.probabilities.shape[-1]))
+        made = list(metrics.RATIOS) if set(metrics.COUNTS) <= set(self.values) else []
+        return [*made, *(name for name in self.values if not (made and name in metrics.COUNTS))]
+
+    def case_values(self, metric: str) -> Array:
+        """(seeds, classes, cases) of each case by itself; NaN where a ratio has nothing below."""
+        if metric not in metrics.RATIOS:
+            return self.values[metric]
+        above, below, _ = metrics.RATIOS[metric]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(self.values[above] / self.values[below])
+
+    def sums(self, metric: str, weight: Array, label: int | None = None) -> Array:
+        """(seeds, R) a ratio of sums over the set, of case weights (R, cases). label: of one class."""
+        above, below, pooled = metrics.RATIOS[metric]
+        one, two = (np.einsum("rn,scn->src", weight, self.values[name]) for name in (above, below))
+        return metrics.ratio(one, two, pooled) if label is None else metrics.ratio(*(x[..., [label]] for x in (one, two)))
 
     def subject_values(self, metric: str, label: int | None = None) -> Array:
-        """Segmentation: one value per subject, the mean over seeds, classes (or of one class) and the subject's cases."""
+        """Scored cases: one value per subject, the mean over seeds, classes (or of one class) and the subject's cases.
+
+        Of a ratio: that of the subject's own sums.
+        """
+        if metric in metrics.RATIOS:
+            return self.sums(metric, np.eye(len(self.subjects))[:, self.owner], label).mean(0)
         v = self.values[metric].mean(0)
         return per_subject(v.mean(0) if label is None else v[label], self.owner)
 
@@ -275,9 +305,15 @@ class Group:
 
         label: of one class: its own scores, itself against the rest (rank metrics), its recall (accuracy).
         """
+        owner = self.owner
+        if metric in metrics.RATIOS:
+            return lambda w: self.sums(metric, w[:, owner], label).mean(0)
+        if metric in metrics.BY_CATEGORY:
+            member, value = self._members(), self.values[metric].mean((0, 1))
+            return lambda w: metrics.ratio(w[:, owner] @ (member * value[:, None]), w[:, owner] @ member)
         if self.target is None:
             return mean_of(self.subject_values(metric, label))
-        target, probabilities, owner = self.target, self.probabilities, self.owner
+        target, probabilities = self.target, self.probabilities
         assert probabilities is not None
         if label is None and metric in metrics.CASE_METRICS:
             values = metrics.CASE_METRICS[metric](target, probabilities).mean(0)
@@ -290,19 +326,37 @@ class Group:
         binary = {"auroc": metrics.binary_auroc, "auprc": metrics.binary_auprc}[metric]
         return lambda w: np.mean([binary(target == label, p[:, label], w[:, owner]) for p in probabilities], axis=0)
 
+    def _members(self) -> Array:
+        """(cases, categories) 1 where a case is of a category."""
+        return np.asarray((self.categories[:, None] == np.unique(self.categories)).astype(float))
+
+    def of_category(self, metric: str, category: str) -> tuple[Statistic, int]:
+        """The mean over the cases of one category as a function of weights of its own subjects, and how many they are."""
+        mine = self.categories == category
+        values = self.values[metric].mean((0, 1))[mine]
+        _, owner = np.unique(self.owner[mine], return_inverse=True)
+        return mean_of(per_subject(values, owner)), int(owner.max()) + 1
+
     def per_seed(self, metric: str) -> dict[int, float]:
-        if self.target is None:
+        if metric in metrics.RATIOS:
+            found = list(self.sums(metric, np.ones((1, len(self.cases))))[:, 0])
+        elif metric in metrics.BY_CATEGORY:
+            member = self._members()
+            found = list(metrics.ratio(self.values[metric].mean(1) @ member, member.sum(0)))
+        elif self.target is None:
             found = [per_subject(v, self.owner).mean() for v in self.values[metric].mean(1)]
         else:
             found = list(metrics.SET_METRICS[metric](self.target, self.probabilities))
         return {seed: float(v) for seed, v in zip(self.seeds, found, strict=True)}
 
 
-PROTOCOLS = {"finetune": "fine-tuned", "attentive": "attentive probe", "linear": "linear probe", "knn": "nearest neighbours",
+PROTOCOLS = {"finetune": "fine-tuned", "attentive": "attentive probe", "linear": "linear probe",
+             "svm": "support vector machine", "few-shot": "few-shot support vector machine", "knn": "nearest neighbours",
              "retrieval": "retrieval", "propagate": "label propagation"}
 METADATA = "metadata"  # the arm that knows what a file's header says and no pixel
 MANY = 30  # classes, beyond which the areas under their curves take minutes to resample
 QUERIES = "queries"  # the one class of retrieval: all of them
+SHAPES = "shapes"  # the one class of part segmentation: all of them, whatever their parts
 
 
 def groups(results: Results) -> dict[tuple[str, str, Labels], list[Cell]]:
@@ -398,10 +452,14 @@ def _row(results: Results, key: tuple[str, str, Labels], cells: Sequence[Cell], 
         return bootstrap(group.statistic(metric, label), n, replicates=replicates, seed=seed, widen=widen)
 
     ranked = metric in metrics.RANK_METRICS and len(results.classes) > 2  # of two classes one's area is the other's
-    split = results.kind == "segmentation" or ranked or metric == "accuracy"
+    split = results.kind in ("segmentation", "semantic", "few-shot") or ranked or metric == "accuracy"
+    classes = {c: interval(i) for i, c in enumerate(results.classes)} if split else {}
+    if metric in metrics.BY_CATEGORY:
+        classes = {c: bootstrap(*group.of_category(metric, c), replicates=replicates, seed=seed)
+                   for c in np.unique(group.categories).tolist()}
     seeds = group.per_seed(metric)
     return Row(arm=key[0], protocol=key[1], labels=key[2], labelled_subjects=cells[0].labelled_subjects, metric=metric,
-               mean=interval(), classes={c: interval(i) for i, c in enumerate(results.classes)} if split else {}, seeds=seeds,
+               mean=interval(), classes=classes, seeds=seeds,
                seed_sd=float(np.std(list(seeds.values()), ddof=1)) if len(seeds) > 1 else None, subjects=n)
 
 
@@ -449,6 +507,14 @@ _EQUAL: dict[str, Callable[[Cell], int | str]] = {
 
 
 def _test(one: Group, two: Group, metric: str, replicates: int, seed: int) -> float:
+    if metric in metrics.RATIOS:
+        def traded(flips: Array) -> Array:
+            swap = flips[:, one.owner].astype(float)
+            both = replace(one, values={k: np.concatenate([v, two.values[k]], -1) for k, v in one.values.items()})
+            a, b = (both.sums(metric, np.concatenate(w, -1)) for w in ((1 - swap, swap), (swap, 1 - swap)))
+            return np.asarray((a - b).mean(0))
+
+        return exchange(traded, len(one.subjects), replicates, seed)
     if one.target is None:
         return sign_flip(one.subject_values(metric) - two.subject_values(metric), replicates, seed)
     a, b = one.probabilities, two.probabilities
