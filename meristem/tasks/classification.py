@@ -26,42 +26,63 @@ from meristem.tasks.base import Keep, Scope, TaskObjective, TaskRecipe, TaskSett
 from meristem.tasks.embedding import encode, over_looks
 
 
-class ClassificationObjective(TaskObjective):
-    """Cross-entropy on pooled features; samples without a label (-1) do not count."""
+class LinearObjective(TaskObjective):
+    """Cross-entropy of a linear layer; what has no label (-1) does not count."""
 
-    def __init__(self, assembly: Assembly, settings: Classification, classes: int) -> None:
+    def __init__(self, assembly: Assembly, settings: Classifying, classes: int) -> None:
         super().__init__()
         width = assembly.encoder.width
-        self.settings = settings
-        self.summary = assembly.recipe.summary if settings.pool == "auto" else settings.pool
-        self.pool = AttentivePool(width) if settings.pool == "attention" else None
+        self.smoothing = settings.smoothing
         self.norm: nn.Module = nn.BatchNorm1d(width, affine=False) if settings.batch_norm else nn.Identity()
         self.drop = nn.Dropout(settings.dropout)
         self.out = nn.Linear(width, classes)
         nn.init.trunc_normal_(self.out.weight, std=0.01)
         nn.init.zeros_(self.out.bias)
 
-    def logits(self, encoded: Encoded) -> Tensor:
-        z = self.pool(encoded.tokens, encoded.valid) if self.pool is not None else encoded.summary[self.summary]
+    def scores(self, z: Tensor) -> Tensor:
+        """Logits (n, K) of vectors (n, D)."""
         out: Tensor = self.out(self.drop(self.norm(z)))
-        return out
+        return out.float()
 
-    def forward(self, step: Step) -> dict[str, Loss]:
-        target = step.batch.items.labels["class"][step.batch.views["x"].item]
-        total = F.cross_entropy(self.logits(step.encode("x")).float(), target, ignore_index=-1, reduction="sum",
-                                label_smoothing=self.settings.smoothing)
+    def loss(self, z: Tensor, target: Tensor) -> dict[str, Loss]:
+        """z: (n, D), target: (n,)."""
+        total = F.cross_entropy(self.scores(z), target, ignore_index=-1, reduction="sum", label_smoothing=self.smoothing)
         return {"": Loss(total, (target >= 0).sum())}
 
-    @torch.no_grad()
     def probabilities(self, assembly: Assembly, data: Data, rows: Sequence[Row]) -> Tensor:
-        """(n, K) of whole samples at the training view's size: means over their looks (Feichtenhofer et al. 2019)."""
-        looks = (self.logits(encoded).float().softmax(1) for encoded in encode(assembly, data, rows))
-        return torch.cat([over_looks(p, assembly.recipe).cpu() for p in looks])
+        """(n, K)."""
+        raise NotImplementedError
 
     def test(self, assembly: Assembly, data: Data, rows: Sequence[Row], scope: Scope, keep: Keep | None = None) -> list[Case]:
         found = self.probabilities(assembly, data, rows)
         return [Case(case=row.case, subject=row.subject, target=row.labels["class"], probabilities=tuple(p.tolist()))
                 for row, p in zip(rows, found, strict=True)]
+
+
+class ClassificationObjective(LinearObjective):
+    """Of pooled features."""
+
+    def __init__(self, assembly: Assembly, settings: Classification, classes: int) -> None:
+        super().__init__(assembly, settings, classes)
+        self.summary = assembly.recipe.summary if settings.pool == "auto" else settings.pool
+        self.pool = AttentivePool(assembly.encoder.width) if settings.pool == "attention" else None
+
+    def vectors(self, encoded: Encoded) -> Tensor:
+        """(B, D)."""
+        return self.pool(encoded.tokens, encoded.valid) if self.pool is not None else encoded.summary[self.summary]
+
+    def logits(self, encoded: Encoded) -> Tensor:
+        return self.scores(self.vectors(encoded))
+
+    def forward(self, step: Step) -> dict[str, Loss]:
+        target = step.batch.items.labels["class"][step.batch.views["x"].item]
+        return self.loss(self.vectors(step.encode("x")), target)
+
+    @torch.no_grad()
+    def probabilities(self, assembly: Assembly, data: Data, rows: Sequence[Row]) -> Tensor:
+        """(n, K) of whole samples at the training view's size: means over their looks (Feichtenhofer et al. 2019)."""
+        looks = (self.logits(encoded).softmax(1) for encoded in encode(assembly, data, rows))
+        return torch.cat([over_looks(p, assembly.recipe).cpu() for p in looks])
 
     def write(self, assembly: Assembly, data: Data, rows: Sequence[Row], scope: Scope, out: Path) -> list[Path]:
         """predictions.csv: file, predicted class, probability of each class."""
@@ -74,21 +95,37 @@ class ClassificationObjective(TaskObjective):
         return [path]
 
 
-class Classification(TaskSettings):
-    """metric: by which arms are compared. pool: auto is the summary that pretraining trained (the recipe's `summary`).
-    batch_norm: before the linear layer, without parameters (He et al. 2022, linear probing). smoothing: of labels. knn, linear,
-    attentive: probes of the frozen encoder, which `evaluate` runs.
+class Classifying(TaskSettings):
+    """What classifications of samples and of their parts share.
+
+    metric: by which arms are compared. batch_norm: before the linear layer, without parameters (He et al. 2022, linear
+    probing). smoothing: of labels. knn, linear: probes of the frozen encoder, which `evaluate` runs.
     """
 
     kind = "classification"
-    protocols = ("finetune", "attentive", "linear", "knn", "retrieval")
+    protocols = ("finetune", "linear", "knn", "retrieval")
     metric: Literal["auroc", "auprc", "accuracy", "balanced_accuracy", "top5", "brier", "ece"] = "auroc"  # type: ignore[misc]
-    pool: Literal["auto", "cls", "mean", "attention"] = "auto"
     batch_norm: bool = False
     dropout: Share = 0.0
     smoothing: Share = 0.0
     knn: KNN = KNN()
     linear: Linear = Linear()
+
+    def labelled(self, rows: Sequence[Row]) -> list[Row]:
+        return [row for row in rows if "class" in row.labels]
+
+    def fits(self, names: tuple[str, ...]) -> Scope:
+        """The scope of these classes. Raises RecipeError where the metric says nothing about them."""
+        if self.metric not in set_metrics(len(names)):
+            raise RecipeError(f"top-5 accuracy says nothing about {len(names)} classes", "Set the task's metric to accuracy.")
+        return Scope(dict(enumerate(names)), names, "")
+
+
+class Classification(Classifying):
+    """Of whole samples. pool: auto is the summary that pretraining trained (the recipe's `summary`). attentive: a probe too."""
+
+    protocols = ("finetune", "attentive", "linear", "knn", "retrieval")
+    pool: Literal["auto", "cls", "mean", "attention"] = "auto"
     attentive: Attentive = Attentive()
 
     def check(self, recipe: TaskRecipe) -> list[str]:
@@ -96,18 +133,12 @@ class Classification(TaskSettings):
             return ["pool: cls needs an encoder with a class token; use auto, mean or attention"]
         return []
 
-    def labelled(self, rows: Sequence[Row]) -> list[Row]:
-        return [row for row in rows if "class" in row.labels]
-
     def scope(self, data: Data) -> Scope:
         names = data.manifest.class_names
         if len(names) < 2:
             raise DataError("label", f"the data has {len(names)} classes",
                             "Give one folder per class, or a CSV with a column `class`.")
-        if self.metric not in set_metrics(len(names)):
-            raise RecipeError(f"top-5 accuracy says nothing about {len(names)} classes",
-                              "Set task.classification.metric=accuracy.")
-        return Scope(dict(enumerate(names)), names, "")
+        return self.fits(names)
 
     def build(self, assembly: Assembly, classes: int) -> ClassificationObjective:
         return ClassificationObjective(assembly, self, classes)
