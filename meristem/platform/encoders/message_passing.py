@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -31,7 +32,7 @@ def _norm(kind: str, width: int) -> list[nn.Module]:
 class Nodes:
     """The valid tokens of a stream in one table, and the edges between them in its numbers.
 
-    x: (M, …) of (B, N, …). index: (2, E) source, target. attributes: (E, kinds + values) of the edges, or None.
+    index: (2, E) source, target. attributes: (E, kinds + values) of the edges, or None.
     """
 
     def __init__(self, stream: TokenStream, edge_kinds: int, edge_values: int) -> None:
@@ -57,54 +58,109 @@ class Nodes:
         return x.new_zeros(*self.valid.shape, x.shape[-1]).index_put((self.valid,), x)
 
 
+class WeightedSum(torch.autograd.Function):
+    """y_t = Σ_e w_e x_s(e) over the edges e into t, by sparse products: no array of edges × channels is ever made.
+
+    index: (2, E) source, target; weight: (E,); x: (M, D). Returns (M, D).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, index: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(index, weight, x)
+        return _sparse(index.flip(0), weight, len(x)) @ x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor]:
+        index, weight, x = ctx.saved_tensors
+        grad = grad.contiguous()
+        by_weight = None
+        if ctx.needs_input_grad[1]:
+            order = _order(index.flip(0), len(x))
+            pattern = _sparse(index.flip(0), torch.zeros_like(weight), len(x))
+            values = torch.sparse.sampled_addmm(pattern, grad, x.t(), beta=0.0).values()
+            by_weight = torch.empty_like(values).index_copy(0, order, values)
+        return None, by_weight, _sparse(index, weight, len(x)) @ grad
+
+
+def _order(index: Tensor, size: int) -> Tensor:
+    return (index[0] * size + index[1]).argsort(stable=True)
+
+
+def _sparse(index: Tensor, weight: Tensor, size: int) -> Tensor:
+    """A (size, size) matrix in compressed rows; index: (2, E) row, column."""
+    order = _order(index, size)
+    rows = F.pad(index[0].bincount(minlength=size).cumsum(0), (1, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that compressed rows are new in torch
+        return torch.sparse_csr_tensor(rows, index[1, order], weight[order], (size, size), check_invariants=False)
+
+
+def _gather(conv: nn.Module, index: Tensor, size: Any = None, *, x: Tensor | tuple[Tensor, Tensor], alpha: Tensor | None = None,
+            edge_weight: Tensor | None = None) -> Tensor:
+    """In the place of torch-geometric's `propagate`, whose messages of every edge are the most of a layer's time and memory."""
+    x = x[0] if isinstance(x, tuple) else x
+    with torch.autocast(x.device.type, enabled=False):
+        if alpha is not None:  # (E, heads), x (M, heads, channels)
+            return torch.stack([WeightedSum.apply(index, a, y.contiguous())
+                                for a, y in zip(alpha.float().unbind(1), x.float().unbind(1), strict=True)], 1)
+        weight = torch.ones(index.shape[1], device=x.device) if edge_weight is None else edge_weight.float()
+        summed: Tensor = WeightedSum.apply(index, weight, x.float())
+        return summed
+
+
+def _convolution(conv: Convolution, width: int, edge_width: int, heads: int, attention_dropout: float,
+                 perceptron: nn.Module | None) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch.jit, at its import
+        from torch_geometric import nn as geometric
+    if conv == "gin" and edge_width:
+        return geometric.GINEConv(perceptron, edge_dim=edge_width)
+    kind = {"gin": geometric.GINConv, "gat": geometric.GATConv, "gcn": geometric.GCNConv}[conv]
+    summing = type(kind.__name__, (kind,), {"propagate": _gather})
+    made: nn.Module
+    if conv == "gin":
+        made = summing(perceptron)
+    elif conv == "gat":
+        made = summing(width, width // heads, heads, dropout=attention_dropout, edge_dim=edge_width or None)
+    else:
+        made = summing(width, width)
+    return made
+
+
 class Layer(nn.Module):
-    """Dropout, convolution, residual, norm, activation.
+    """Dropout, convolution, residual, norm, activation, on nodes (M, width).
 
     gin: sum over neighbours and a two-layer perceptron (Xu et al. 2019, equation 4.1); edges with attributes enter as in Hu et
     al. 2020 (torch-geometric's GINEConv). gat: attention over neighbours and itself (Veličković et al. 2018), attributes in the
-    scores. gcn: symmetrically normalised mean over neighbours and itself (Kipf and Welling 2017), attributes unused.
-    last: a layer that is read out, without norm and activation behind it.
+    scores. gcn: symmetrically normalised sum over neighbours and itself (Kipf and Welling 2017), attributes unused.
+    last: without norm and activation behind it, as a layer that is read out.
     """
 
-    def __init__(self, conv: Convolution, width_in: int, width: int, edge_width: int, *, heads: int = 1, dropout: float = 0.0,
+    def __init__(self, conv: Convolution, width: int, edge_width: int, *, heads: int = 1, dropout: float = 0.0,
                  attention_dropout: float = 0.0, norm: Norm = "none", activation: Activation = "relu", residual: bool = False,
-                 last: bool = False, hidden: int | None = None) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of torch.jit, at its import
-            from torch_geometric import nn as geometric
-
+                 last: bool = False) -> None:
         super().__init__()
         self.drop = nn.Dropout(dropout)
         self.attributes = edge_width > 0 and conv != "gcn"
-        self.conv: nn.Module
+        self.residual = residual
+        perceptron = None
         if conv == "gin":
-            hidden = hidden or width
-            perceptron = nn.Sequential(nn.Linear(width_in, hidden), *_norm(norm, hidden), ACTIVATIONS[activation](),
-                                       nn.Linear(hidden, width))
-            self.conv = (geometric.GINEConv(perceptron, edge_dim=edge_width) if self.attributes
-                         else geometric.GINConv(perceptron))
-        elif conv == "gat":
-            self.conv = geometric.GATConv(width_in, width // heads, heads, dropout=attention_dropout,
-                                          edge_dim=edge_width or None)
-        else:
-            self.conv = geometric.GCNConv(width_in, width)
-        self.shortcut: nn.Module | None = None
-        if residual:
-            self.shortcut = nn.Identity() if width_in == width else nn.Linear(width_in, width, bias=False)
+            perceptron = nn.Sequential(nn.Linear(width, width), *_norm(norm, width), ACTIVATIONS[activation](),
+                                       nn.Linear(width, width))
+        self.conv = _convolution(conv, width, edge_width, heads, attention_dropout, perceptron)
         self.after = nn.Sequential(*([] if last else [*_norm(norm, width), ACTIVATIONS[activation]()]))
 
     def forward(self, x: Tensor, nodes: Nodes) -> Tensor:
         x = self.drop(x)
         y = self.conv(x, nodes.index, nodes.attributes) if self.attributes else self.conv(x, nodes.index)
-        if self.shortcut is not None:
-            y = y + self.shortcut(x)
-        passed: Tensor = self.after(y)
+        passed: Tensor = self.after(x + y if self.residual else y)
         return passed
 
 
 class MessagePassingSettings(EncoderSettings):
-    """conv: of each of the `depth` layers of `width` channels; heads: of attention (gat). dropout: of what enters a layer, the
-    nodes' content among it; attention_dropout: of attention (gat). norm: `batch` has the statistics of the valid nodes of the
+    """conv: of each of the `depth` layers of `width` channels; heads: of attention (gat). dropout: of the nodes' content and of
+    what enters a layer; attention_dropout: of attention (gat). norm: `batch` has the statistics of the valid nodes of the
     whole batch on one rank. residual: what enters a layer is added to what its convolution gives.
     """
 
@@ -149,7 +205,7 @@ def edge_width(tokenizer: Tokenizer) -> int:
 
 
 class MessagePassing(Encoder):
-    """Layers over raw content; what `structure` says, where it is seen, is embedded and stands beside the content.
+    """Layers over embedded content, to which what `structure` says is added where it is seen.
 
     `drop` encodes the graph of the kept nodes; `replace` puts a learned token, zero at first, where content is hidden (Hou et
     al. 2022, GraphMAE, section 3). Rows of a batch share no edge, so that none depends on another, but for the statistics of
@@ -159,24 +215,25 @@ class MessagePassing(Encoder):
     def __init__(self, settings: MessagePassingSettings, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.takes, self.provides = settings.takes, settings.provides
-        self.width, self.depth, self.mask_unit = settings.width, settings.depth, ()
+        self.width, self.depth = settings.width, settings.depth
         self.edges = tokenizer.edge_kinds, tokenizer.edge_values
-        self.mask_token = nn.Parameter(torch.zeros(tokenizer.token_size))
+        self.drop = nn.Dropout(settings.dropout)
+        self.embed = tokenizer.embedding(self.width)
+        self.mask_token = nn.Parameter(torch.zeros(self.width))
         self.places = tokenizer.places(self.width) if "structure" in settings.sees else None
-        width_in = tokenizer.token_size + (0 if self.places is None else self.width)
-        self.layers = nn.ModuleList(
-            Layer(settings.conv, self.width if i else width_in, self.width, edge_width(tokenizer), **settings.layer())
-            for i in range(self.depth))
+        self.layers = nn.ModuleList(Layer(settings.conv, self.width, edge_width(tokenizer), **settings.layer())
+                                    for _ in range(self.depth))
 
     def forward(self, stream: TokenStream, plan: Plan | None = None, *, want: frozenset[str] = frozenset()) -> Encoded:
         keep = None if plan is None else plan.keep
         tokens = stream if keep is None else stream.take(keep)
-        nodes = Nodes(tokens, *self.edges)
-        content = tokens.content if plan is None or keep is not None else replaced(tokens.content, plan, self.mask_token)
+        x = self.embed(replace(tokens, content=self.drop(tokens.content)))
+        if plan is not None and keep is None:
+            x = replaced(x, plan, self.mask_token)
         if self.places is not None and tokens.structure is not None:
-            content = torch.cat([content, self.places(tokens.structure)], -1)
-        x = nodes.flat(content)
-        layers = []
+            x = x + self.places(tokens.structure)
+        nodes, layers = Nodes(tokens, *self.edges), []
+        x = nodes.flat(x)
         for layer in self.layers:
             x = layer(x, nodes)
             if "layers" in want:
@@ -189,5 +246,5 @@ class MessagePassing(Encoder):
         return Encoded(x, summary, tokens.valid, index=keep, layers=layers if "layers" in want else None)
 
     def layer_groups(self) -> list[list[nn.Parameter]]:
-        stem = [self.mask_token, *([] if self.places is None else self.places.parameters())]
+        stem = [*self.embed.parameters(), self.mask_token, *([] if self.places is None else self.places.parameters())]
         return [stem, *(list(layer.parameters()) for layer in self.layers)]
