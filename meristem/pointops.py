@@ -220,6 +220,9 @@ def chamfer(a: Tensor, b: Tensor, weight_a: Tensor | None = None, weight_b: Tens
     weight_a (T, M), weight_b (T, N): of points in the means; one of weight 0 is not there, for the other set neither. A set
     without points makes the distance 0. Differentiable in both.
     """
+    # 0 · NaN is NaN: what stands where no point is must not pass
+    a = a if weight_a is None else a.masked_fill((weight_a == 0)[..., None], 0)
+    b = b if weight_b is None else b.masked_fill((weight_b == 0)[..., None], 0)
     both = _one_way(a, b, weight_a, weight_b, norm) + _one_way(b, a, weight_b, weight_a, norm)
     return both if norm == "l2" else both / 2
 
