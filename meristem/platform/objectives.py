@@ -70,12 +70,14 @@ class Units:
     """A flat table of vectors with keys; padding is gone, so heads with batch norm and losses need no masks.
 
     z: (M, D). key: name -> (M,) int64: always `item` (unique over ranks) and `view` (which look of which view); `token`,
-    `label`, `subject`, … where they mean something. weight: (M,) of each unit in a loss.
+    `label`, `subject`, … where they mean something. weight: (M,) of each unit in a loss. point: (M, C) where each lies in its
+    sample, in source coordinates, where that is known.
     """
 
     z: Tensor
     key: Mapping[str, Tensor]
     weight: Tensor
+    point: Tensor | None = None
 
     def __len__(self) -> int:
         return self.z.shape[0]
@@ -84,14 +86,16 @@ class Units:
         return replace(self, z=z)
 
     def select(self, rows: Tensor) -> Units:
-        return Units(self.z[rows], {k: v[rows] for k, v in self.key.items()}, self.weight[rows])
+        return Units(self.z[rows], {k: v[rows] for k, v in self.key.items()}, self.weight[rows],
+                     None if self.point is None else self.point[rows])
 
     @staticmethod
     def cat(tables: Iterable[Units]) -> Units:
         tables = list(tables)
         keys = set(tables[0].key).intersection(*(t.key for t in tables))
+        points = [t.point for t in tables if t.point is not None]
         return Units(torch.cat([t.z for t in tables]), {k: torch.cat([t.key[k] for t in tables]) for k in sorted(keys)},
-                     torch.cat([t.weight for t in tables]))
+                     torch.cat([t.weight for t in tables]), torch.cat(points) if len(points) == len(tables) else None)
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,7 @@ class Step:
         keys |= drawn_labels(looks)
         keys |= {"item": self.batch.items.cursor[looks.item], "row": self.batch.items.row[looks.item],
                  "view": looks.look + self.assembly.look_offset[view]}
+        point = None
         if level == "dense":
             b, n = encoded.valid.shape
             index = encoded.index
@@ -161,11 +162,16 @@ class Step:
             keys |= {name: x[encoded.valid] for name, x in kinds.items() if x.shape == (b, n)}
             if view in self._plans and (masked or by != "encoder") and self._plans[view].hidden.shape == (b, n):
                 keys["hidden"] = self._plans[view].hidden[encoded.valid].long()
+            source = self.stream(view).source
+            source = source if source is None or encoded.index is None else gather(source, index)
+            if source is not None and source.shape[:2] == (b, n):
+                point = source[encoded.valid]
             z = encoded.tokens[encoded.valid]
         else:
             z = encoded.summary[level]
-        return Units(z, keys, torch.ones(z.shape[0], device=z.device))
+        return Units(z, keys, torch.ones(z.shape[0], device=z.device), point)
 
     def gather(self, units: Units) -> Units:
         """The same units of every rank, in rank order; every rank must hold as many."""
-        return Units(all_ranks(units.z), {k: all_ranks(v) for k, v in units.key.items()}, all_ranks(units.weight))
+        return Units(all_ranks(units.z), {k: all_ranks(v) for k, v in units.key.items()}, all_ranks(units.weight),
+                     None if units.point is None else all_ranks(units.point))

@@ -99,6 +99,10 @@ class Contrastive(ObjectiveSettings):
         reads = relation.reads
         if "token" in reads and self.level != "dense":
             return [f"relation '{self.relation}' compares tokens; set level: dense"]
+        if "point" in reads and self.level != "dense":
+            return [f"relation '{self.relation}' compares places; set level: dense"]
+        if "point" in reads and self.queue is not None:
+            return [f"relation '{self.relation}' compares places, which queued keys do not have; leave the queue out"]
         if "hidden" in reads:
             if self.level != "dense":
                 return [f"relation '{self.relation}' asks what was hidden; set level: dense"]

@@ -2,12 +2,13 @@
 
 An expression combines terms with `&` (and), `|` (or), `-` (and not) and `~` (not), with Python's precedence:
 `same(item) - same(view)` pairs the looks of a sample, `same(item) & same(view) & same(token) & hidden` a hidden token with
-itself.
+itself, `near(0.1) & same(item) - same(view)` tokens of two looks that show one place.
 """
 
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -37,7 +38,7 @@ class Term:
 
 def same(*keys: str) -> Term:
     """All of these keys are equal, and known: a negative label is nobody's."""
-    if not keys:
+    if not keys or not all(isinstance(key, str) for key in keys):
         raise ValueError("same(…) needs one key or more, e.g. same(item)")
 
     def holds(q: Keys, k: Keys) -> Tensor:
@@ -57,7 +58,24 @@ def hidden(*keys: str) -> Term:
     return Term(holds, frozenset(), frozenset({"hidden"}))
 
 
-TERMS: dict[str, Callable[..., Term]] = {"same": same, "hidden": hidden}
+def near(*arguments: str | float) -> Term:
+    """Their places in the samples' own coordinates are at most so far apart: in the modality's unit, millimetres or metres."""
+    if len(arguments) != 1 or isinstance(arguments[0], str) or not 0 < arguments[0] < math.inf:
+        raise ValueError("near(…) needs one distance, e.g. near(0.1)")
+    radius = float(arguments[0])
+
+    def holds(q: Keys, k: Keys) -> Tensor:
+        axes = zip(q["point"].unbind(-1), k["point"].unbind(-1), strict=True)  # a table (Mq, Mk, C) of them would be large
+        squares = [(a - b).square_() for a, b in axes]
+        distance = squares[0]
+        for square in squares[1:]:
+            distance = distance + square
+        return distance <= radius**2
+
+    return Term(holds, frozenset(), frozenset({"point"}))
+
+
+TERMS: dict[str, Callable[..., Term]] = {"same": same, "hidden": hidden, "near": near}
 
 
 def _term(node: ast.expr) -> Term:
@@ -75,12 +93,16 @@ def _term(node: ast.expr) -> Term:
     name, arguments = node, []
     if isinstance(node, ast.Call) and not node.keywords:
         name, arguments = node.func, node.args
-    if not isinstance(name, ast.Name) or not all(isinstance(argument, ast.Name) for argument in arguments):
+    if not isinstance(name, ast.Name) or not all(map(_is_argument, arguments)):
         raise ValueError(f"'{ast.unparse(node)}' is not a term; write terms like same(item), joined by & | - ~")
     if name.id not in TERMS:
         near = get_close_matches(name.id, TERMS) or list(TERMS)
         raise ValueError(f"no term called '{name.id}'; did you mean {' or '.join(near)}?")
-    return TERMS[name.id](*(argument.id for argument in arguments if isinstance(argument, ast.Name)))
+    return TERMS[name.id](*(a.id if isinstance(a, ast.Name) else ast.literal_eval(a) for a in arguments))
+
+
+def _is_argument(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) or (isinstance(node, ast.Constant) and type(node.value) in (int, float))
 
 
 def parse(text: str) -> Term:
@@ -116,7 +138,7 @@ class Relation:
     def pairs(self, q: Units, k: Units) -> Pairs:
         """All pairs: pos, neg (Mq, Mk), weighted by the key unit's weight."""
         self._need(q, k, self.reads)
-        rows, columns = {n: x[:, None] for n, x in q.key.items()}, {n: x[None] for n, x in k.key.items()}
+        rows, columns = {n: x[:, None] for n, x in _keys(q).items()}, {n: x[None] for n, x in _keys(k).items()}
         pos = self.attracts.holds(rows, columns)
         itself = same(*(n for n in IDENTITY if n in q.key and n in k.key)).holds(rows, columns)
         neg = ~pos & ~itself
@@ -128,15 +150,24 @@ class Relation:
         """Attraction alone, as a list ordered by query; no (Mq, Mk) table where the expression demands equal keys."""
         self._need(q, k, self.attracts.reads)
         i, j = _join(q, k, sorted(self.attracts.joins))
-        holds = self.attracts.holds({n: x[i] for n, x in q.key.items()}, {n: x[j] for n, x in k.key.items()})
+        holds = self.attracts.holds({n: x[i] for n, x in _keys(q).items()}, {n: x[j] for n, x in _keys(k).items()})
         i, j = i[holds], j[holds]
         return Matches(i, j, q.weight[i] * k.weight[j])
 
     def _need(self, q: Units, k: Units, reads: frozenset[str]) -> None:
-        lacking = sorted(n for n in reads if n not in q.key or (n not in k.key and n != "hidden"))
+        ours, theirs = _keys(q), _keys(k)
+        lacking = sorted(n for n in reads if n not in ours or (n not in theirs and n != "hidden"))
+        if lacking == ["point"]:
+            raise RecipeError(f"the relation '{self.text}' asks where units lie, and these have no place in their sample",
+                              "Use tokens with positions, and an encoder that keeps them.")
         if lacking:
             raise RecipeError(f"the relation '{self.text}' needs the key '{lacking[0]}', which these units do not have",
                               f"They have {', '.join(sorted(q.key))}; level: dense adds token, and hidden where masked.")
+
+
+def _keys(units: Units) -> dict[str, Tensor]:
+    """By name: the keys (M,) of units and, where they have any, their points (M, C)."""
+    return dict(units.key) if units.point is None else {**units.key, "point": units.point}
 
 
 def _join(q: Units, k: Units, names: list[str]) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from meristem.errors import RecipeError
 from meristem.modalities.base import Settings
 from meristem.modalities.rng import Rng
-from meristem.modalities.stream import TokenStream
+from meristem.modalities.stream import TokenStream, gather
 from meristem.platform.objectives import Plan
 from meristem.platform.slots import Slot
 
@@ -259,4 +259,48 @@ class Block(Masking):
         return torch.minimum(torch.where(inside, number + depth.clamp(0, 1), torch.inf).amin(1), never)
 
 
-MASKINGS: dict[str, type[Masking]] = {"random": Random, "block": Block}
+class Region(Masking):
+    """The tokens around a few of them: contiguous masks for sets.
+
+    Source: 3D-JEPA of Locate 3D (Arnaud et al. 2025), whose masks are runs along a curve through space.
+
+    ratio: hidden fraction, rounded to the nearest token and kept among informative tokens and among the rest separately, as in
+    `Random`. regions: how many tokens are drawn; those nearest to any of them, by their positions in the view, are hidden.
+    """
+
+    ratio: Fraction = 0.6
+    regions: Positive = 4
+
+    def plan(self, stream: TokenStream, rng: Rng, unit: tuple[int, ...]) -> Plan:
+        if math.prod(_grain(stream, 1, unit)[0]) > 1:
+            raise RecipeError("region masking hides single tokens, and this encoder is masked in units of several",
+                              "Use `block` masking.")
+        if stream.position is None:
+            raise RecipeError("region masking needs tokens with positions, and these have none", "Use `random` masking.")
+        live, m = informative(stream), len(stream)
+        hide = _rounded(m, self.ratio)
+        _feasible(hide, m, self.ratio)
+        order = (rng.uniform("regions", m) + (~live).float()).argsort(dim=1, stable=True)
+        centre = order[:, :self.regions]
+        far = (stream.position[:, :, None] - gather(stream.position, centre)[:, None]).square().sum(-1)
+        far = far.masked_fill(~gather(live, centre)[:, None], torch.inf).amin(-1)  # fewer informative tokens than regions
+        # the informative ones first, from near to far
+        nearest = torch.where(live, far, torch.inf).argsort(dim=1, stable=True)
+        rank = torch.zeros_like(nearest).scatter_(1, nearest, torch.arange(m, device=nearest.device).expand_as(nearest))
+        n_live = live.sum(1, keepdim=True)
+        hide_live = (n_live.double() * self.ratio + 0.5).floor().long()  # rounds as `hide` does
+        hidden = torch.where(live, rank < hide_live, rank - n_live < hide - hide_live)
+        return self._finish(stream, rng, hidden, live, m - hide)
+
+
+class Nothing(Masking):
+    """No token is hidden: for readouts of all tokens of a whole view (region: all)."""
+
+    corruption: Literal["drop", "replace"] = "replace"
+
+    def plan(self, stream: TokenStream, rng: Rng, unit: tuple[int, ...]) -> Plan:
+        hidden = torch.zeros_like(stream.valid)
+        return self._finish(stream, rng, hidden, informative(stream), len(stream))
+
+
+MASKINGS: dict[str, type[Masking]] = {"random": Random, "block": Block, "region": Region, "nothing": Nothing}

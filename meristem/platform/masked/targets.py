@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from meristem import pointops
 from meristem.errors import RecipeError
 from meristem.modalities.base import Settings, Tokenizer, View
 from meristem.modalities.stream import TokenStream, gather
@@ -166,15 +167,8 @@ class Chamfer(TargetSettings):
         true, live = token_points(stream, step.assembly.tokenizer.channels)
         made = prediction.float().unflatten(-1, (3, -1)).transpose(-1, -2)
         weight = weight * live.any(-1)
-        return (weight * chamfer(made, true, live)).sum(), weight.sum()
-
-
-def chamfer(made: Tensor, true: Tensor, live: Tensor) -> Tensor:
-    """(…): squared Chamfer distance of points made (…, P, 3) and true (…, K, 3), of which `live` (…, K) count; 0 of none."""
-    distance = (made[..., :, None, :] - true[..., None, :, :]).square().sum(-1)  # differences: squares would cancel
-    to_true = distance.masked_fill(~live[..., None, :], torch.inf).amin(-1).mean(-1)
-    to_made = (distance.amin(-2) * live).sum(-1) / live.sum(-1).clamp_min(1)
-    return torch.where(live.any(-1), to_true + to_made, 0.0)
+        distance = pointops.chamfer(made.flatten(0, 1), true.flatten(0, 1), weight_b=live.flatten(0, 1).to(made))
+        return (weight * distance.unflatten(0, weight.shape)).sum(), weight.sum()
 
 
 class Surface(TargetSettings):
