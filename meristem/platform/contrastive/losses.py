@@ -94,6 +94,27 @@ def cross_entropy(q: Units, target: Tensor, matches: Matches, temperature: float
         return Loss((matches.weight * each).sum(), matches.weight.sum())
 
 
+def decorrelation(q: Units, k: Units, matches: Matches, weight: float) -> Loss:
+    """Matched units agree, and the dimensions of either side tell different things.
+
+    Zq, Zk: (n, D) matched units, every dimension with mean 0 and a sum of squares of 1 over the matches.
+    L = |Zq − Zk|² + λ (|ZqᵀZq − I|² + |ZkᵀZk − I|²) (Zhang et al. 2021, CCA-SSG, equations 5 and 6), λ = `weight`; count = Σ_n
+    weight_n, total = L · count, over the matches of one rank.
+    """
+    with torch.autocast(q.z.device.type, enabled=False):
+        count = matches.weight.sum()
+        share = (matches.weight / count.clamp_min(1e-12))[:, None]
+
+        def whitened(z: Tensor) -> Tensor:
+            z = z - (share * z).sum(0)
+            return share.sqrt() * z * ((share * z.square()).sum(0) + 1e-12).rsqrt()
+
+        a, b = whitened(q.z.float()[matches.q]), whitened(k.z.float()[matches.k])
+        unit = torch.eye(a.shape[1], device=a.device)
+        apart = sum((z.T @ z - unit).square().sum() for z in (a, b))
+        return Loss(count * ((a - b).square().sum() + weight * apart), count)
+
+
 @torch.no_grad()
 def centred(z: Tensor, centre: Tensor, temperature: float) -> Tensor:
     """softmax((z − c) / τ): DINO's teacher. z: logits (M, K), centre: (K,). Returns (M, K) without gradient."""
@@ -163,6 +184,15 @@ class MarginLoss(ContrastiveLoss):
 class CosineLoss(ContrastiveLoss):
     def forward(self, q: Units, k: Units, relation: Relation, step: Step) -> Loss:
         return attraction(q, k, relation.matches(q, k))
+
+
+class DecorrelationLoss(ContrastiveLoss):
+    def __init__(self, settings: Decorrelation) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, q: Units, k: Units, relation: Relation, step: Step) -> Loss:
+        return decorrelation(q, k, relation.matches(q, k), step.value(self.settings.weight))
 
 
 class DINOLoss(ContrastiveLoss):
@@ -237,6 +267,15 @@ class Cosine(LossSettings):
         return CosineLoss()
 
 
+class Decorrelation(LossSettings):
+    """CCA-SSG. weight: of the decorrelation of dimensions against the agreement of units."""
+
+    weight: Scalar = 1e-3
+
+    def build(self, width: int) -> ContrastiveLoss:
+        return DecorrelationLoss(self)
+
+
 class DINO(LossSettings):
     """DINO, iBOT. temperature: of the queries; teacher_temperature: of the keys; centre_momentum: of the keys' centre."""
 
@@ -261,4 +300,5 @@ class SwAV(LossSettings):
         return SwAVLoss(self)
 
 
-LOSSES: dict[str, type[LossSettings]] = {"infonce": InfoNCE, "margin": Margin, "cosine": Cosine, "dino": DINO, "swav": SwAV}
+LOSSES: dict[str, type[LossSettings]] = {"infonce": InfoNCE, "margin": Margin, "cosine": Cosine,
+                                         "decorrelation": Decorrelation, "dino": DINO, "swav": SwAV}

@@ -8,6 +8,7 @@ import torch
 from pydantic import BeforeValidator, Field, field_validator
 
 from meristem.modalities.base import Settings
+from meristem.modalities.rng import Rng
 from meristem.platform.contrastive.losses import LOSSES, LossSettings
 from meristem.platform.contrastive.queue import Queue
 from meristem.platform.contrastive.relations import IDENTITY, Relation, parse
@@ -37,7 +38,8 @@ class Contrastive(ObjectiveSettings):
     mean, global (cls where there is one) or dense (tokens). head: of both sides; predictor: a head on it, for queries only.
     relation: what attracts; negatives: what may repel (null: everything else); see `relations`. queue: how many keys of past
     steps stand beside the batch's (MoCo). They are keys like any other: `item` is a sample's place in the run, so that under
-    same(item) they only repel.
+    same(item) they only repel. sample: of more queries than this, so many are drawn in each step: the table of all pairs has
+    queries × keys entries (dense levels: nodes squared).
     """
 
     queries: Sources
@@ -50,6 +52,7 @@ class Contrastive(ObjectiveSettings):
     relation: str = "same(item) - same(view)"
     negatives: str | None = None
     queue: Annotated[int, Field(ge=1)] | None = None
+    sample: Annotated[int, Field(ge=1)] | None = None
     loss: Annotated[LossSettings, Slot("contrastive loss", LOSSES)]
 
     @field_validator("relation", "negatives")
@@ -149,6 +152,9 @@ class ContrastiveObjective(Objective):
         s = self.settings
         q = Units.cat(step.units(x.view, level=s.level, head=s.predictor or s.head, masked=x.masked) for x in s.queries)
         k = Units.cat(step.units(x.view, by=s.by, level=s.level, head=s.head, masked=x.masked) for x in s.keys)
+        if s.sample is not None and len(q) > s.sample:
+            rng = step.rng("sample", s.queries[0].view)
+            q = q.select(Rng(rng.key[:1]).permutation("queries", len(q))[0, :s.sample])
         if s.stop_gradient:
             k = k.with_z(k.z.detach())
         if s.loss.repels:

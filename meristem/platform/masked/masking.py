@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -75,9 +75,10 @@ class Masking(Settings):
 
     corruption: hidden tokens are dropped before the encoder, or replaced. decode: which places a decoder predicts; null: every
     hidden one. With `decode` it is given a mask token for each of those places, visible ones too, and for no other; the loss
-    counts the hidden ones among them.
+    counts the hidden ones among them. hides: of what, in a word.
     """
 
+    hides: ClassVar[str] = "tokens"
     corruption: Literal["drop", "replace"] = "drop"
     decode: Annotated[RunningCell, Slot("decoder masking", DECODINGS)] | None = None
 
@@ -86,6 +87,10 @@ class Masking(Settings):
         if self.decode is not None and self.corruption != "drop":
             raise ValueError("decode: only a decoder over dropped tokens has places to leave out; set corruption: drop")
         return self
+
+    def check(self, recipe: Any) -> list[str]:
+        """What is impossible about it in this recipe; empty when all is well."""
+        return []
 
     def plan(self, stream: TokenStream, rng: Rng, unit: tuple[int, ...]) -> Plan:
         """unit: grain, in tokens per lattice axis, at which the encoder can be masked; () for one token."""
@@ -259,6 +264,62 @@ class Block(Masking):
         return torch.minimum(torch.where(inside, number + depth.clamp(0, 1), torch.inf).amin(1), never)
 
 
+class HiddenEdges(Masking):
+    """Edges drawn uniformly without replacement within each graph, of every type, both directions together; no token.
+
+    ratio: hidden fraction of the linked pairs, rounded to the nearest (EdgeMask, Jin et al. 2020, section 3.2.1).
+    """
+
+    hides: ClassVar[str] = "edges"
+    ratio: Fraction = 0.1
+    corruption: Literal["replace"] = "replace"
+
+    def check(self, recipe: Any) -> list[str]:
+        if not recipe.modality.tokenizer().edge_kinds:
+            return [f"it hides edges, and {recipe.modality.name} data has none; use it with graphs"]
+        sees = recipe.encoder.sees
+        if "edges" not in sees:
+            return ["it hides edges, and this encoder is not given any; add edges to encoder.….sees"]
+        if "structure" in sees:
+            return ["encodings of structure are made of all edges and would tell the hidden ones; take structure out of "
+                    "encoder.….sees"]
+        return []
+
+    def plan(self, stream: TokenStream, rng: Rng, unit: tuple[int, ...]) -> Plan:
+        edges = stream.edges
+        assert edges is not None  # checked
+        ends = edges.index % edges.size
+        code = (edges.index[0] // edges.size * edges.size + ends.amin(0)) * edges.size + ends.amax(0)
+        linked, pair = code.unique(return_inverse=True)  # ordered by row
+        row = linked // edges.size**2
+        count = torch.bincount(row, minlength=edges.rows)
+        number = torch.arange(len(linked), device=row.device) - (count.cumsum(0) - count)[row]
+        drawn = rng.uniform("edges", max(int(count.max()), 1))[row, number]
+        order = (row + drawn.double()).argsort(stable=True)  # a row's pairs keep their places among all
+        rank = torch.empty_like(number).scatter_(0, order, number)
+        chosen = (rank < (count.double() * self.ratio + 0.5).floor()[row])[pair]
+        hidden = torch.zeros_like(stream.valid)
+        return Plan(hidden=hidden, predict=hidden.float(), edges=chosen)
+
+
+class Shuffle(Masking):
+    """Every token shows the content of another one of its sample, drawn at random: what a sample is not (the corruption of DGI,
+    Veličković et al. 2019, section 3.4)."""
+
+    hides: ClassVar[str] = "the order of tokens"
+    corruption: Literal["replace"] = "replace"
+
+    def check(self, recipe: Any) -> list[str]:
+        return [] if "swap" in recipe.encoder.takes else ["it exchanges the contents of tokens, which this encoder cannot take"]
+
+    def plan(self, stream: TokenStream, rng: Rng, unit: tuple[int, ...]) -> Plan:
+        padding = (~stream.valid).float()
+        places = padding.argsort(dim=1, stable=True)
+        drawn = (rng.uniform("order", len(stream)) + padding).argsort(dim=1, stable=True)
+        swap = torch.zeros_like(places).scatter_(1, places, drawn)
+        return Plan(hidden=stream.valid, predict=torch.zeros_like(padding), swap=swap)
+
+
 class Region(Masking):
     """The tokens around a few of them: contiguous masks for sets.
 
@@ -303,4 +364,5 @@ class Nothing(Masking):
         return self._finish(stream, rng, hidden, informative(stream), len(stream))
 
 
-MASKINGS: dict[str, type[Masking]] = {"random": Random, "block": Block, "region": Region, "nothing": Nothing}
+MASKINGS: dict[str, type[Masking]] = {"random": Random, "block": Block, "region": Region, "nothing": Nothing,
+                                      "edges": HiddenEdges, "shuffle": Shuffle}

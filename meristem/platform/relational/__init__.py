@@ -1,0 +1,1 @@
+"""The relational engine: objectives over the edges between tokens."""
