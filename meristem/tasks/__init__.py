@@ -2,9 +2,11 @@
 
 from meristem.tasks.base import TASKS, TaskObjective, TaskRecipe, TaskSettings
 from meristem.tasks.classification import Classification
+from meristem.tasks.parts import PartSegmentation, SemanticSegmentation
 from meristem.tasks.propagation import Keypoints, Propagation
 from meristem.tasks.segmentation import Segmentation
 
-TASKS.update(segmentation=Segmentation, classification=Classification, propagation=Propagation, keypoints=Keypoints)
+TASKS.update(segmentation=Segmentation, classification=Classification, propagation=Propagation, keypoints=Keypoints,
+             parts=PartSegmentation, semantic=SemanticSegmentation)
 
 __all__ = ["TASKS", "TaskObjective", "TaskRecipe", "TaskSettings"]

@@ -44,6 +44,10 @@ class Scope:
 class TaskObjective(Objective):
     """The supervised objective of an assembly."""
 
+    def learn_from(self, data: Data, rows: Sequence[Row]) -> list[Row]:
+        """The samples to train on for these labelled cases; what they are labelled with is kept."""
+        return list(rows)
+
     def test(self, assembly: Assembly, data: Data, rows: Sequence[Row], scope: Scope, keep: Keep | None = None) -> list[Case]:
         """Predict labelled rows and score them, case by case."""
         raise NotImplementedError
@@ -56,13 +60,15 @@ class TaskObjective(Objective):
 class TaskSettings(Settings):
     """The typed entry of a task in a recipe. fields: companions of a sample it trains on.
 
-    protocols: how encoders are compared by it, the usual one first; one that has no `finetune` trains on no labels.
+    protocols: how encoders are compared by it, the usual one first; one that has no `finetune` trains on no labels. parts: its
+    cases are parts of samples (nodes of a graph), which are counted, drawn and resampled instead of these.
     """
 
-    kind: ClassVar[Literal["segmentation", "classification", "propagation"]]
+    kind: ClassVar[Literal["segmentation", "classification", "propagation", "parts", "semantic"]]
     metric: ClassVar[str]
     protocols: ClassVar[tuple[str, ...]] = ("finetune",)
     fields: ClassVar[tuple[str, ...]] = ()
+    parts: ClassVar[bool] = False
 
     @property
     def learns(self) -> bool:
@@ -79,6 +85,14 @@ class TaskSettings(Settings):
     def labelled(self, rows: Sequence[Row]) -> list[Row]:
         """The rows that have this task's labels."""
         raise NotImplementedError
+
+    def cases(self, data: Data, split: str | Sequence[str]) -> list[Row]:
+        """What is labelled of a split, or of several: samples, or parts of them."""
+        return self.labelled(data.rows(split))
+
+    def spoiled(self, recipe: TaskRecipe, pretraining: Mapping[str, Any]) -> str:
+        """Why weights of this pretraining recipe know what is tested, where they met the test samples; '' where they do not."""
+        return ""
 
     def build(self, assembly: Assembly, classes: int) -> TaskObjective:
         raise NotImplementedError

@@ -137,6 +137,27 @@ def places(rows: Sequence[Row], data: Data) -> list[Path]:
             for path, (stem, suffix) in zip(inside, names, strict=True)]
 
 
+def label_values(data: Data, rows: Sequence[Row]) -> dict[int, str]:
+    """Value -> name of the classes that the masks of the rows hold, from 0 to the largest.
+
+    Raises DataError when no row has a mask, or when its values are no class numbers.
+    """
+    rows = [row for row in rows if "mask" in data.cache.fields(row.index)]
+    if not rows:
+        raise DataError("label", "no sample has a label mask", "Put them in a folder `labels` beside `images`, same names.")
+    found = sorted({value for row in rows for value in data.cache.counts(row.index) if value >= 0})
+    names = data.manifest.mask_names
+    top, known = max(found, default=0), len(names)
+    if top + 1 > max(2 * len(found), known):  # more gaps than classes: grey values, not class numbers
+        shown = ", ".join(map(str, found[:8])) + (", …" if len(found) > 8 else "")
+        options = type(data.modality.options).model_fields
+        mapping = ", ".join(f"{value}: {i}" for i, value in enumerate(found[:8]))
+        raise DataError("mask", f"the masks hold the values {shown}, which are not class numbers 0, 1, 2, …",
+                        f"Say what they mean: 'modality.{data.modality.name}.mask_values={{{mapping}}}'."
+                        if "mask_values" in options else "Number the classes 0, 1, 2, …, or name them in a dataset.json.")
+    return {v: (names[v] if v < known and names[v] else f"class {v}") for v in range(top + 1)}
+
+
 class Segmentation(TaskSettings):
     """decoder: auto takes the encoder's own dense map, or its pyramid, or UNETR; light is one block. width: channels at full
     resolution. overlap: of neighbouring windows at prediction. flips: axes mirrored and averaged at prediction (only where the
@@ -172,20 +193,7 @@ class Segmentation(TaskSettings):
         return [row for row in rows if "mask" in row.fields]
 
     def scope(self, data: Data) -> Scope:
-        rows = [row for row in self.labelled(data.rows()) if "mask" in data.cache.fields(row.index)]
-        if not rows:
-            raise DataError("label", "no sample has a label mask", "Put them in a folder `labels` beside `images`, same names.")
-        found = sorted({value for row in rows for value in data.cache.counts(row.index) if value >= 0})
-        top, known = max(found, default=0), len(data.manifest.mask_names)
-        if top + 1 > max(2 * len(found), known):  # more gaps than classes: grey values, not class numbers
-            shown = ", ".join(map(str, found[:8])) + (", …" if len(found) > 8 else "")
-            options = type(data.modality.options).model_fields
-            mapping = ", ".join(f"{value}: {i}" for i, value in enumerate(found[:8]))
-            raise DataError("mask", f"the masks hold the values {shown}, which are not class numbers 0, 1, 2, …",
-                            f"Say what they mean: 'modality.{data.modality.name}.mask_values={{{mapping}}}'."
-                            if "mask_values" in options else "Number the classes 0, 1, 2, …, or name them in a dataset.json.")
-        names = data.manifest.mask_names
-        values = {v: (names[v] if v < len(names) and names[v] else f"class {v}") for v in range(top + 1)}
+        values = label_values(data, self.labelled(data.rows()))
         return Scope(values, tuple(name for v, name in values.items() if v > 0), data.modality.axes[0].unit)
 
     def build(self, assembly: Assembly, classes: int) -> SegmentationObjective:
