@@ -8,10 +8,10 @@ those distances, and where they cannot be sure all points are, so that every bac
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
+from itertools import product
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,7 +112,7 @@ def nearest(query: Tensor, points: Tensor, valid: Tensor | None, k: int,
     """The k nearest of points (B, N, 3) to each of query (B, M, 3); those that are not `valid` (B, N) are no one's neighbours.
 
     Returns squared distances and indices (B, M, k), nearest first. Where there are fewer than k, the remaining places have
-    distance inf and repeat the nearest. backend None: pytorch3d where importable, else a tree for many points on a CPU.
+    distance inf and repeat the nearest. backend None: a k-d tree for many points on a CPU, else pytorch3d where importable.
     Not differentiable: gather the points again for that.
     """
     query, points = query.detach().float(), points.detach().float()
@@ -121,21 +121,13 @@ def nearest(query: Tensor, points: Tensor, valid: Tensor | None, k: int,
     m, n = query.shape[1], points.shape[1]
     if backend is None:
         large = query.device.type == "cpu" and m * n >= _TREE
-        backend = "pytorch3d" if _pytorch3d() else "tree" if large else "torch"
-    rows = []
-    for b in range(len(query)) if backend != "torch" or m * n > _KEYS else ():
-        rows.append(_proposed(query[b], points[b], valid[b], k, backend))
-    if rows:
-        distance, index = (torch.stack(x) for x in zip(*rows, strict=True))
-    else:
-        step = max(_KEYS // max(m * n, 1), 1)
-        parts = [_ranked(query[i:i + step], points[i:i + step, None], valid[i:i + step, None], k)
-                 for i in range(0, len(query), step)]
-        distance, index = (torch.cat(x) for x in zip(*parts, strict=True))
-    short = k - index.shape[-1]
-    if short > 0:
-        distance = torch.cat([distance, distance.new_full((*distance.shape[:-1], short), torch.inf)], -1)
-        index = torch.cat([index, index[..., :1].expand(*index.shape[:-1], short)], -1)
+        backend = "tree" if large else "pytorch3d" if _pytorch3d() else "torch"
+    finite = backend == "torch" or bool((points.isfinite().all(-1) | ~valid).all() & query.isfinite().all())
+    find = _compared if backend == "torch" or not finite else partial(_proposed, backend=backend)
+    distance, index = find(query, points, valid, min(k, n))
+    short = max(k - n, 0)
+    distance = torch.cat([distance, distance.new_full((*distance.shape[:-1], short), torch.inf)], -1)
+    index = torch.cat([index, index[..., :1].expand(*index.shape[:-1], short)], -1)
     return distance, torch.where(distance < torch.inf, index, index[..., :1])
 
 
@@ -145,43 +137,61 @@ def _ranked(query: Tensor, points: Tensor, valid: Tensor, k: int, index: Tensor 
     if index is None:
         index = torch.arange(points.shape[-2], device=points.device)
     key = distance.view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(index)  # floats ≥ 0 are ordered as their bits
-    key = key.amin(-1, keepdim=True) if k == 1 else key.topk(min(k, key.shape[-1]), largest=False).values
+    key = key.amin(-1, keepdim=True) if k == 1 else key.topk(k, largest=False).values
     return (key >> 32).int().view(torch.float32), key & 0xFFFFFFFF
 
 
-def _proposed(query: Tensor, points: Tensor, valid: Tensor, k: int, backend: Backend) -> tuple[Tensor, Tensor]:
-    """`nearest` of one row: a backend's proposals ranked, and all points ranked where they do not settle it."""
-    live = valid.nonzero().squeeze(1)
-    some = min(k + _SPARE, len(live))
-    sure = torch.zeros(len(query), dtype=torch.bool, device=query.device)
-    distance = query.new_empty(len(query), min(k, len(points)))
-    index = torch.empty_like(distance, dtype=torch.int64)
-    if backend != "torch" and 0 < k <= len(live) and bool(points[live].isfinite().all() and query.isfinite().all()):
-        found = live[_proposals(query, points[live], some, backend)]
-        reached = query.new_empty(len(query))
-        step = max(_KEYS // some, 1)
-        for i in range(0, len(query), step):
-            q, f = query[i:i + step], found[i:i + step]
-            d, at = _ranked(q, points[f], valid[f], some, f)
-            distance[i:i + step], index[i:i + step], reached[i:i + step] = d[:, :k], at[:, :k], d[:, -1]
-        sure = (reached * (1 - _MARGIN) > distance[:, -1]) | (some == len(live))
-    rest = (~sure).nonzero().squeeze(1)
-    step = max(_KEYS // len(points), 1)
-    for i in range(0, len(rest), step):
-        part = rest[i:i + step]
-        distance[part], index[part] = _ranked(query[part], points[None], valid[None], k)
+def _compared(query: Tensor, points: Tensor, valid: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`nearest` by comparing each query with all points."""
+    (b, m), n = query.shape[:2], points.shape[1]
+    distance, index = query.new_empty(b, m, k), valid.new_empty(b, m, k, dtype=torch.int64)
+    rows, queries = max(_KEYS // max(m * n, 1), 1), max(_KEYS // n, 1)
+    for i, j in product(range(0, b, rows), range(0, m, queries)):
+        at = slice(i, i + rows), slice(j, j + queries)
+        distance[at], index[at] = _ranked(query[at], points[at[0], None], valid[at[0], None], k)
     return distance, index
 
 
-def _proposals(query: Tensor, points: Tensor, k: int, backend: Backend) -> Tensor:
-    """(M, k) the k nearest of points (N, 3), but for ties and rounding."""
-    if backend == "pytorch3d":
-        near: Tensor = _pytorch3d().knn_points(query[None], points[None], K=k, return_sorted=False).idx[0]
-        return near
+def _proposed(query: Tensor, points: Tensor, valid: Tensor, k: int, backend: Backend) -> tuple[Tensor, Tensor]:
+    """`nearest` from a backend's proposals, and from all points where those do not settle it."""
+    (b, m), n = query.shape[:2], points.shape[1]
+    some, length = min(k + _SPARE, n), valid.sum(1)
+    there = torch.arange(some, device=points.device) < length[:, None, None]
+    found = (_by_tree if backend == "tree" else _by_pytorch3d)(query, points, valid, some).masked_fill_(~there, 0)
+    distance, index = query.new_empty(b, m, k), torch.empty_like(found[..., :k])
+    settled = valid.new_empty(b, m)
+    step = max(_KEYS // (b * some), 1)
+    for i in range(0, m, step):
+        part = slice(i, i + step)
+        d, at = _ranked(query[:, part], gather_points(points, found[:, part]), there, some, found[:, part])
+        distance[:, part], index[:, part] = d[..., :k], at[..., :k]
+        settled[:, part] = (d[..., -1] * (1 - _MARGIN) > d[..., k - 1]) | (length <= some)[:, None]
+    row, place = (~settled).nonzero(as_tuple=True)
+    step = max(_KEYS // n, 1)
+    for i in range(0, len(row), step):
+        r, p = row[i:i + step], place[i:i + step]
+        distance[r, p], index[r, p] = _ranked(query[r, p], points[r], valid[r], k)
+    return distance, index
+
+
+def _by_pytorch3d(query: Tensor, points: Tensor, valid: Tensor, k: int) -> Tensor:
+    """(B, M, k) the k nearest in any order, but for ties and rounding; anything after the last of fewer than k."""
+    order = (~valid).byte().argsort(dim=1, stable=True)
+    found = _pytorch3d().knn_points(query, gather_points(points, order), lengths2=valid.sum(1), K=k, return_sorted=False).idx
+    return order.gather(1, found.clamp(0, points.shape[1] - 1).flatten(1)).unflatten(1, found.shape[1:])
+
+
+def _by_tree(query: Tensor, points: Tensor, valid: Tensor, k: int) -> Tensor:
     from scipy.spatial import cKDTree
 
-    _, found = cKDTree(points.cpu().double().numpy()).query(query.cpu().double().numpy(), k=k)
-    return torch.from_numpy(np.asarray(found, dtype=np.int64).reshape(len(query), k)).to(query.device)
+    found = torch.zeros(*query.shape[:2], k, dtype=torch.int64)
+    for row, q, x, there in zip(found, query.cpu().numpy(), points.cpu().numpy(), valid.cpu().numpy(), strict=True):
+        live = there.nonzero()[0]
+        some = min(k, len(live))
+        if some:
+            near = cKDTree(x[live]).query(q, k=range(1, some + 1))[1]
+            row[:, :some] = torch.from_numpy(live[near])
+    return found.to(query.device)
 
 
 def ball_query(query: Tensor, points: Tensor, valid: Tensor | None, k: int, radius: float,

@@ -105,6 +105,13 @@ def test_runs_hold_every_point_once(seed: int, n: int, size: int, cell: float) -
         assert set(stream.weight[b, t].tolist()) <= {0.0, 1.0}
 
 
+def test_a_run_lies_at_the_mean_of_its_points() -> None:
+    cloud = blob(0, 43)
+    stream = tokenizer(tokens="serial").stream(view_of(cloud))
+    for position, points in zip(stream.position[0].numpy(), held(stream)[0], strict=True):
+        np.testing.assert_allclose(position, cloud[list(points)].mean(0), atol=1e-6)
+
+
 def test_runs_are_of_neighbours() -> None:
     cloud = np.random.default_rng(0).uniform(size=(4000, 3)).astype(np.float32)
     stream = tokenizer(tokens="serial", size=8, cell=0.01).stream(view_of(cloud))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ def _clouds() -> dict[str, tuple[Tensor, Tensor]]:
     rng = np.random.default_rng(0)
     x = {"random": rng.normal(size=(2, 40, 3)), "duplicates": np.repeat(rng.normal(size=(2, 7, 3)), 5, 1),
          "integer grid": np.stack([GRID, rng.permutation(GRID)]), "all equal": np.full((2, 9, 3), 0.3),
-         "one point": rng.normal(size=(2, 1, 3)), "far away": rng.normal(size=(2, 30, 3)) + 1e4}
+         "one point": rng.normal(size=(2, 1, 3)), "far away": rng.normal(size=(2, 30, 3)) + 1e4,
+         "two of each distance to the mean": np.concatenate([half := rng.normal(size=(2, 20, 3)), -half], 1)}
     clouds = {name: (torch.tensor(c, dtype=torch.float32), torch.ones(c.shape[:2], dtype=torch.bool)) for name, c in x.items()}
     xyz, valid = (y.clone() for y in clouds["random"])
     valid[0, 11:], valid[1, ::3] = False, False
@@ -106,12 +108,41 @@ def test_parts_and_spare_proposals_change_no_neighbour(backend: str, monkeypatch
 def test_large_clouds_take_the_tree_and_get_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.rand(1, 2500, 3)
     used = []
-    proposals = pointops._proposals
-    monkeypatch.setattr(pointops, "_pytorch3d", lambda: None)
-    monkeypatch.setattr(pointops, "_proposals", lambda *given: used.append(given[-1]) or proposals(*given))
+    by_tree = pointops._by_tree
+    monkeypatch.setattr(pointops, "_by_tree", lambda *given: used.append("tree") or by_tree(*given))
     by_default, plain = pointops.nearest(x, x, None, 5), pointops.nearest(x, x, None, 5, "torch")
     assert used == ["tree"]
     assert torch.equal(by_default[0], plain[0]) and torch.equal(by_default[1], plain[1])
+
+
+class Otherwise:
+    """pytorch3d's interface, with the last of equal distances instead of the first, and no promise after the last point."""
+
+    @staticmethod
+    def knn_points(query: Tensor, points: Tensor, lengths2: Tensor, K: int, return_sorted: bool) -> SimpleNamespace:
+        found = torch.full((*query.shape[:2], K), -1)
+        for b, n in enumerate(lengths2.tolist()):
+            distance = (query[b, :, None].double() - points[b, :n].double()).square().sum(-1)
+            near = n - 1 - distance.flip(1).argsort(dim=1, stable=True)[:, :K]
+            found[b, :, :near.shape[1]] = near.flip(1)
+        return SimpleNamespace(idx=found)
+
+    @staticmethod
+    def sample_farthest_points(points: Tensor, lengths: Tensor, K: int) -> tuple[Tensor, Tensor]:
+        chosen = torch.full((len(points), K), -1)
+        for b, n in enumerate(lengths.tolist()):
+            chosen[b, 0] = 0
+            for i in range(1, min(K, n)):
+                far = (points[b, :n, None] - points[b, chosen[b, :i]]).square().sum(-1).amin(1)
+                chosen[b, i] = n - 1 - far.flip(0).argmax()
+        return points, chosen
+
+
+def test_another_way_with_ties_is_put_right(cloud: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pointops, "_pytorch3d", lambda: Otherwise)
+    for what, operation in (((*cloud, 12), pointops.farthest_point_sampling), ((cloud[0], *cloud, 7), pointops.nearest)):
+        for got, expected in zip(operation(*what, "pytorch3d"), operation(*what, "torch"), strict=True):
+            assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
