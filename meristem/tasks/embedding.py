@@ -1,20 +1,22 @@
-"""Whole samples through an encoder, without augmentation."""
+"""Whole samples, and parts of them, through an encoder, without augmentation."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from meristem.errors import MeristemError
-from meristem.modalities.base import ViewSettings
+from meristem.modalities.base import Draw, Look, ViewSettings
 from meristem.platform.assembly import Assembly
-from meristem.platform.data.loader import whole
+from meristem.platform.data.loader import shown, whole
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
 from meristem.platform.evaluation.probes import Features
@@ -48,11 +50,101 @@ def over_looks(x: Tensor, recipe: Recipe) -> Tensor:
 
 
 def embed(assembly: Assembly, data: Data, rows: Sequence[Row], by: str = "encoder") -> np.ndarray:
-    """(n, D) float32: the summary that the recipe names, which is the one its pretraining trained; its mean over looks."""
+    """(n, D) float32: the summary that the recipe names, which is the one its pretraining trained; its mean over looks.
+
+    Of parts of samples: their tokens, multiplied element by element for a pair.
+    """
     recipe = assembly.recipe
-    parts = [over_looks(encoded.summary[recipe.summary].float(), recipe).cpu() for encoded in encode(assembly, data, rows, by)]
-    result: np.ndarray = torch.cat(parts).numpy()
+    if rows and rows[0].element >= 0:
+        product: np.ndarray = parts(assembly, data, rows, lambda encoded: encoded.tokens.float(), by).prod(1).numpy()
+        return product
+    some = [over_looks(encoded.summary[recipe.summary].float(), recipe).cpu() for encoded in encode(assembly, data, rows, by)]
+    result: np.ndarray = torch.cat(some).numpy()
     return result
+
+
+def parts(assembly: Assembly, data: Data, rows: Sequence[Row], of: Callable[[Encoded], Tensor], by: str = "encoder") -> Tensor:
+    """(n, 1, …), of pairs (n, 2, …), on the CPU: what `of` an encoding (B, N, …) of the plain look is at each row's element.
+
+    A sample that is larger than a look is encoded in windows that cover what is asked.
+    """
+    index = np.array([row.index for row in rows])
+    ends = np.array([(row.element, row.other) if row.other >= 0 else (row.element,) for row in rows])
+    place = np.zeros(ends.shape, int)
+    found: list[Tensor] = []
+    filled = 0
+    for sample in {row.index: row for row in rows}.values():
+        mine = index == sample.index
+        asked = np.unique(ends[mine])
+        place[mine] = np.searchsorted(asked, ends[mine]) + filled
+        filled += len(asked)
+        found.append(_encoded(assembly, data, sample, asked, of, by))
+    return torch.cat(found)[torch.from_numpy(place)]
+
+
+@torch.no_grad()
+def _encoded(assembly: Assembly, data: Data, row: Row, asked: np.ndarray, of: Callable[[Encoded], Tensor], by: str) -> Tensor:
+    """(n, …) for the elements `asked` (n,) of one sample, ascending."""
+    assembly.eval()
+    recipe, device = assembly.recipe, next(assembly.parameters()).device
+    options = plain(recipe).model_copy(update={"count": 1})
+    encoder, out = assembly.module(by, "encoder"), torch.empty(0)
+    tables = data.cache.tables(row.index)
+    header = replace(data.cache.header(row.index), tables=tables)
+    look = recipe.modality.draw(options, header, Look(0, 0, 0, "x"))
+    for draw, core in windows(look, header.shape[1], asked, tables):
+        view = recipe.modality.augment(shown(data.cache, row, recipe.modality, options, [draw]).to(device), options)
+        assert view.index is not None
+        read = of(encoder(assembly.tokenizer.stream(view).seen(recipe.encoder.sees)))[0].cpu()
+        place = np.zeros(header.shape[1], int)
+        place[view.index[0].cpu().numpy()] = np.arange(view.index.shape[1])
+        if not len(out):
+            out = read.new_empty(len(asked), *read.shape[1:])
+        out[np.searchsorted(asked, core)] = read[place[core]]
+    return out
+
+
+def windows(look: Draw, elements: int, asked: np.ndarray, tables: Mapping[str, np.ndarray]
+            ) -> Iterator[tuple[Draw, np.ndarray]]:
+    """(draw, elements it is for): the look itself where it shows all, else windows of its size that cover what is asked.
+
+    Half of a window is for what is asked, neighbours together; the rest is what lies around that, the nearest first.
+    """
+    size = look.shape[0]
+    if not look.index and size == elements:
+        yield look, asked
+        return
+    pairs = tables["pairs"]
+    graph = csr_matrix((np.ones(pairs.shape[1], np.int8), (pairs[0], pairs[1])), shape=(elements, elements))
+    waiting = np.zeros(elements, bool)
+    waiting[asked] = True
+    seeds = iter(asked)
+    while waiting.any():
+        core = np.empty(0, int)
+        while len(core) < max(size // 2, 1):
+            seed = next((s for s in seeds if waiting[s]), None)
+            if seed is None:
+                break
+            ball = _ball(graph, np.array([seed]), max(size // 2, 1) - len(core), waiting)
+            waiting[ball] = False
+            core = np.concatenate([core, ball])
+        index = tuple(np.sort(_ball(graph, core, size, np.ones(elements, bool))).tolist())
+        yield replace(look, start=(0,), size=(len(index),), shape=(len(index),), index=index), core
+
+
+def _ball(graph: csr_matrix, start: np.ndarray, size: int, allowed: np.ndarray) -> np.ndarray:
+    """Up to `size` elements, `start` and the allowed ones that can be reached from it, nearest first."""
+    free = allowed.copy()
+    free[start] = False
+    found, edge = [start], start
+    left = size - len(start)
+    while left > 0 and len(edge):
+        around = np.unique(graph[edge].indices)
+        edge = around[free[around]][:left]
+        free[edge] = False
+        found.append(edge)
+        left -= len(edge)
+    return np.concatenate(found)
 
 
 def features(assembly: Assembly, data: Data, rows: Sequence[Row], memory: float, directory: Path) -> Features:

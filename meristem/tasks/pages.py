@@ -133,7 +133,7 @@ def _picture(values: np.ndarray) -> np.ndarray:
 
 def timed(modality: Modality) -> bool:
     """Whether samples are sequences: their first axis is in seconds."""
-    return modality.axes[0].unit == "s" and len(modality.axes) == 3
+    return len(modality.axes) == 3 and modality.axes[0].unit == "s"
 
 
 def _thin(x: np.ndarray) -> np.ndarray:

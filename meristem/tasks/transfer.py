@@ -23,8 +23,11 @@ from meristem.errors import MeristemError, RecipeError
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
+from meristem.platform.data.splits import NAMES
 from meristem.platform.evaluation.leakage import audit
-from meristem.platform.evaluation.results import METADATA, QUERIES, Budget, Cell, Counts, Dataset, Results
+from meristem.platform.evaluation.metrics import LABELS
+from meristem.platform.evaluation.probes import FewShot
+from meristem.platform.evaluation.results import FEW, METADATA, QUERIES, Budget, Cell, Counts, Dataset, Results
 from meristem.platform.recipe import build
 from meristem.platform.training import checkpoint
 from meristem.platform.training.loop import first_rank
@@ -34,6 +37,7 @@ from meristem.tasks.probing import Frozen, Headers, probe
 from meristem.tasks.propagation import Carrying
 
 RETRIEVAL = "R@1"  # by which retrieval is compared
+ALONE = {"retrieval": RETRIEVAL, "few-shot": FEW}  # protocols with a metric of their own
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Arm:
 
     def takes(self, protocol: str) -> bool:
         """Without an encoder there is nothing to fine-tune and no token to attend to."""
-        return self.name != METADATA or protocol in ("linear", "knn", "retrieval")
+        return self.name != METADATA or protocol in ("linear", "svm", "knn", "few-shot", "retrieval")
 
 
 def arms(inits: Sequence[str]) -> list[Arm]:
@@ -98,12 +102,13 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
         raise RecipeError(f"{recipe.task.kind} has no protocol '{unfit[0]}'", f"Choose of {', '.join(offered)}.")
     if not learns and list(labels) != ["all"]:
         raise RecipeError(f"{recipe.task.kind} trains on no labels, so it has no label budgets", "Leave --labels out.")
-    if "retrieval" in protocols and len(protocols) > 1:
-        raise RecipeError(f"retrieval is scored by {RETRIEVAL}, the other protocols by {recipe.task.metric}",
+    alone = next((p for p in protocols if p in ALONE), None)
+    if alone and len(protocols) > 1:
+        raise RecipeError(f"{alone} is scored by {LABELS[ALONE[alone]]}, the other protocols by {recipe.task.metric}",
                           "Evaluate it into a directory of its own; `meristem report` puts several on one page.")
     scope = recipe.task.scope(data)
-    pool = recipe.task.labelled(data.rows("train")) if learns else []
-    test = recipe.task.labelled(data.rows("test"))
+    pool = recipe.task.cases(data, "train") if learns else []
+    test = recipe.task.cases(data, "test")
     if not test:
         raise MeristemError("there is no labelled test sample", "Check --split; 0,0,1 tests all.")
     if seeds < 1:
@@ -123,9 +128,9 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
             checkpoint.load_encoder(arm.init, recipe.assemble(scope.classes).encoder, recipe.modality, recipe.encoder.sees)
     cells: list[Cell] = []
     total = len(grid) * len(labels) * seeds
-    metric = RETRIEVAL if "retrieval" in protocols else recipe.task.metric
+    metric = ALONE[alone] if alone else recipe.task.metric
     drawn = [[choose(pool, budget, seed, data) for budget in labels] for seed in range(seeds)]
-    held = [*recipe.task.labelled(data.rows("val")), *test]
+    held = [*recipe.task.cases(data, "val"), *test]
     everyone = [row for of_seed in drawn for rows in of_seed for row in rows] + held
     pretrained = {arm: Frozen(recipe, data, arm.init, everyone, directory) for arm in contestants if arm.init is not None}
     for seed in range(seeds):  # seed by seed: an early stop leaves complete, comparable grids
@@ -217,15 +222,18 @@ def _results(recipe: TaskRecipe, data: Data, scope: Scope, contestants: Sequence
         found = checkpoint.read_card(arm.init)
         seen = found["seen"]
         leakage[arm.name] = audit(tested["subjects"], tested["contents"], seen["subjects"], seen["contents"],
-                                  trained["subjects"], trained["contents"], seen["key_id"] == tested["key_id"])
+                                  trained["subjects"], trained["contents"], seen["key_id"] == tested["key_id"],
+                                  recipe.task.spoiled(recipe, found["recipe"]))
         pretraining[arm.name] = {"recipe": found["recipe"]["name"], "follows": found["recipe"]["follows"],
                                  "recipe hash": found["recipe_hash"], "steps": found["step"], "samples": len(seen["contents"]),
                                  "subjects": len(seen["subjects"]), "data manifest": found["manifest"]}
-    splits = {name: Counts(subjects=len({r.subject for r in data.rows(name)}), cases=len(data.rows(name)))
-              for name in ("train", "val", "test")}
+    divided = {name: recipe.task.cases(data, name) if recipe.task.parts else data.rows(name) for name in NAMES}
+    splits = {name: Counts(subjects=len({r.subject for r in rows}), cases=len(rows)) for name, rows in divided.items()}
     settings: dict[str, Any] = {f"{recipe.name} (task)": recipe.record()}
     settings |= {f"{arm.name} (pretraining)": checkpoint.read_card(arm.init)["recipe"] for arm in contestants if arm.init}
-    kind, classes = ("retrieval", (QUERIES,)) if metric == RETRIEVAL else (recipe.task.kind, scope.scored)
+    kind: Any
+    kind, classes = {RETRIEVAL: ("retrieval", (QUERIES,)), FEW: (FEW, tuple(getattr(recipe.task, "few_shot", FewShot()).settings))
+                     }.get(metric, (recipe.task.kind, scope.scored))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return Results(task=recipe.name, kind=kind, metric=metric, classes=classes,
                    dataset=Dataset(name="the given data", manifest=data.manifest.hash, splits=splits,

@@ -130,15 +130,17 @@ class _Batches(Dataset[Batch | DataError]):
                  for look in range(settings.count)]
         return self.collate(name, settings, looks)
 
-    def collate(self, name: str, settings: ViewSettings, looks: Sequence[tuple[int, int, int, int]]) -> View:
-        """The view of some looks, each (manifest row, cursor, place in the batch, look)."""
+    def collate(self, name: str, settings: ViewSettings, looks: Sequence[tuple[int, int, int, int]],
+                given: Sequence[Draw] = ()) -> View:
+        """The view of some looks, each (manifest row, cursor, place in the batch, look). given: what each shows; else drawn."""
         arrays, affines, spacings, params, weights, drawn, links = [], [], [], [], [], [], []
         fields: dict[str, list[Tensor]] = {field: [] for field in self.fields}
         for (row, cursor), of_item in groupby(looks, key=lambda look: look[:2]):  # one reading serves all looks at a sample
             header = self.cache.header(row)
             if tables := self.cache.tables(row):
                 header = replace(header, tables=tables)
-            draws = [self.modality.draw(settings, header, Look(self.seed, cursor, look, name)) for *_, look in of_item]
+            draws = [given[look] if given else self.modality.draw(settings, header, Look(self.seed, cursor, look, name))
+                     for *_, look in of_item]
             for draw, window in zip(draws, self._windows(row, draws), strict=True):
                 arrays.append(self.modality.load(window, draw, interpolate=True))
                 affines.append(torch.from_numpy(affine(header, draw)))
@@ -183,6 +185,12 @@ def whole(cache: Cache, rows: Sequence[Row], modality: Modality, options: ViewSe
     """The looks at each row in order, as evaluation needs them; options should draw nothing at random."""
     batches = _Batches(cache, [r.index for r in rows], {}, modality, {"x": options}, (), 0, len(rows), 0, 1)
     return batches.collate("x", options, [(r.index, i, i, look) for i, r in enumerate(rows) for look in range(options.count)])
+
+
+def shown(cache: Cache, row: Row, modality: Modality, options: ViewSettings, draws: Sequence[Draw]) -> View:
+    """Looks at one row that were decided elsewhere."""
+    batches = _Batches(cache, [row.index], {}, modality, {"x": options}, (), 0, 1, 0, 1)
+    return batches.collate("x", options, [(row.index, 0, 0, look) for look in range(len(draws))], draws)
 
 
 def affine(header: Header, draw: Draw) -> np.ndarray:

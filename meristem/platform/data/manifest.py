@@ -32,7 +32,7 @@ class Row:
     '' when open. local: the true name relative to the data, for `data check` only. meta: other columns of a CSV; they may
     identify a person, so they are in no table. rank: place of the subject among all by true name, where a table names it.
     fold: of a declared cross-validation, the one that tests it; −1 where none is declared. element: number of the part of the
-    sample that is meant (a node), where a task counts parts; −1: all of it.
+    sample that is meant (a node), where a task counts parts; −1: all of it. other: that of the second of a pair of parts.
     """
 
     index: int
@@ -47,10 +47,22 @@ class Row:
     rank: int = 0
     fold: int = -1
     element: int = -1
+    other: int = -1
 
     @property
     def labelled(self) -> bool:
         return bool(self.fields or self.labels)
+
+    @property
+    def suffix(self) -> str:
+        """What tells a part from its sample, in names: `#3`, of a pair `#3-8`; '' of a whole sample."""
+        return "" if self.element < 0 else f"#{self.element}" + (f"-{self.other}" if self.other >= 0 else "")
+
+    def part(self, element: int, label: int, split: str, other: int = -1) -> Row:
+        """A row of its own for one labelled part of this sample, or for a pair of parts: a case and a subject in itself."""
+        row = replace(self, element=element, other=other, labels={"class": label}, fields={}, split=split)
+        local = f"{self.local}#{element:09d}" + (f"-{other:09d}" if other >= 0 else "")  # in the order of the numbers
+        return replace(row, case=self.case + row.suffix, subject=self.subject + row.suffix, local=local)
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,7 @@ class Manifest:
             root = lists.read(search, {path.resolve(): ""})
         elif path.name == "dataset.json" or (path / "dataset.json").is_file():
             search.described(root)
-        elif path.suffix.lower() == ".npz":
+        elif path.suffix.lower() == ".npz" and not search.suffix(path.name):
             search.arrays(path.resolve())
         elif path.is_file():
             search.layout = "file"
@@ -113,7 +125,7 @@ class Manifest:
         elif by_split := lists.of_splits(search, root):
             root = lists.read(search, by_split)
         else:
-            archives = [f for f in sorted(path.glob("*.npz")) if splits_of(f)]
+            archives = [f for f in sorted(path.glob("*.npz")) if not search.suffix(f.name) and splits_of(f)]
             if len(archives) == 1:
                 search.arrays(archives[0].resolve())
             else:

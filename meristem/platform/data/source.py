@@ -30,9 +30,9 @@ class Data:
         return [row for row in self.manifest.select(split, labelled) if row.index in self.cache]
 
     def identities(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Keyed pseudonyms and content hashes, for the leakage audit."""
+        """Keyed pseudonyms and content hashes, for the leakage audit; of a part of a sample with its number behind a `#`."""
         return {"subjects": sorted({row.subject for row in rows}), "key_id": self.manifest.key_id,
-                "contents": sorted({self.cache.content(row.index) for row in rows})}
+                "contents": sorted({self.cache.content(row.index) + row.suffix for row in rows})}
 
 
 def open_data(path: Path, modality: Modality, split: str = "auto", cache: Path | None = None, quiet: bool = False,

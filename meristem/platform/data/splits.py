@@ -46,11 +46,16 @@ def divide(manifest: Manifest, split: str = "auto", seed: int = 0,
         chosen |= _declared(split, {s: {r.fold for r in subjects[s]} for s in open_})
     else:
         fractions = [0.0 if name in done and name != "train" else f for name, f in zip(NAMES, _fractions(split), strict=True)]
-        strata = _strata({s: subjects[s] for s in open_}, volumes)
-        order = [s for stratum in sorted(strata) for s in _shuffled(strata[stratum], seed, f"split {stratum}")]
-        quota = _quota(len(order), fractions)
-        chosen |= dict(zip(order, (NAMES[i] for i in _spread(quota)), strict=True))
+        chosen |= drawn([row for s in open_ for row in subjects[s]], fractions, seed, volumes)
     return manifest.with_splits({r.index: chosen[r.subject] for r in manifest.rows})
+
+
+def drawn(rows: Sequence[Row], fractions: Sequence[float], seed: int = 0, volumes: Mapping[int, float] | None = None
+          ) -> dict[str, str]:
+    """subject -> train, val or test, at random in these proportions; stratified as `divide`."""
+    strata = _strata(_by_subject(rows), volumes)
+    order = [s for stratum in sorted(strata) for s in _shuffled(strata[stratum], seed, f"split {stratum}")]
+    return dict(zip(order, (NAMES[i] for i in _spread(_quota(len(order), fractions))), strict=True))
 
 
 def budget(rows: Sequence[Row], amount: int | float, seed: int = 0, volumes: Mapping[int, float] | None = None) -> list[Row]:

@@ -28,11 +28,12 @@ class Leakage(BaseModel):
 
 def audit(test_subjects: Iterable[str], test_contents: Iterable[str], seen_subjects: Iterable[str] | None,
           seen_contents: Iterable[str] | None, labelled_subjects: Iterable[str] = (), labelled_contents: Iterable[str] = (),
-          same_key: bool = True) -> Leakage:
+          same_key: bool = True, spoiled: str = "") -> Leakage:
     """Compare the test set with the pretraining set (`seen`; None: not recorded) and with the labelled training set.
 
-    Subjects are pseudonyms, contents are hashes. same_key: both manifests made their pseudonyms with one key; otherwise
-    subjects of pretraining cannot be compared, and only contents are.
+    Subjects are pseudonyms, contents are hashes; `x#3` is part 3 of x, and was met where any of x was. same_key: both manifests
+    made their pseudonyms with one key; otherwise subjects of pretraining cannot be compared, and only contents are. spoiled:
+    what else makes a test sample known that was met in pretraining.
     """
     subjects, contents = set(test_subjects), set(test_contents)
     size = f"{_count(subjects, 'test subject')}, {_count(contents, 'test image')}"
@@ -51,9 +52,17 @@ def audit(test_subjects: Iterable[str], test_contents: Iterable[str], seen_subje
         return result("unknown", (set(), set()),
                       f"Unknown: the weights do not record what they were pretrained on, so overlap with the test set ({size}) "
                       "cannot be excluded.")
-    met = subjects & set(seen_subjects) if same_key else set[str](), contents & set(seen_contents)
+    met = _within(subjects, seen_subjects) if same_key else set[str](), _within(contents, seen_contents)
     basis = "by subject and by content hash" if same_key else \
         "by content hash only: the two manifests made their pseudonyms with different keys, so subjects could not be compared"
+    if any(met) and spoiled:
+        return result("contaminated", met, f"Contaminated: {spoiled} ({size}). The figures here do not measure generalisation.")
+    if beside := _within(contents, labelled_contents):
+        how = "in pretraining and beside labelled parts" if any(met) else "beside labelled parts, not in pretraining"
+        return result("transductive", (subjects, beside),
+                      f"Transductive by nature: all that is tested is part of samples that were met without its labels, {how} "
+                      f"({_count(subjects, 'test case')} in {_count({*map(_whole, contents)}, 'sample')}; compared {basis}). "
+                      "The gain may not carry over to new samples.")
     if any(met):
         return result("transductive", met,
                       f"Transductive: {_count(met[0], 'subject')} and {_count(met[1], 'image')} of the test set were seen in "
@@ -61,6 +70,16 @@ def audit(test_subjects: Iterable[str], test_contents: Iterable[str], seen_subje
     verdict: Literal["clean", "unknown"] = "clean" if same_key else "unknown"
     return result(verdict, met,
                   f"{verdict.capitalize()}: none of the test set was met in pretraining ({size}; compared {basis}).")
+
+
+def _whole(name: str) -> str:
+    return name.partition("#")[0]
+
+
+def _within(names: set[str], others: Iterable[str]) -> set[str]:
+    """Those that are of a sample that is, or has a part, among the others."""
+    known = {_whole(other) for other in others}
+    return {name for name in names if _whole(name) in known}
 
 
 def _count(of: set[str], what: str) -> str:
