@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from meristem.platform.assembly import Assembly
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
 from meristem.platform.evaluation.metrics import set_metrics
-from meristem.platform.evaluation.probes import KNN, Attentive, Linear
+from meristem.platform.evaluation.probes import KNN, SVM, Attentive, FewShot, Linear
 from meristem.platform.evaluation.results import Case
 from meristem.platform.objectives import Encoded, Loss
 from meristem.platform.pooling import AttentivePool
@@ -99,17 +99,25 @@ class Classifying(TaskSettings):
     """What classifications of samples and of their parts share.
 
     metric: by which arms are compared. batch_norm: before the linear layer, without parameters (He et al. 2022, linear
-    probing). smoothing: of labels. knn, linear: probes of the frozen encoder, which `evaluate` runs.
+    probing). smoothing: of labels. knn, linear, svm, few_shot: probes of the frozen encoder, which `evaluate` runs. features:
+    summaries that they see side by side, e.g. [mean, max]; none: the recipe's.
     """
 
     kind = "classification"
-    protocols = ("finetune", "linear", "knn", "retrieval")
+    protocols: ClassVar[tuple[str, ...]] = ("finetune", "linear", "svm", "knn", "few-shot", "retrieval")
     metric: Literal["auroc", "auprc", "accuracy", "balanced_accuracy", "top5", "brier", "ece"] = "auroc"  # type: ignore[misc]
     batch_norm: bool = False
     dropout: Share = 0.0
     smoothing: Share = 0.0
     knn: KNN = KNN()
     linear: Linear = Linear()
+    svm: SVM = SVM()
+    few_shot: FewShot = FewShot()
+    features: tuple[Literal["cls", "mean", "max", "sum"], ...] = ()
+
+    def check(self, recipe: TaskRecipe) -> list[str]:
+        lacking = sorted(set(self.features) - recipe.encoder.provides)
+        return [f"features: this encoder has no {' or '.join(lacking)} vector"] if lacking else []
 
     def labelled(self, rows: Sequence[Row]) -> list[Row]:
         return [row for row in rows if "class" in row.labels]
@@ -124,14 +132,14 @@ class Classifying(TaskSettings):
 class Classification(Classifying):
     """Of whole samples. pool: auto is the summary that pretraining trained (the recipe's `summary`). attentive: a probe too."""
 
-    protocols = ("finetune", "attentive", "linear", "knn", "retrieval")
+    protocols = ("finetune", "attentive", "linear", "svm", "knn", "few-shot", "retrieval")
     pool: Literal["auto", "cls", "mean", "attention"] = "auto"
     attentive: Attentive = Attentive()
 
     def check(self, recipe: TaskRecipe) -> list[str]:
         if self.pool == "cls" and "cls" not in recipe.encoder.provides:
-            return ["pool: cls needs an encoder with a class token; use auto, mean or attention"]
-        return []
+            return [*super().check(recipe), "pool: cls needs an encoder with a class token; use auto, mean or attention"]
+        return super().check(recipe)
 
     def scope(self, data: Data) -> Scope:
         names = data.manifest.class_names

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from meristem.errors import MeristemError
-from meristem.modalities.base import Draw, Look, ViewSettings
+from meristem.modalities.base import Draw, ViewSettings
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.loader import shown, whole
 from meristem.platform.data.manifest import Row
@@ -49,16 +48,19 @@ def over_looks(x: Tensor, recipe: Recipe) -> Tensor:
     return x.unflatten(0, (-1, plain(recipe).count)).mean(1)
 
 
-def embed(assembly: Assembly, data: Data, rows: Sequence[Row], by: str = "encoder") -> np.ndarray:
+def embed(assembly: Assembly, data: Data, rows: Sequence[Row], by: str = "encoder", summaries: Sequence[str] = ()
+          ) -> np.ndarray:
     """(n, D) float32: the summary that the recipe names, which is the one its pretraining trained; its mean over looks.
 
-    Of parts of samples: their tokens, multiplied element by element for a pair.
+    summaries: others instead, side by side. Of parts of samples: their tokens, multiplied element by element for a pair.
     """
     recipe = assembly.recipe
     if rows and rows[0].element >= 0:
         product: np.ndarray = parts(assembly, data, rows, lambda encoded: encoded.tokens.float(), by).prod(1).numpy()
         return product
-    some = [over_looks(encoded.summary[recipe.summary].float(), recipe).cpu() for encoded in encode(assembly, data, rows, by)]
+    names = tuple(summaries) or (recipe.summary,)
+    some = [over_looks(torch.cat([encoded.summary[name].float() for name in names], 1), recipe).cpu()
+            for encoded in encode(assembly, data, rows, by)]
     result: np.ndarray = torch.cat(some).numpy()
     return result
 
@@ -90,13 +92,14 @@ def _encoded(assembly: Assembly, data: Data, row: Row, asked: np.ndarray, of: Ca
     options = plain(recipe).model_copy(update={"count": 1})
     encoder, out = assembly.module(by, "encoder"), torch.empty(0)
     tables = data.cache.tables(row.index)
-    header = replace(data.cache.header(row.index), tables=tables)
-    look = recipe.modality.draw(options, header, Look(0, 0, 0, "x"))
-    for draw, core in windows(look, header.shape[1], asked, tables):
+    elements = data.cache.header(row.index).shape[1]
+    (size,) = options.size  # type: ignore[attr-defined]
+    for index, core in windows(elements, size, asked, tables):
+        draw = Draw((0,), (len(index) or elements,), (len(index) or elements,), index=index)
         view = recipe.modality.augment(shown(data.cache, row, recipe.modality, options, [draw]).to(device), options)
         assert view.index is not None
         read = of(encoder(assembly.tokenizer.stream(view).seen(recipe.encoder.sees)))[0].cpu()
-        place = np.zeros(header.shape[1], int)
+        place = np.zeros(elements, int)
         place[view.index[0].cpu().numpy()] = np.arange(view.index.shape[1])
         if not len(out):
             out = read.new_empty(len(asked), *read.shape[1:])
@@ -104,15 +107,14 @@ def _encoded(assembly: Assembly, data: Data, row: Row, asked: np.ndarray, of: Ca
     return out
 
 
-def windows(look: Draw, elements: int, asked: np.ndarray, tables: Mapping[str, np.ndarray]
-            ) -> Iterator[tuple[Draw, np.ndarray]]:
-    """(draw, elements it is for): the look itself where it shows all, else windows of its size that cover what is asked.
+def windows(elements: int, size: int, asked: np.ndarray, tables: Mapping[str, np.ndarray]
+            ) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """(elements of a window, those that it is for): windows of at most `size` that cover what is asked; () for the whole.
 
     Half of a window is for what is asked, neighbours together; the rest is what lies around that, the nearest first.
     """
-    size = look.shape[0]
-    if not look.index and size == elements:
-        yield look, asked
+    if elements <= size:
+        yield (), asked
         return
     pairs = tables["pairs"]
     graph = csr_matrix((np.ones(pairs.shape[1], np.int8), (pairs[0], pairs[1])), shape=(elements, elements))
@@ -128,8 +130,7 @@ def windows(look: Draw, elements: int, asked: np.ndarray, tables: Mapping[str, n
             ball = _ball(graph, np.array([seed]), max(size // 2, 1) - len(core), waiting)
             waiting[ball] = False
             core = np.concatenate([core, ball])
-        index = tuple(np.sort(_ball(graph, core, size, np.ones(elements, bool))).tolist())
-        yield replace(look, start=(0,), size=(len(index),), shape=(len(index),), index=index), core
+        yield tuple(np.sort(_ball(graph, core, size, np.ones(elements, bool))).tolist()), core
 
 
 def _ball(graph: csr_matrix, start: np.ndarray, size: int, allowed: np.ndarray) -> np.ndarray:

@@ -19,8 +19,8 @@ from meristem.platform.data.loader import loader
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
 from meristem.platform.data.splits import NAMES, budget
-from meristem.platform.evaluation.metrics import set_metrics
-from meristem.platform.evaluation.results import METADATA, QUERIES, Case
+from meristem.platform.evaluation.metrics import means, set_metrics
+from meristem.platform.evaluation.results import METADATA, QUERIES, SHAPES, Case
 from meristem.platform.recipe import build, override, read
 from meristem.platform.training import checkpoint
 from meristem.platform.training.loop import Outcome, first_rank, launch, train
@@ -81,7 +81,7 @@ def choose(rows: Sequence[Row], labels: str | int | float, seed: int, data: Data
     assert not isinstance(amount, str)
     if not math.isfinite(amount):
         raise RecipeError(f"a label budget is a count, a fraction or all; got '{labels}'", "E.g. --labels 10")
-    volumes = {row.index: data.cache.volume(row.index) for row in rows if "mask" in data.cache.fields(row.index)}
+    volumes = {row.index: data.cache.volume(row.index) for row in rows if "mask" in row.fields}
     return budget(rows, amount, seed, volumes)
 
 
@@ -102,8 +102,10 @@ def tune(recipe: TaskRecipe, data: Data, rows: Sequence[Row], scope: Scope, init
         if not quiet and fabric.global_rank == 0:
             print(f"{title}  {load.line()}", file=sys.stderr)
 
+    samples = objective(assembly).learn_from(data, rows)
+
     def batches(first: int, rank: int, world: int) -> Any:
-        return iter(loader(data.cache, rows, recipe, fields=recipe.task.fields, start=first, steps=recipe.train.steps,
+        return iter(loader(data.cache, samples, recipe, fields=recipe.task.fields, start=first, steps=recipe.train.steps,
                            rank=rank, world=world, workers=recipe.train.workers))
 
     own = {**card(recipe, data, _seen(data.identities(rows), init), "fine-tuned"), "classes": list(scope.values.values()),
@@ -138,12 +140,9 @@ def mean_scores(cases: Sequence[Case]) -> dict[str, Any]:
         probabilities = np.array([case.probabilities for case in cases])
         scores = {name: float(metric(target, probabilities)) for name, metric in set_metrics(probabilities.shape[1]).items()}
         return {name: round(v, 6) if math.isfinite(v) else None for name, v in scores.items()}
-    scores = {}
-    for name in cases[0].metrics:
-        per_class = {c: float(np.mean([case.metrics[name][c] for case in cases])) for c in cases[0].metrics[name]}
-        scores |= {name: round(float(np.mean(list(per_class.values()))), 6),
-                   **{f"{name}/{c}": round(v, 6) for c, v in per_class.items() if c != QUERIES}}
-    return scores
+    found = means([case.metrics for case in cases], [case.category for case in cases])
+    return {f"{name}/{c}" if c else name: round(v, 6) for name, values in found.items() for c, v in values.items()
+            if c not in (QUERIES, SHAPES)}
 
 
 def finetune(recipe: TaskRecipe, data: Data, directory: Path, *, init: Path | None, labels: str = "all",
@@ -162,8 +161,8 @@ def finetune(recipe: TaskRecipe, data: Data, directory: Path, *, init: Path | No
     unknown = set(train_on) - set(NAMES)
     if unknown:
         raise RecipeError(f"there is no split '{min(unknown)}' to train on", f"Name splits of {', '.join(NAMES)}.")
-    rows = choose(recipe.task.labelled(data.rows(tuple(train_on))), labels, recipe.train.seed, data)
-    test = recipe.task.labelled(data.rows("test")) if "test" not in train_on else []
+    rows = choose(recipe.task.cases(data, tuple(train_on)), labels, recipe.train.seed, data)
+    test = recipe.task.cases(data, "test") if "test" not in train_on else []
     tuned = tune(recipe, data, rows, scope, init, f"{recipe.name} {recipe.modality.name}", directory=directory, resume=resume,
                  quiet=quiet)
     cases = [] if tuned.outcome.stopped else score(tuned.outcome.assembly, data, test, scope, keep)

@@ -124,7 +124,7 @@ class PointObjective(TaskObjective):
 
     def test(self, assembly: Assembly, data: Data, rows: Sequence[Row], scope: Scope, keep: Keep | None = None) -> list[Case]:
         assembly.eval()
-        parts = self.settings.parts(data)
+        parts = self.settings.allowed(data)
         cases = []
         for row in (row for row in rows if any(value >= 0 for value in data.cache.counts(row.index))):
             allowed = parts.get(row.labels.get("class", -1), ())
@@ -138,7 +138,7 @@ class PointObjective(TaskObjective):
     def write(self, assembly: Assembly, data: Data, rows: Sequence[Row], scope: Scope, out: Path) -> list[Path]:
         """A label for each point of the source file, in a file of its name (`segmentation.places`)."""
         assembly.eval()
-        parts = self.settings.parts(data)
+        parts = self.settings.allowed(data)
         written = []
         for row, place in zip(rows, places(rows, data), strict=True):
             path = out / place
@@ -209,7 +209,7 @@ class PointSettings(TaskSettings):
     def labelled(self, rows: Sequence[Row]) -> list[Row]:
         return [row for row in rows if "mask" in row.fields]
 
-    def parts(self, data: Data) -> Mapping[int, tuple[int, ...]]:
+    def allowed(self, data: Data) -> Mapping[int, tuple[int, ...]]:
         """Class -> the values that its points can have, where classes differ in that."""
         return {}
 
@@ -244,7 +244,7 @@ class PartSegmentation(PointSettings):
                               f"Set task.parts.categories={known}.")
         return Scope(label_values(data, self.labelled(data.rows())), (SHAPES,), data.modality.axes[0].unit)
 
-    def parts(self, data: Data) -> Mapping[int, tuple[int, ...]]:
+    def allowed(self, data: Data) -> Mapping[int, tuple[int, ...]]:
         found: dict[int, set[int]] = {}
         for row in self.labelled(data.rows()):
             found.setdefault(row.labels.get("class", -1), set()).update(v for v in data.cache.counts(row.index) if v >= 0)

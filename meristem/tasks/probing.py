@@ -12,11 +12,11 @@ import torch
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
-from meristem.platform.evaluation.probes import AttentiveClassifier, Features, Split, Tokens, retrieve
-from meristem.platform.evaluation.results import QUERIES, Budget, Case
+from meristem.platform.evaluation.probes import KNN, SVM, AttentiveClassifier, Features, Linear, Split, Tokens, retrieve
+from meristem.platform.evaluation.results import FEW, QUERIES, Budget, Case
 from meristem.platform.training import checkpoint
 from meristem.tasks.base import TaskRecipe
-from meristem.tasks.classification import Classification
+from meristem.tasks.classification import Classification, Classifying
 from meristem.tasks.embedding import embed, facts, features
 
 UNTRAINED = Budget(steps=0, batch=0, trainable=0, seconds=0.0)
@@ -30,8 +30,8 @@ class Frozen:
 
     def __init__(self, recipe: TaskRecipe, data: Data, init: Path | None, rows: Sequence[Row], directory: Path) -> None:
         self.recipe, self.data, self.init, self.directory = recipe, data, init, directory
-        self.rows = list({row.index: row for row in rows}.values())
-        self._embedded: dict[int, np.ndarray] = {}
+        self.rows = list({_key(row): row for row in rows}.values())
+        self._embedded: dict[tuple[int, int, int], np.ndarray] = {}
 
     def _assembly(self) -> Assembly:
         torch.manual_seed(self.recipe.train.seed)
@@ -40,12 +40,17 @@ class Frozen:
             checkpoint.load_encoder(self.init, assembly.encoder, self.recipe.modality, self.recipe.encoder.sees)
         return assembly.cuda() if torch.cuda.is_available() else assembly
 
+    def _embed(self, rows: Sequence[Row]) -> np.ndarray:
+        task = self.recipe.task
+        assert isinstance(task, Classifying)
+        return embed(self._assembly(), self.data, rows, summaries=task.features)
+
     def vectors(self, rows: Sequence[Row]) -> np.ndarray:
         """(n, D)."""
-        missing = [row for row in rows if row.index not in self._embedded]
-        if missing:
-            self._embedded.update(zip((row.index for row in missing), embed(self._assembly(), self.data, missing), strict=True))
-        return np.stack([self._embedded[row.index] for row in rows])
+        if any(_key(row) not in self._embedded for row in rows):
+            known = {_key(row): row for row in (*self.rows, *rows) if _key(row) not in self._embedded}
+            self._embedded.update(zip(known, self._embed(list(known.values())), strict=True))
+        return np.stack([self._embedded[_key(row)] for row in rows])
 
     @cached_property
     def _features(self) -> Features:
@@ -54,8 +59,8 @@ class Frozen:
         return features(self._assembly(), self.data, self.rows, task.attentive.memory, self.directory)
 
     def tokens(self, rows: Sequence[Row]) -> Tokens:
-        place = {row.index: i for i, row in enumerate(self.rows)}
-        return Tokens(self._features, np.array([place[row.index] for row in rows]), targets(rows))
+        place = {_key(row): i for i, row in enumerate(self.rows)}
+        return Tokens(self._features, np.array([place[_key(row)] for row in rows]), targets(rows))
 
 
 class Headers(Frozen):
@@ -63,6 +68,10 @@ class Headers(Frozen):
 
     def vectors(self, rows: Sequence[Row]) -> np.ndarray:
         return facts(self.data, rows)
+
+
+def _key(row: Row) -> tuple[int, int, int]:
+    return row.index, row.element, row.other
 
 
 def targets(rows: Sequence[Row]) -> np.ndarray:
@@ -73,7 +82,7 @@ def probe(frozen: Frozen, protocol: str, rows: Sequence[Row], test: Sequence[Row
           seed: int) -> tuple[list[Case], dict[str, float], Budget]:
     """Cases of a protocol, what it picked on the validation split (the labelled rows, where there is none), and its cost."""
     task = frozen.recipe.task
-    assert isinstance(task, Classification)
+    assert isinstance(task, Classifying)
 
     def split(part: Sequence[Row]) -> Split:
         return Split(frozen.vectors(part), targets(part))
@@ -82,8 +91,13 @@ def probe(frozen: Frozen, protocol: str, rows: Sequence[Row], test: Sequence[Row
         scores = retrieve(split(rows), split(test))
         return [Case(case=row.case, subject=row.subject, metrics={name: {QUERIES: float(v[i])} for name, v in scores.items()})
                 for i, row in enumerate(test)], {}, UNTRAINED
-    validation, cost, chosen = task.labelled(frozen.data.rows("val")) or rows, UNTRAINED, {}
+    if protocol == "few-shot":
+        trials = task.few_shot(split(task.cases(frozen.data, "train")), split(test))
+        return [Case(case=f"trial {i}", subject=f"trial {i}", metrics={FEW: {name: float(v[i]) for name, v in trials.items()}})
+                for i in range(task.few_shot.trials)], {}, UNTRAINED
+    validation, cost, chosen = task.cases(frozen.data, "val") or rows, UNTRAINED, {}
     if protocol == "attentive":
+        assert isinstance(task, Classification)
         attentive = task.attentive
         train = frozen.tokens(rows)
         found = attentive(train, frozen.tokens(validation), frozen.tokens(test), classes, seed)
@@ -91,8 +105,8 @@ def probe(frozen: Frozen, protocol: str, rows: Sequence[Row], test: Sequence[Row
         size = sum(p.numel() for p in AttentiveClassifier(train.features.tokens.shape[-1], classes).parameters())
         cost = Budget(steps=attentive.steps, batch=attentive.batch, trainable=size, seconds=0.0)
     else:
-        shallow = task.knn if protocol == "knn" else task.linear
-        picked = shallow(split(rows), split(validation), frozen.vectors(test), classes)
+        shallow: dict[str, KNN | Linear | SVM] = {"knn": task.knn, "linear": task.linear, "svm": task.svm}
+        picked = shallow[protocol](split(rows), split(validation), frozen.vectors(test), classes)
         probabilities, chosen = picked.probabilities, {"k" if protocol == "knn" else "C": picked.chosen}
     return [Case(case=row.case, subject=row.subject, target=row.labels["class"], probabilities=tuple(p.tolist()))
             for row, p in zip(test, probabilities, strict=True)], chosen, cost

@@ -26,12 +26,12 @@ from meristem.platform.data.source import Data
 from meristem.platform.data.splits import NAMES
 from meristem.platform.evaluation.leakage import audit
 from meristem.platform.evaluation.metrics import LABELS
-from meristem.platform.evaluation.probes import FewShot
 from meristem.platform.evaluation.results import FEW, METADATA, QUERIES, Budget, Cell, Counts, Dataset, Results
 from meristem.platform.recipe import build
 from meristem.platform.training import checkpoint
 from meristem.platform.training.loop import first_rank
-from meristem.tasks.base import Scope, TaskRecipe
+from meristem.tasks.base import Scope, TaskRecipe, TaskSettings
+from meristem.tasks.classification import Classifying
 from meristem.tasks.finetune import SCRATCH, choose, mean_scores, score, tune
 from meristem.tasks.probing import Frozen, Headers, probe
 from meristem.tasks.propagation import Carrying
@@ -231,9 +231,7 @@ def _results(recipe: TaskRecipe, data: Data, scope: Scope, contestants: Sequence
     splits = {name: Counts(subjects=len({r.subject for r in rows}), cases=len(rows)) for name, rows in divided.items()}
     settings: dict[str, Any] = {f"{recipe.name} (task)": recipe.record()}
     settings |= {f"{arm.name} (pretraining)": checkpoint.read_card(arm.init)["recipe"] for arm in contestants if arm.init}
-    kind: Any
-    kind, classes = {RETRIEVAL: ("retrieval", (QUERIES,)), FEW: (FEW, tuple(getattr(recipe.task, "few_shot", FewShot()).settings))
-                     }.get(metric, (recipe.task.kind, scope.scored))
+    kind, classes = _scored(recipe.task, metric, scope)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return Results(task=recipe.name, kind=kind, metric=metric, classes=classes,
                    dataset=Dataset(name="the given data", manifest=data.manifest.hash, splits=splits,
@@ -241,6 +239,16 @@ def _results(recipe: TaskRecipe, data: Data, scope: Scope, contestants: Sequence
                    cells=tuple(cells), unit=scope.unit or "mm", tolerance=getattr(recipe.task, "tolerance", None),
                    pretraining=pretraining, leakage=leakage, versions=checkpoint.versions(), settings=settings,
                    cost={"device": device} | {f"pretraining of {a.name}": _cost(a.init) for a in contestants if a.init})
+
+
+def _scored(task: TaskSettings, metric: str, scope: Scope) -> tuple[Any, tuple[str, ...]]:
+    """`Results.kind` and `Results.classes` of what is compared by a metric."""
+    if metric == RETRIEVAL:
+        return "retrieval", (QUERIES,)
+    if metric == FEW:
+        assert isinstance(task, Classifying)
+        return "few-shot", tuple(task.few_shot.settings)
+    return task.kind, scope.scored
 
 
 def _cost(run: Path) -> str:

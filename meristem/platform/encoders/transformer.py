@@ -117,7 +117,7 @@ class TransformerSettings(EncoderSettings):
 
     @property
     def provides(self) -> frozenset[str]:
-        return frozenset({"mean", "layers", "attention"} | ({"cls"} if self.cls else set()))
+        return frozenset({"mean", "max", "layers", "attention"} | ({"cls"} if self.cls else set()))
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -162,6 +162,7 @@ class Transformer(Encoder):
         x = x[:, prefix:]
         weight = tokens.valid[..., None].to(x.dtype)
         summary["mean"] = (x * weight).sum(1) / weight.sum(1).clamp_min(1)
+        summary["max"] = x.masked_fill(~tokens.valid[..., None], torch.finfo(x.dtype).min).amax(1)
         return Encoded(x, summary, tokens.valid, index=keep, lattice=stream.lattice, attention=attention,
                        layers=None if layers is None else [layer[:, prefix:] for layer in layers])
 

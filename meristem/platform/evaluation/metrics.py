@@ -174,6 +174,29 @@ def ratio(above: Array, below: Array, pooled: bool = False) -> Array:
         return np.asarray(np.where(known, above / below, 0.0).sum(-1) / known.sum(-1))
 
 
+def means(cases: Sequence[Mapping[str, Mapping[str, float]]], categories: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of scored cases: metric -> {"": over all classes, class: of it alone}; `RATIOS` in place of their counts.
+
+    cases: metric -> class -> value. categories: of each case, for `BY_CATEGORY`. A class of which a set has none is left out.
+    """
+    classes = list(next(iter(cases[0].values())))
+    table = {name: np.array([[case[name][c] for c in classes] for case in cases]) for name in cases[0]}
+    member = (np.array(categories)[:, None] == np.unique(categories)).astype(float)
+    found: dict[str, dict[str, float]] = {}
+    if set(COUNTS) <= set(table):
+        sums = {name: table.pop(name).sum(0) for name in COUNTS}
+        for name, (above, below, pooled) in RATIOS.items():
+            each = {c: float(a / b) for c, a, b in zip(classes, sums[above], sums[below], strict=True) if b}
+            found[name] = {"": float(ratio(sums[above], sums[below], pooled)), **each}
+    for name, values in table.items():
+        one = ratio(member.T @ values.mean(1), member.sum(0)) if name in BY_CATEGORY else values.mean()
+        found[name] = {"": float(one), **dict(zip(classes, values.mean(0).tolist(), strict=True))}
+        if name == "few-shot":
+            found["few-shot SD"] = {"": float(values.mean(1).std(ddof=1)),
+                                    **dict(zip(classes, values.std(0, ddof=1).tolist(), strict=True))}
+    return found
+
+
 # Set metrics: target (n,) integers; probabilities (n, K) with optional weights (…, n) of the cases, as a bootstrap needs, or
 # (…, n, K) without weights, as a permutation test needs. All return (…).
 

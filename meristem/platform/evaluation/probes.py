@@ -1,4 +1,4 @@
-"""What a frozen encoder knows: nearest neighbours, a linear and an attentive classifier, retrieval.
+"""What a frozen encoder knows: nearest neighbours, linear, attentive and support vector classifiers, few shots, retrieval.
 
 What is tuned is tuned on validation, never on test.
 """
@@ -10,18 +10,21 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import Field
+from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.svm import SVC, LinearSVC
 from torch import Tensor, nn
 
-from meristem.errors import MeristemError
+from meristem.errors import MeristemError, RecipeError
 from meristem.modalities.base import Settings
 from meristem.platform.evaluation.metrics import RECALLS, brier
 from meristem.platform.pooling import AttentivePool, attend
@@ -125,6 +128,77 @@ class Linear(Settings):
         scores = {c: float(brier(validation.target, predict(m, validation.embedding))) for c, m in models.items()}
         best = _best(scores)
         return Probed(predict(models[best], test), best, scores)
+
+
+class SVM(Settings):
+    """A support vector machine on embeddings, as clouds (Pang et al. 2022, Point-MAE) and graphs (Hou et al. 2022) are probed.
+
+    kernel: linear (one class against the rest) or rbf (one against one, γ = 1 / (D · variance)). c: candidates for the inverse
+    penalty C; the best accuracy on validation wins, the stronger penalty on a tie. standardise: embeddings by the training
+    split. Probabilities are the softmax of decision values: their order is the machine's, their size means nothing.
+    """
+
+    kernel: Literal["linear", "rbf"] = "linear"
+    c: tuple[Annotated[float, Field(gt=0)], ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    standardise: bool = True
+    iterations: int = 20_000
+
+    def __call__(self, train: Split, validation: Split, test: Array, classes: int) -> Probed[float]:
+        models = {float(c): self.fit(train, c) for c in sorted(self.c)}
+        scores = {c: -float((self.predict(m, validation.embedding, classes).argmax(1) == validation.target).mean())
+                  for c, m in models.items()}
+        best = _best(scores)
+        return Probed(self.predict(models[best], test, classes), best, scores)
+
+    def fit(self, train: Split, c: float) -> Pipeline:
+        _several(train.target)
+        machine = LinearSVC(C=c, max_iter=self.iterations, random_state=0) if self.kernel == "linear" else SVC(C=c)
+        scale = StandardScaler() if self.standardise else FunctionTransformer()
+        return make_pipeline(scale, machine).fit(train.embedding, train.target)
+
+    def predict(self, model: Pipeline, embedding: Array, classes: int) -> Array:
+        """Probabilities (n, classes)."""
+        value = np.asarray(model.decision_function(embedding))
+        if value.ndim == 1:  # of two classes
+            value = np.stack([-value, value], 1)
+        p = np.zeros((len(embedding), classes))
+        p[:, model.classes_] = softmax(value, 1)
+        return p
+
+
+class FewShot(Settings):
+    """N ways, K shots (Sharma & Kaul 2020, as ModelNet40 is tested since) by a linear support vector machine on embeddings.
+
+    A trial draws `ways` classes, `shots` training samples and up to `queries` test samples of each; the same for every
+    encoder and seed. Every pair of ways and shots is tried. c: the machine's C, which so few samples cannot choose.
+    """
+
+    ways: tuple[Annotated[int, Field(ge=2)], ...] = (5, 10)
+    shots: tuple[Annotated[int, Field(ge=1)], ...] = (10, 20)
+    queries: Annotated[int, Field(ge=1)] = 20
+    trials: Annotated[int, Field(ge=2)] = 10
+    c: Annotated[float, Field(gt=0)] = 1.0
+
+    @property
+    def settings(self) -> dict[str, tuple[int, int]]:
+        """Name -> (ways, shots)."""
+        return {f"{n}-way {k}-shot": (n, k) for n, k in product(sorted(set(self.ways)), sorted(set(self.shots)))}
+
+    def __call__(self, train: Split, test: Split) -> dict[str, Array]:
+        """Accuracy of each trial (trials,), by setting. Raises RecipeError where too few classes have so many samples."""
+        return {name: np.array([self.trial(train, test, ways, shots, np.random.default_rng([ways, shots, i]))
+                                for i in range(self.trials)]) for name, (ways, shots) in self.settings.items()}
+
+    def trial(self, train: Split, test: Split, ways: int, shots: int, rng: np.random.Generator) -> float:
+        able = [c for c in np.unique(test.target) if (train.target == c).sum() >= shots]
+        if len(able) < ways:
+            raise RecipeError(f"{ways} ways, {shots} shots: {len(able)} classes have so many training samples and one to test",
+                              "Set few_shot.ways and few_shot.shots of the task to fewer.")
+        classes = rng.choice(able, ways, replace=False)
+        support = np.concatenate([rng.choice(np.flatnonzero(train.target == c), shots, replace=False) for c in classes])
+        query = np.concatenate([rng.permutation(np.flatnonzero(test.target == c))[:self.queries] for c in classes])
+        model = SVM(c=(self.c,)).fit(Split(train.embedding[support], train.target[support]), self.c)
+        return float((model.predict(test.embedding[query]) == test.target[query]).mean())
 
 
 class Attentive(Settings):

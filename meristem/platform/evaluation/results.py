@@ -356,6 +356,7 @@ PROTOCOLS = {"finetune": "fine-tuned", "attentive": "attentive probe", "linear":
 METADATA = "metadata"  # the arm that knows what a file's header says and no pixel
 MANY = 30  # classes, beyond which the areas under their curves take minutes to resample
 QUERIES = "queries"  # the one class of retrieval: all of them
+FEW = "few-shot"  # the metric of that protocol
 SHAPES = "shapes"  # the one class of part segmentation: all of them, whatever their parts
 
 
