@@ -230,10 +230,10 @@ def test_the_whole_job_pretrain_evaluate_report_and_resume(volume_folder: Path, 
 def test_probes_compare_with_a_random_encoder(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     embedded: list[tuple[int, int]] = []
 
-    def counted(assembly: Assembly, data: Data, rows: list[Row]) -> np.ndarray:
+    def counted(assembly: Assembly, data: Data, rows: list[Row], summaries: tuple[str, ...]) -> np.ndarray:
         weights = hash(assembly.encoder.state_dict()["cls"].numpy().tobytes())
         embedded.extend((weights, row.index) for row in rows)
-        return embed(assembly, data, rows)
+        return embed(assembly, data, rows, summaries=summaries)
 
     monkeypatch.setattr(probing, "embed", counted)
     quick = [*QUICK, "encoder={transformer: {width: 32, depth: 2, heads: 2}}", "train.steps=3"]
