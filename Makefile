@@ -25,6 +25,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/visible_only.py
 	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/video.py
+	$(BIN)/python benchmarks/points.py
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -2,8 +2,8 @@
 
 Rows of a batch never influence each other, and padding changes nothing: a row of a padded batch gives the bits that it gives
 alone. Distances are squared Euclidean, float32, summed from the differences of coordinates; of equal distances the lowest index
-comes first. pytorch3d (where importable) and scipy's k-d tree only propose neighbours: what they propose is ranked again by
-those distances, and where they cannot be sure all points are, so that every backend gives the same answer.
+comes first. pytorch3d (on a GPU, where importable) and scipy's k-d tree (on a CPU) only propose: what they propose is ranked
+again by those distances, and where that settles nothing all points are, so that every backend gives the same answer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 Backend = Literal["torch", "tree", "pytorch3d"]
 
 _KEYS = 2**23  # pairs of points that are compared at a time
-_TREE = 2**22  # pairs of one row from which a k-d tree is worth its building (benchmarks/points.py)
+_TREE = 2**16  # pairs of one row from which a k-d tree is worth its building on a CPU (benchmarks/points.py)
 _SPARE = 8  # neighbours beyond k that a backend proposes, so that rounding cannot lose one of the k
 _MARGIN = 1e-5  # relative; rounding moves a squared distance by less than 1e-6
 _FIXED_POINT = 40  # bits of a coordinate in exact sums, which leaves room for 2²² of them
@@ -26,11 +26,13 @@ _FIXED_POINT = 40  # bits of a coordinate in exact sums, which leaves room for 2
 
 @cache
 def _pytorch3d() -> Any:
-    """pytorch3d's operations, None where it is not installed or does not fit this torch."""
+    """pytorch3d's operations, None where it is not installed, does not fit this torch, or was built without the GPU."""
     try:
-        from pytorch3d import _C as _  # noqa: F401  # a build for another torch fails here
         from pytorch3d import ops
-    except ImportError:
+
+        point = torch.zeros(1, 1, 3, device="cuda" if torch.cuda.is_available() else "cpu")
+        ops.knn_points(point, point)
+    except (ImportError, RuntimeError):
         return None
     return ops
 
@@ -112,7 +114,7 @@ def nearest(query: Tensor, points: Tensor, valid: Tensor | None, k: int,
     """The k nearest of points (B, N, 3) to each of query (B, M, 3); those that are not `valid` (B, N) are no one's neighbours.
 
     Returns squared distances and indices (B, M, k), nearest first. Where there are fewer than k, the remaining places have
-    distance inf and repeat the nearest. backend None: a k-d tree for many points on a CPU, else pytorch3d where importable.
+    distance inf and repeat the nearest. backend None: pytorch3d on a GPU where importable, a k-d tree for many points on a CPU.
     Not differentiable: gather the points again for that.
     """
     query, points = query.detach().float(), points.detach().float()
@@ -120,8 +122,9 @@ def nearest(query: Tensor, points: Tensor, valid: Tensor | None, k: int,
         valid = torch.ones_like(points[..., 0], dtype=torch.bool)
     m, n = query.shape[1], points.shape[1]
     if backend is None:
-        large = query.device.type == "cpu" and m * n >= _TREE
-        backend = "tree" if large else "pytorch3d" if _pytorch3d() else "torch"
+        backend = "pytorch3d" if query.is_cuda and _pytorch3d() else "torch"
+        if query.device.type == "cpu" and m * n >= _TREE:
+            backend = "tree"
     finite = backend == "torch" or bool((points.isfinite().all(-1) | ~valid).all() & query.isfinite().all())
     find = _compared if backend == "torch" or not finite else partial(_proposed, backend=backend)
     distance, index = find(query, points, valid, min(k, n))
