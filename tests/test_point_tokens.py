@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -238,6 +239,20 @@ def test_hidden_tokens_are_not_embedded(tokens: str) -> None:
     assert embedded == [len(stream) // 4]
 
 
+@pytest.mark.parametrize("tokens", KINDS)
+def test_an_encoder_says_the_same_of_a_cloud_alone_and_beside_a_larger_one(tokens: str) -> None:
+    t = tokenizer(tokens=tokens, count=16)
+    encoder = TransformerSettings(width=32, depth=2, heads=2).build(t, Points(PointsOptions()).axes, 3).eval()
+    cloud, sees = blob(0, 13), frozenset({"position"})
+    alone = encoder(t.stream(view_of(cloud)).seen(sees))
+    together = encoder(t.stream(view_of(cloud, blob(1, 90), padding=7)).seen(sees))
+    k = int(alone.valid.sum())
+    assert int(together.valid[0].sum()) == k
+    torch.testing.assert_close(together.tokens[0, :k], alone.tokens[0, :k], rtol=1e-4, atol=1e-5)
+    for name, summary in alone.summary.items():
+        torch.testing.assert_close(together.summary[name][0], summary[0], rtol=1e-4, atol=1e-5)
+
+
 class Largest(TorchDispatchMode):
     """Elements of the largest tensor that any operation makes."""
 
@@ -259,3 +274,20 @@ def test_a_million_points_need_memory_for_a_million_points() -> None:
         stream = points.tokenizer().stream(view)
     assert len(stream) == math.ceil(n / 32) and bool(stream.valid.all())
     assert largest.elements <= 3.01 * n
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("tokens", KINDS)
+def test_the_parts_of_shapes_survive_their_tokens(data_root: Path, tokens: str) -> None:
+    folders = sorted(f for f in (data_root / "psb-labeled-points").iterdir() if f.is_dir())
+    files = [next(iter(sorted(folder.glob("*.npz")))) for folder in folders]
+    assert len(files) == 19
+    shapes = [dict(np.load(file)) for file in files]
+    clouds = [x["points"] - x["points"].mean(0) for x in shapes]
+    view = view_of(*(x / np.linalg.norm(x, axis=1).max() for x in clouds))
+    view.fields["part"] = torch.from_numpy(np.stack([x["part"] for x in shapes]).astype(np.int64))
+    t = tokenizer(tokens=tokens, count=128, size=16, cell=0.02)
+    stream = t.stream(view)
+    said = torch.nn.functional.one_hot(stream.kind["part"], int(view.fields["part"].max()) + 1).float()
+    told = t.spread(said, stream, view).argmax(-1)
+    assert (told == view.fields["part"]).float().mean() > 0.9

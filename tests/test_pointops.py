@@ -281,3 +281,17 @@ def test_a_coarser_curve_is_a_finer_one_by_whole_blocks() -> None:
     block = dict(zip(map(tuple, (cells >> 13).tolist()), place, strict=True))
     assert len(set(block.values())) == len(block) == 512
     assert [block[tuple(c)] for c in (cells >> 13).tolist()] == place
+
+
+# ---- GPU
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_bits_of_a_cpu(cloud: tuple[Tensor, Tensor]) -> None:
+    xyz, valid = cloud
+    for operation, what in ((pointops.farthest_point_sampling, (xyz, valid, 9)), (pointops.nearest, (xyz, xyz, valid, 7))):
+        for name in (None, "torch"):
+            here = operation(*what, backend="torch")
+            there = operation(*(x.cuda() if isinstance(x, Tensor) else x for x in what), backend=name)
+            assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there, strict=True))
+    cells = torch.randint(0, 1 << 16, (1000, 3))
+    assert torch.equal(pointops.hilbert(cells, 16), pointops.hilbert(cells.cuda(), 16).cpu())
