@@ -20,14 +20,16 @@ SAMPLES, CLASSES = 2, 2  # of the made batch: enough for contrast and for batch 
 
 
 def noise(recipe: Recipe) -> Batch:
-    """A batch of noise in the shape of a recipe's views, with labels of two classes."""
+    """A batch of noise in the shape of a recipe's views, with labels and companions of two classes."""
     items = Items(torch.arange(SAMPLES), torch.arange(SAMPLES), {"class": torch.arange(SAMPLES) % CLASSES})
     views = {}
     for name, options in recipe.views.items():
         size: tuple[int, ...] = tuple(options.size)  # type: ignore[attr-defined]
-        view = recipe.modality.example(size, Rng.of(0, torch.arange(SAMPLES * options.count), name))
+        rng = Rng.of(0, torch.arange(SAMPLES * options.count), name)
+        view = recipe.modality.example(size, rng)
+        companions = {field: rng.integers(field, CLASSES, *view.array.shape[2:]) for field in recipe.reads}
         views[name] = replace(view, name=name, item=torch.arange(SAMPLES).repeat_interleave(options.count),
-                              look=torch.arange(options.count).repeat(SAMPLES))
+                              look=torch.arange(options.count).repeat(SAMPLES), fields=view.fields | companions)
     return Batch(items, views)
 
 
