@@ -41,7 +41,7 @@ class PointTokenizer(Tokenizer):
     `groups`: the position of a token is that of its centre. There are fewer than `count` where the cloud has fewer distinct
     points. `serial`: runs along a Hilbert curve on cubic cells from the cloud's lowest corner (larger than `cell` where 2^16
     of them do not span the cloud); the position is the mean of the run; every point of the view is in one token.
-    A token with fewer points than `size` repeats one of them, with weight 0.
+    A token with fewer points than `size` repeats one of them, with weight 0. There is no lattice to fold tokens to.
     kind: `place` (the stored element) and each field of whole numbers but the mask, at the centre or the middle of the run; −1
     where a token is padding. aux: `points` (B, N, size), which points of the view a token holds.
     """
@@ -102,13 +102,11 @@ class PointTokenizer(Tokenizer):
             assert stream.position is not None
             return pointops.interpolate(xyz, stream.position, tokens, stream.valid)
         assert stream.weight is not None
-        rows, number, _ = (stream.weight > 0).nonzero(as_tuple=True)
+        there = stream.weight > 0
+        row, number, _ = there.nonzero(as_tuple=True)
         own = torch.zeros(xyz.shape[:2], dtype=torch.int64, device=tokens.device)
-        own[rows, stream.aux["points"][stream.weight > 0]] = number
+        own[row, stream.aux["points"][there]] = number
         return pointops.gather_points(tokens, own)
 
     def embedding(self, width: int) -> PointNet:
         return PointNet(self.channels, width)
-
-    def fold(self, content: Tensor, lattice: tuple[int, ...]) -> Tensor:
-        raise NotImplementedError  # points of several tokens overlap
