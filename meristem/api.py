@@ -92,7 +92,7 @@ def pretrain(recipe: str, data: Pathlike | Mapping[str, Pathlike], out: Pathlike
         raise RecipeError(f"'{recipe}' has no objective to pretrain by", remedy)
     settings = recipes.build(plain, recipes.Recipe)
     found = open_data(Path(data), settings.modality, split, cache, quiet)
-    return _pretrain(settings, found, Path(out), resume=resume, quiet=quiet)
+    return _pretrain(settings.of(found.modality), found, Path(out), resume=resume, quiet=quiet)
 
 
 def _pretrain_jointly(recipe: str, data: Mapping[str, Pathlike], out: Pathlike, overrides: Sequence[str], split: str,
@@ -104,6 +104,8 @@ def _pretrain_jointly(recipe: str, data: Mapping[str, Pathlike], out: Pathlike, 
     settings = joint.build(plain, list(data))
     found = {name: open_data(Path(place), settings.members[name].recipe.modality, split, cache, quiet)
              for name, place in data.items()}
+    members = {name: m.model_copy(update={"recipe": m.recipe.of(found[name].modality)}) for name, m in settings.members.items()}
+    settings = settings.model_copy(update={"members": members})
     return _pretrain_joint(settings, found, Path(out), resume=resume, quiet=quiet)
 
 
@@ -122,8 +124,9 @@ def finetune(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
     quiet = quiet or not first_rank()
     start = tuning.origin(init)
     settings = tuning.resolve(task, _modality(task, data, overrides, start), overrides, start)
-    return tuning.finetune(settings, open_data(Path(data), settings.modality, split, cache, quiet), Path(out), init=start,
-                           labels=labels, train_on=train_on, resume=resume, quiet=quiet)
+    found = open_data(Path(data), settings.modality, split, cache, quiet)
+    return tuning.finetune(settings.of(found.modality), found, Path(out), init=start, labels=labels, train_on=train_on,
+                           resume=resume, quiet=quiet)
 
 
 def evaluate(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] = (), *, inits: Sequence[str],
@@ -143,7 +146,7 @@ def evaluate(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
     first = next(iter(runs), None)
     settings = tuning.resolve(task, _modality(task, data, overrides, first), overrides, first)
     found = open_data(Path(data), settings.modality, split, cache, quiet)
-    transfer.evaluate(settings, found, Path(out), inits, labels, seeds, protocols, quiet)
+    transfer.evaluate(settings.of(found.modality), found, Path(out), inits, labels, seeds, protocols, quiet)
     if not first_rank():
         return Path(out) / "report.html"
     pages.gather(Path(out), found, runs)

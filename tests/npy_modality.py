@@ -83,6 +83,9 @@ class Npy:
     def elements(self, path: Path) -> None:
         return None
 
+    def fitted(self, paths: Sequence[Path]) -> Npy:
+        return self
+
     def example(self, size: tuple[int, ...], rng: Rng) -> View:
         raise NotImplementedError
 

@@ -69,13 +69,14 @@ class Sample:
     """A whole decoded file: array (C, *S), its header, and companions on the same lattice (mask: integers (*S)).
 
     array None: it stays in its files, whose windows `Modality.fetch` decodes when they are asked for. tables: arrays of other
-    shapes (the edges of a graph).
+    shapes (the edges of a graph). notes: what `data check` says of it beside its shape, by name.
     """
 
     array: np.ndarray | None
     header: Header
     fields: dict[str, np.ndarray] = field(default_factory=dict)
     tables: dict[str, np.ndarray] = field(default_factory=dict)
+    notes: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -291,6 +292,10 @@ class Modality(Protocol):
 
         `read` gets an element as the path `file#name/number`, `Element.place` behind the mark. Raises DataError.
         """
+        ...
+
+    def fitted(self, paths: Sequence[Path]) -> Self:
+        """With the options that these samples settle (how many channels a node has); itself where all are settled."""
         ...
 
     def write(self, prediction: np.ndarray, header: Header, path: Path) -> Path:

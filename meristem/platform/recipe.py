@@ -154,6 +154,10 @@ class Recipe(Settings):
             raise ValueError("; ".join(problems))
         return self
 
+    def of(self, modality: Modality) -> Self:
+        """The same recipe for a modality whose options the data settled."""
+        return self.model_copy(update={"modality": modality})
+
     def dump(self) -> dict[str, Any]:
         """Plain data that loads back to the same recipe."""
         return self.model_dump(mode="json")

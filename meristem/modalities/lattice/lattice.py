@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -72,6 +73,9 @@ class Lattice:
 
     def elements(self, path: Path) -> Sequence[Element] | None:
         return None
+
+    def fitted(self, paths: Sequence[Path]) -> Self:
+        return self
 
     def example(self, size: tuple[int, ...], rng: Rng) -> View:
         """Smooth noise: normal numbers on a lattice four times as coarse, interpolated; spacing 1."""

@@ -125,7 +125,7 @@ class Search:
         for e in elements:
             said = {key: value for key, value in (("label", e.label), ("split", e.split)) if value}
             place = f"{local}#{e.place}"
-            self.add((file.with_name(f"{file.name}#{e.place}"),), place, e.subject or place, fold=e.fold, meta=dict(e.meta),
+            self.add((file.parent / f"{file.name}#{e.place}",), place, e.subject or place, fold=e.fold, meta=dict(e.meta),
                      **{**more, **said})
 
     def files(self, root: Path) -> list[Path]:

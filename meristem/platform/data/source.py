@@ -41,9 +41,10 @@ def open_data(path: Path, modality: Modality, split: str = "auto", cache: Path |
 
     split: as `divide` takes it; with auto, data without any label or split of its own is all for training, since there is
     nothing to hold out for. labels: whether they are read; without, a broken label loses no image, and nothing is divided.
-    Raises DataError when nothing can be used.
+    `Data.modality` has what the modality left open settled by these samples. Raises DataError when nothing can be used.
     """
     manifest = Manifest.discover(path, modality)
+    modality = modality.fitted([p for row in manifest.rows for p in row.paths])
     if not labels:
         manifest = replace(manifest, rows=tuple(replace(row, fields={}, labels={}) for row in manifest.rows))
     if quiet or not sys.stderr.isatty():
