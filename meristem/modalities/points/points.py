@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,16 +13,27 @@ from torch import Tensor
 from meristem.errors import DataError
 from meristem.modalities.base import Axis, Draw, Element, Header, Links, Look, Sample, Settings, View, ViewSettings
 from meristem.modalities.frame import Frame
+from meristem.modalities.points import drawing, files
+from meristem.modalities.points.cloud import Cloud, channels
 from meristem.modalities.points.options import WIDTHS, PointsOptions, PointsViewOptions
 from meristem.modalities.points.tokenizer import PointTokenizer
 from meristem.modalities.rng import Rng
 
+FEWEST = 4  # points: fewer have no shape
+FAR = 8192.0  # metres from the origin up to which float32 tells millimetres apart
+
 
 class Points:
-    """Clouds stored as float32 (3 + features, N), coordinates first, in a view's unit."""
+    """Clouds stored as float32 (3 + features, N), coordinates first, in a view's unit.
+
+    Source coordinates are metres as in the file (times `unit`), from `header.source["origin"]` on: whole metres, not 0 where
+    the file counts from so far away (UTM) that float32 would lose millimetres. header.source: points, of the file; left_out:
+    [first, count] of runs of its points that are not stored; sampled: whether they are no points of the file but its surface's.
+    """
 
     name = "points"
-    suffixes: tuple[str, ...] = (".npz", ".npy")
+    version = 1
+    suffixes: tuple[str, ...] = files.SUFFIXES
     members: tuple[str, ...] = ()
     Options: type[Settings] = PointsOptions
     ViewOptions: type[ViewSettings] = PointsViewOptions
@@ -31,26 +42,71 @@ class Points:
     def __init__(self, options: PointsOptions) -> None:
         self.options = options
         self.channels = 3 + sum(WIDTHS[f] for f in options.features)
-        finest, coarsest = (0.05, 4.0) if options.normalise == "sphere" else (0.1, 200.0)
+        finest, coarsest = options.scales
         self.axes = tuple(Axis(name, "m", finest, coarsest) for name in "xyz")
 
     def read(self, paths: Sequence[Path], fields: Mapping[str, Path] = {}) -> Sample:
-        with np.load(paths[0], allow_pickle=False) as archive:
-            xyz = archive["points"].astype(np.float64) * self.options.unit
-            columns = [archive["normals"].T.astype(np.float32)] if "normal" in self.options.features else []
-            masks = {"mask": archive["part"]} if "part" in archive.files else {}
-        if not np.isfinite(xyz).all():
-            raise DataError("nan", "coordinates are NaN or infinite", "Remove those points.")
-        centre = xyz.mean(0) if self.options.normalise != "none" else np.zeros(3)
-        radius = float(np.linalg.norm(xyz - centre, axis=1).max()) if self.options.normalise == "sphere" else 1.0
+        """One file. Raises DataError.
+
+        Reasons: missing, empty, truncated, unreadable, columns, points, shape, feature, colour, intensity, nan, few,
+        degenerate, faces, precision, label, several.
+        """
+        if len(paths) != 1:
+            raise DataError("several", f"a cloud of {len(paths)} files", "Give one file per cloud.")
+        cloud = files.read_cloud(paths[0], self.options)
+        n = len(cloud)
+        companions = self._companions(cloud, fields)
+        cloud, good = self._finite(cloud)
+        if len(cloud) < FEWEST:
+            raise DataError("empty" if not n else "few", f"holds {len(cloud)} points that can be used", f"At least {FEWEST}.")
+        xyz = cloud.xyz * self.options.unit
+        origin = np.zeros(3)
+        if np.abs(xyz).max() > FAR:
+            if self.options.normalise == "none":
+                raise DataError("precision", f"points lie up to {np.abs(xyz).max():.0f} m from the origin, where float32 loses "
+                                "millimetres", "Set modality.points.normalise=centre, or modality.points.unit to the metres of "
+                                "the file's unit.")
+            origin = np.round(xyz.mean(0))
+            xyz = xyz - origin
+        centre, radius = np.zeros(3), 1.0
+        if self.options.normalise != "none":
+            centre = xyz.mean(0)
+        if self.options.normalise == "sphere":
+            radius = float(np.linalg.norm(xyz - centre, axis=1).max())
+            if not radius > 0:
+                raise DataError("degenerate", f"all {len(cloud)} points are one and the same", "Leave the file out.")
+        columns = [channels(cloud, f, self.options.intensity) for f in self.options.features]
         array = np.concatenate([((xyz - centre) / radius).T.astype(np.float32), *columns])
         affine = np.diag([radius] * 3 + [1.0])
         affine[:3, 3] = centre
         c = len(array)
-        header = Header(array.shape, tuple(map(tuple, affine.tolist())), (1.0, 1.0, 1.0), (1.0,) * c, (0.0,) * c, (0.0,) * c)
-        return Sample(array, header, masks)
+        source = {"points": n, "left_out": _runs(~good), "sampled": cloud.sampled, "origin": origin.tolist()}
+        header = Header(array.shape, tuple(map(tuple, affine.tolist())), (1.0,) * 3, (1.0,) * c, (0.0,) * c, (0.0,) * c, source)
+        return Sample(array, header, {name: x[good] for name, x in companions.items()})
+
+    def _companions(self, cloud: Cloud, fields: Mapping[str, Path]) -> dict[str, np.ndarray]:
+        """A number for every point of the file: its own labels, those of a file beside it, or its own renumbered by one."""
+        found = {} if cloud.label is None else {"mask": cloud.label}
+        for name, path in fields.items():
+            if not files.names_parts(path):
+                found[name] = files.read_numbers(path, len(cloud))
+            elif name in found:
+                found[name] = files.part_numbers(path, found[name])
+        return found
+
+    def _finite(self, cloud: Cloud) -> tuple[Cloud, np.ndarray]:
+        """Without the points that are not finite, where they may go; (N,) bool which stay."""
+        parts = [cloud.xyz, *(cloud.features[f] for f in self.options.features if f in cloud.features)]
+        good = np.logical_and.reduce([np.isfinite(p).all(1) for p in parts])
+        if good.all():
+            return cloud, good
+        if self.options.nonfinite == "refuse":
+            raise DataError("nan", f"{(~good).sum()} of {len(good)} points are NaN or infinite",
+                            "Export the file again, or set modality.points.nonfinite=drop to leave them out.")
+        return Cloud(cloud.xyz[good], {f: x[good] for f, x in cloud.features.items()}, None, cloud.sampled), good
 
     def statistics(self, array: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Nothing is left to do: `read` scales."""
         return (1.0,) * len(array), (0.0,) * len(array)
 
     def fetch(self, paths: Sequence[Path], header: Header, draws: Sequence[Draw]) -> list[np.ndarray]:
@@ -60,23 +116,31 @@ class Points:
         return None
 
     def elements(self, path: Path) -> Sequence[Element] | None:
-        return None
+        """The clouds of an HDF5 list; none in a text or an archive that holds no points, and in labels of other files."""
+        return files.elements(path)
+
+    def fitted(self, paths: Sequence[Path]) -> Self:
+        return self
+
+    @staticmethod
+    def recognised(path: Path) -> bool:
+        """Whether a file of one of its suffixes holds points, as far as its beginning tells."""
+        return files.recognised(path)
 
     def draw(self, view: ViewSettings, header: Header, look: Look) -> Draw:
+        """See `drawing.draw`."""
         assert isinstance(view, PointsViewOptions)
-        whole = header.shape[1]
-        n = min(view.size[0], whole)
-        if view == view.plain():
-            index = np.linspace(0, whole - 1, n).round().astype(int)
-        else:
-            index = look.rng.permutation("points", whole)[0, :n].numpy()
-        return Draw((0,), (whole,), (n,), {}, tuple(index.tolist()))
+        return drawing.draw(view, header, look)
 
     def load(self, window: np.ndarray, draw: Draw, interpolate: bool) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(window))
 
     def augment(self, view: View, settings: ViewSettings) -> View:
-        return replace(view, array=view.array.float())
+        """See `drawing.augment`."""
+        assert isinstance(settings, PointsViewOptions)
+        before = self.options.features.index("normal") if "normal" in self.options.features else -1
+        first = 3 + sum(WIDTHS[f] for f in self.options.features[:before])
+        return drawing.augment(view, settings, slice(first, first + 3) if before >= 0 else None)
 
     def tokenizer(self) -> PointTokenizer:
         return PointTokenizer(self.channels, self.options)
@@ -91,4 +155,23 @@ class Points:
                     fields={"mask": rng.integers("mask", 2, n)}, index=torch.arange(n, device=device).expand(rows, -1))
 
     def write(self, prediction: np.ndarray, header: Header, path: Path) -> Path:
-        raise NotImplementedError
+        """Labels (N,) of the stored points as .npy, one for every point of the file in its order; −1 where none is stored."""
+        labels = np.full(header.source["points"], -1, np.int64)
+        labels[_kept(header.source)] = prediction
+        suffix = files.suffix(path)
+        path = path.with_name(f"{path.name[:-len(suffix)] if suffix else path.name}.npy")
+        np.save(path, labels.astype(np.int16 if abs(labels).max() < 32768 else np.int64))
+        return path
+
+
+def _runs(mask: np.ndarray) -> list[list[int]]:
+    """[first, count] of every run of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
+    return [[int(a), int(b - a)] for a, b in edges.reshape(-1, 2)]
+
+
+def _kept(source: Mapping[str, Any]) -> np.ndarray:
+    kept = np.ones(source["points"], bool)
+    for first, count in source["left_out"]:
+        kept[first:first + count] = False
+    return kept

@@ -16,8 +16,10 @@ import numpy as np
 from meristem.errors import DataError
 from meristem.modalities.base import Element, Modality, member_files, natural, split_element
 
-IMAGES = ("images", "jpegimages", "frames", "rgb")
-PARTNERS = {**dict.fromkeys(("labels", "masks", "annotations"), IMAGES), "labelstr": ("imagestr",), "labelsts": ("imagests",)}
+IMAGES = ("images", "jpegimages", "frames", "rgb", "velodyne", "points")
+PARTNERS = {**dict.fromkeys(("labels", "masks", "annotations"), IMAGES), "labelstr": ("imagestr",), "labelsts": ("imagests",),
+            "points_label": ("points",)}
+PARTS = "parts.json"  # beside folders of classes: the names of the parts that each class's labels number, {class: [name, …]}
 IMAGE_FOLDERS = {image for images in PARTNERS.values() for image in images}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
           "test": "test", "testing": "test", "imagests": "test"}
@@ -169,13 +171,27 @@ class Search:
         if any(f in self.frames for f in images):
             self.layout += ", numbered files in folders"
         subjects = self._subjects(list(images), bool(classes), patients)
+        parts = self._parts(root) if classes else {}
         for image in images:
             label, split = classes.get(image), _split_of(image)
             if (inside := self.elements(root / image)) is not None:
                 self.within(root / image, image.as_posix(), inside, label=label, split=split)
                 continue
             self.add((root / image,), image.as_posix(), subjects[image], label=label, split=split,
-                     mask=root / matched[image] if image in matched else None)
+                     mask=root / matched[image] if image in matched else parts.get(label or ""))
+
+    def _parts(self, root: Path) -> dict[str, Path]:
+        """Class -> `parts.json#class/first`: where its parts are named, and the number of its first among those of all."""
+        if not (root / PARTS).is_file():
+            return {}
+        try:
+            named = {str(name): [str(p) for p in parts] for name, parts in json.loads((root / PARTS).read_text()).items()}
+        except (ValueError, AttributeError, TypeError) as error:
+            raise DataError("unreadable", f"{PARTS} does not name the parts of classes: {error}",
+                            '{"chair": ["seat", "leg"], "cup": ["body", "handle"]} is meant.') from None
+        self.mask_names = tuple(f"{name}/{part}" for name, parts in named.items() for part in parts)
+        first = np.cumsum([0, *map(len, named.values())])
+        return {name: root / f"{PARTS}#{name}/{at}" for name, at in zip(named, first, strict=False)}
 
     def _beside(self, files: list[Path]) -> tuple[dict[Path, tuple[str, ...]], dict[tuple[str, ...], Path]]:
         """image -> key, key -> mask, for `images/…` beside `labels/…`, and the other names that people give the two."""

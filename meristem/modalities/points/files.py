@@ -1,0 +1,288 @@
+"""Files of points: which reader reads which, arrays, tables, lists of clouds, and labels beside a cloud."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from meristem.errors import DataError
+from meristem.modalities.base import Element, split_element
+from meristem.modalities.points import meshes, scans
+from meristem.modalities.points.cloud import Cloud, of_table
+from meristem.modalities.points.options import Feature, PointsOptions
+
+ARRAYS = (".npz", ".npy")
+TEXTS = (".txt", ".xyz", ".pts", ".csv", ".asc")
+LISTS = (".h5", ".hdf5")
+MESHES = (".off", ".obj", ".stl")
+LABELS = (".label", ".seg")  # numbers for the points of another file
+SUFFIXES = (*ARRAYS, ".ply", *MESHES, ".las", ".laz", ".pcd", ".pcd.bin", ".bin", *TEXTS, *LISTS, *LABELS)
+POINTS = ("points", "xyz", "coords", "pos", "data", "vertices", "pc")
+FEATURES: dict[Feature, tuple[str, ...]] = {"normal": ("normals", "normal"), "colour": ("colours", "colors", "color", "rgb"),
+                                            "intensity": ("intensity", "intensities", "reflectance", "remission"),
+                                            "time": ("time", "times", "timestamp")}
+NUMBERS = ("part", "pid", "label", "labels", "seg", "segmentation", "mask")
+BINARY = {".bin": ("x", "y", "z", "intensity"), ".pcd.bin": ("x", "y", "z", "intensity", "ring")}  # KITTI, nuScenes
+SPLITS = ("train", "val", "test")
+DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+DAMAGE = "Download or export it again."
+
+
+def suffix(path: Path) -> str:
+    name = path.name.lower()
+    return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(s)), "")
+
+
+def read_cloud(path: Path, options: PointsOptions) -> Cloud:
+    """The points of a file, or of an element of a list. Raises DataError."""
+    element = split_element(path)
+    if element:
+        return _listed(*element)
+    kind, sampled = suffix(path), options.sampled if options.mesh == "surface" else 0
+    try:
+        if not path.stat().st_size:
+            raise DataError("empty", "the file is empty", DAMAGE)
+    except OSError as error:
+        raise DataError("missing", f"the file cannot be opened ({error.strerror})", "Check it and its permissions.") from None
+    if kind in ARRAYS:
+        return _arrays(path, options.columns)
+    if kind in BINARY:
+        return _binary(path, options.columns or BINARY[kind])
+    if kind in TEXTS:
+        return of_table(*_text(path, options.columns))
+    if kind in MESHES:
+        return meshes.read_mesh(path, sampled)
+    if kind == ".ply":
+        return scans.read_ply(path, sampled)
+    if kind == ".pcd":
+        return scans.read_pcd(path)
+    if kind in (".las", ".laz"):
+        return scans.read_las(path)
+    if kind in LABELS:
+        raise DataError("label", "holds labels of points that are missing",
+                        "Put the clouds into a folder `velodyne` or `points` beside that of the labels.")
+    raise DataError("unreadable", "is no kind of file that holds points", f"Known: {', '.join(SUFFIXES)}.")
+
+
+def read_numbers(path: Path, count: int) -> np.ndarray:
+    """(count,) numbers of points from a file of their own: .label (SemanticKITTI: the low 16 bits), .npy, .npz or text.
+
+    Raises DataError.
+    """
+    kind = suffix(path)
+    try:
+        if kind == ".label":
+            found = np.fromfile(path, "<u4") & 0xFFFF
+        elif kind in ARRAYS:
+            with path.open("rb") as file:
+                loaded = np.load(file, allow_pickle=False)
+                found = loaded if isinstance(loaded, np.ndarray) else loaded[_first(loaded, NUMBERS) or loaded.files[0]]
+        else:
+            found = np.loadtxt(path, dtype=np.float64, ndmin=1)
+    except (*DAMAGED, IndexError) as error:
+        raise DataError("label", f"the labels cannot be read ({type(error).__name__})", DAMAGE) from None
+    found = np.squeeze(found)
+    if found.shape != (count,):
+        raise DataError("shape", f"{found.size} labels for {count} points", "There must be one label for every point.")
+    return found
+
+
+def names_parts(path: Path) -> bool:
+    """Whether this is no file of numbers but a class in `parts.json`."""
+    return split_element(path) is not None
+
+
+def part_numbers(path: Path, part: np.ndarray) -> np.ndarray:
+    """Parts of a class (N,) as numbers that are distinct over all classes.
+
+    path: `parts.json#Chair/17`, the class and the number of its first part in that file, which names the parts of each class:
+    {"Chair": ["seat", …], …}. −1 stays. Raises DataError.
+    """
+    element = split_element(path)
+    assert element is not None
+    file, name, first = element
+    count = len(json.loads(file.read_text())[name])
+    if part.min() < -1 or part.max() >= count:
+        raise DataError("label", f"a part is {part.max() if part.min() >= -1 else part.min()}, its class has {count}",
+                        f"Correct the labels, or name all parts in {file.name}.")
+    return np.where(part < 0, -1, part.astype(np.int64) + first)
+
+
+def elements(path: Path) -> Sequence[Element] | None:
+    """The clouds of a list (ModelNet40, ScanObjectNN, ShapeNetPart: `data` (M, N, 3), `label` (M,)), the split by its name.
+
+    None: one cloud; (): no cloud at all. Raises DataError.
+    """
+    kind = suffix(path)
+    if kind in LABELS or (kind in (*TEXTS, ".npz", ".npy") and not recognised(path)):
+        return ()
+    if kind not in LISTS:
+        return None
+    names, label, count = _classes(path), _list(path, "label"), len(_list(path, "data") if _has(path) else ())
+    split = next((s for s in SPLITS if s in path.stem.lower()), "")
+    return [Element(f"data/{i}", None if label is None else _name(names, int(np.ravel(label[i])[0])), split=split)
+            for i in range(count)]
+
+
+def recognised(path: Path) -> bool:
+    """Whether an array or a text looks like points; other suffixes say so themselves."""
+    kind = suffix(path)
+    try:
+        if kind == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                key = next((f"{p}.npy" for p in POINTS if f"{p}.npy" in archive.namelist()), None)
+                return key is not None and _pointlike(archive.open(key))
+        if kind == ".npy":
+            with path.open("rb") as file:
+                return _pointlike(file)
+        if kind in TEXTS:
+            return _tabular(path)
+    except DAMAGED:
+        return False
+    return kind not in ("", *LABELS)
+
+
+def _pointlike(file: Any) -> bool:
+    version = np.lib.format.read_magic(file)
+    shape, _, dtype = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version[0]](file)
+    return dtype.kind in "fiu" and len(shape) == 2 and 3 <= shape[1] <= 16 and shape[0] != shape[1]
+
+
+def _tabular(path: Path) -> bool:
+    """Whether the first lines are 3 to 16 decimal numbers each, after perhaps a count or a line of names."""
+    with path.open("rb") as file:
+        lines = file.read(4096).decode("ascii", "replace").splitlines()[:20]
+    rows = [_numbers(line) for line in lines if line.strip()]
+    rows = rows[1:] if rows and (rows[0] is None or len(rows[0]) == 1) else rows
+    rows = rows[:-1] if len(rows) > 2 else rows  # the last may be cut
+    shapes = {len(r) if r else 0 for r in rows}
+    fractions = any(x != round(x) for r in rows if r for x in r if np.isfinite(x))
+    return len(shapes) == 1 and 3 <= shapes.pop() <= 16 and fractions
+
+
+def _numbers(line: str) -> list[float] | None:
+    try:
+        return [float(word) for word in line.replace(",", " ").replace(";", " ").split()]
+    except ValueError:
+        return None
+
+
+def _arrays(path: Path, columns: Sequence[str]) -> Cloud:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return of_table(loaded, columns)
+        with loaded as archive:
+            key = _first(archive, POINTS)
+            if key is None:
+                raise DataError("points", f"holds no array of points but {', '.join(archive.files) or 'nothing'}",
+                                f"Call it one of {', '.join(POINTS)}.")
+            cloud = of_table(archive[key], columns)
+            n = len(cloud)
+            for feature, names in FEATURES.items():
+                if name := _first(archive, names):
+                    cloud.features[feature] = _per_point(archive[name].reshape(len(archive[name]), -1), name, n)
+            if name := _first(archive, NUMBERS):
+                numbers = np.squeeze(archive[name])
+                cloud.label = _per_point(numbers, name, n) if numbers.size != 1 else cloud.label  # one: the class of all
+            return cloud
+    except DAMAGED as error:
+        raise DataError("unreadable", f"is damaged, or holds Python objects ({type(error).__name__})", DAMAGE) from None
+
+
+def _per_point(values: np.ndarray, name: str, count: int) -> np.ndarray:
+    if len(values) != count:
+        raise DataError("shape", f"'{name}' has {len(values)} rows, the cloud {count} points", "Every point must have one.")
+    return values
+
+
+def _first(archive: Any, names: Sequence[str]) -> str | None:
+    return next((n for n in names if n in archive.files), None)
+
+
+def _binary(path: Path, columns: Sequence[str]) -> Cloud:
+    values = np.fromfile(path, "<f4")
+    size = path.stat().st_size
+    if size % (4 * len(columns)):
+        raise DataError("truncated", f"{size} bytes are no whole number of points of {len(columns)} float32 columns "
+                        f"({', '.join(columns)})", "Name the files' columns by modality.points.columns, or copy it again.")
+    return of_table(values.reshape(-1, len(columns)), columns)
+
+
+def _text(path: Path, columns: Sequence[str]) -> tuple[np.ndarray, Sequence[str]]:
+    """Rows of numbers between blanks, commas or semicolons; the first line may name the columns, or count the rows (PTS)."""
+    text = path.read_text(encoding="utf-8-sig", errors="replace").replace(",", " ").replace(";", " ")
+    first, _, rest = text.lstrip().partition("\n")
+    leading = _numbers(first)
+    claimed = int(leading[0]) if leading and len(leading) == 1 else None
+    body = rest if leading is None or claimed is not None else text
+    if leading is None:
+        columns = columns or first.lstrip("#/ ").split()
+    try:
+        table = np.loadtxt(io.StringIO(body), dtype=np.float64, ndmin=2)
+    except ValueError as error:
+        raise DataError("unreadable", f"is no table of numbers: {error}".splitlines()[0], "One point a line: x y z …") from None
+    if claimed is not None and len(table) != claimed:
+        raise DataError("truncated", f"announces {claimed} points and holds {len(table)}", "Copy it again.")
+    if not len(table):
+        raise DataError("empty", "holds no points", "Leave it out.")
+    return table, columns
+
+
+# ---- lists of clouds
+
+
+def _listed(file: Path, name: str, number: int) -> Cloud:
+    data = _list(file, name)
+    if number >= len(data):
+        raise DataError("missing", f"'{name}' holds {len(data)} clouds, number {number} was asked for", DAMAGE)
+    cloud = of_table(np.asarray(data[number]), ())
+    for feature, names in FEATURES.items():
+        values = next((v for n in names if (v := _list(file, n)) is not None), None)
+        if values is not None:
+            cloud.features[feature] = _per_point(np.asarray(values[number]), feature, len(cloud))
+    for key in NUMBERS:
+        values = _list(file, key)
+        if values is not None and values.ndim > 1 and values.shape[1] == len(cloud):
+            cloud.label = np.asarray(values[number])
+            break
+    return cloud
+
+
+def _has(path: Path) -> bool:
+    return _list(path, "data") is not None
+
+
+def _list(path: Path, name: str) -> Any:
+    state = path.stat()
+    return _dataset(path, name, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=8)
+def _dataset(path: Path, name: str, modified: int, size: int) -> np.ndarray | None:
+    """A whole dataset of an HDF5 file, read once per process and version of the file; None where it has none."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            return np.asarray(file[name]) if name in file else None
+    except (*DAMAGED, RuntimeError) as error:
+        raise DataError("unreadable", f"the HDF5 file is damaged ({type(error).__name__})", DAMAGE) from None
+
+
+def _classes(path: Path) -> list[str]:
+    """Names of a list's classes, where a file beside it tells."""
+    names = path.with_name("shape_names.txt")
+    return names.read_text().split() if names.is_file() else []
+
+
+def _name(names: Sequence[str], number: int) -> str:
+    return names[number] if 0 <= number < len(names) else str(number)
