@@ -51,7 +51,8 @@ class TrainSettings(Settings):
     fraction of the steps. schedule: `cosine` to `floor`·lr; `sawtooth`: the head alone for the first
     `head_first` fraction, then everything, each with its own warm-up and decay. layer_decay: factor on lr per layer from the
     output down. freeze: module path prefix -> fraction of the run for which it stays frozen. ema: weights averaged over steps
-    with this decay are the ones saved for use.
+    with this decay are the ones saved for use. combine: several objectives by their weighted `sum`, or by `pareto`, a direction
+    that lowers all of them whatever their scale (on one process, in fp32).
     """
 
     steps: Count = 1000
@@ -68,6 +69,7 @@ class TrainSettings(Settings):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     freeze: Mapping[str, Share] = {}
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    combine: Literal["sum", "pareto"] = "sum"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
     seed: int = 0
@@ -75,6 +77,13 @@ class TrainSettings(Settings):
     checkpoint_every: Count = 500
     keep: Count = 2
     workers: Annotated[int, Field(ge=0)] = 1
+
+    @model_validator(mode="after")
+    def _comparable(self) -> Self:
+        if self.combine == "pareto" and (self.accumulate > 1 or self.precision != "fp32" or self.compile):
+            raise ValueError("combine: pareto compares gradients of a whole batch in fp32, uncompiled; set accumulate: 1, "
+                             "precision: fp32 and compile: false")
+        return self
 
 
 class Recipe(Settings):

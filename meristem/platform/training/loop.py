@@ -25,6 +25,7 @@ from meristem.platform.objectives import Loss
 from meristem.platform.recipe import TrainSettings
 from meristem.platform.step import Batch
 from meristem.platform.training import checkpoint, optim
+from meristem.platform.training.combine import combined
 from meristem.platform.training.progress import Reporter
 
 PATIENCE = 10  # steps in a row with a loss that is not finite before a run gives up
@@ -100,8 +101,8 @@ class _StopSignal:
             signal.signal(name, old)
 
 
-def reduce(fabric: Fabric, losses: Mapping[str, Loss]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss to back-propagate on this rank, and each objective's value over all ranks.
+def reduce(fabric: Fabric, losses: Mapping[str, Loss]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """What of each loss to back-propagate on this rank, weighted, and each one's value over all ranks.
 
     Data-parallel training averages gradients over ranks, so a rank's share is world · total / (sum of counts).
     """
@@ -112,7 +113,7 @@ def reduce(fabric: Fabric, losses: Mapping[str, Loss]) -> tuple[Tensor, dict[str
         table = fabric.all_reduce(table, reduce_op="sum")
     shares = [loss.weight * fabric.world_size * loss.total / table[i, 1].clamp_min(1e-12).to(loss.total.dtype)
               for i, loss in enumerate(losses.values())]
-    return torch.stack(shares).sum(), {name: table[i, 0] / table[i, 1].clamp_min(1e-12) for i, name in enumerate(losses)}
+    return shares, {name: table[i, 0] / table[i, 1].clamp_min(1e-12) for i, name in enumerate(losses)}
 
 
 def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric: Fabric, reporter: Reporter, *,
@@ -127,6 +128,9 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
     if settings.batch % (fabric.world_size * settings.accumulate):
         raise MeristemError(f"train.batch={settings.batch} cannot be split over {fabric.world_size} processes × "
                             f"{settings.accumulate} accumulation steps", "Choose a multiple.")
+    if fabric.world_size > 1 and settings.combine == "pareto":
+        raise MeristemError("train.combine=pareto compares gradients on one process, and there are "
+                            f"{fabric.world_size}", "Train on one device, or set train.combine=sum.")
     if fabric.world_size > 1 and fabric.device.type == "cuda":
         raw = torch.nn.SyncBatchNorm.convert_sync_batchnorm(raw)
     assembly = raw.to(fabric.device)
@@ -186,8 +190,8 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
                 part = raw.prepare(part.to(fabric.device))
                 with fabric.no_backward_sync(module, enabled=i < len(parts) - 1):
                     losses = module(part, progress)
-                    share, named = reduce(fabric, losses)
-                    fabric.backward(share / len(parts))
+                    shares, named = reduce(fabric, losses)
+                    fabric.backward(combined(settings.combine, shares, raw.encoder) / len(parts))
                 for name, value in named.items():
                     values[name] = values.get(name, torch.zeros_like(value)) + value / len(parts)
             shown |= values
