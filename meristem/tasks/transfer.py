@@ -266,7 +266,7 @@ def reload(run: Path) -> tuple[Assembly, TaskRecipe, Scope]:
     if found["kind"] != "fine-tuned":
         raise MeristemError(f"{run} is a pretraining run: it has no task head", "Fine-tune it first.")
     recipe = build(found["recipe"], TaskRecipe)
-    scope = Scope(dict(enumerate(found["classes"])), tuple(found["scored"]), found["axes"][0]["unit"])
+    scope = Scope(dict(enumerate(found["classes"])), tuple(found["scored"]), next((axis["unit"] for axis in found["axes"]), ""))
     assembly = recipe.assemble(scope.classes)
     assembly.load_state_dict(checkpoint.read_weights(run))
     return assembly.eval(), recipe, scope
