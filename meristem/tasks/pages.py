@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from meristem.platform.data.loader import whole
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
 from meristem.platform.evaluation.folds import pooled
-from meristem.platform.evaluation.results import Results
+from meristem.platform.evaluation.results import Group, Results
 from meristem.platform.masked.objective import MaskedObjective
 from meristem.platform.objectives import Encoded, Items
 from meristem.platform.recipe import Recipe, build, read
@@ -30,8 +30,10 @@ from meristem.platform.report.figures import Curve
 from meristem.platform.report.page import write_report
 from meristem.platform.report.pictures import (
     Attention,
+    Cloud,
     Overlay,
     Pictures,
+    Rank,
     Reconstruction,
     Slice,
     Strip,
@@ -49,6 +51,7 @@ from meristem.tasks.transfer import arms
 SHOWN = 4  # reconstructions of each masked run
 ATTENDED = 3  # samples whose attention is shown
 FRAMES = 6  # of a strip
+POINTS = 2048  # of a cloud that is drawn
 SIDE = 240  # elements along the longer side of a strip's frame
 
 
@@ -97,9 +100,10 @@ def gather(directory: Path, data: Data, inits: Sequence[Path]) -> None:
     pretrained = {arm.name: arm.init for arm in arms([str(init) for init in inits]) if arm.init is not None}
     shown = [replace(picture, label=name) for name, init in pretrained.items() for picture in reconstructions(init, data)]
     overlays = _overlays(directory, results, data) if results.kind in ("segmentation", "propagation") else []
+    points = _clouds(directory, results, data) if results.kind in ("parts", "semantic") else []
     strips = _strips(results, data) if timed(data.modality) else []
     seen = attentions(directory / "recipe.yaml", pretrained, data) if timed(data.modality) else []
-    Pictures(shown, overlays, strips, seen).save(directory / "pictures.npz")
+    Pictures(shown, overlays, strips, seen, points).save(directory / "pictures.npz")
     logs = directory / "logs"
     logs.mkdir(exist_ok=True)
     for name, init in pretrained.items():
@@ -176,29 +180,61 @@ def _strips(results: Results, data: Data) -> list[Strip]:
     return found
 
 
-def _overlays(directory: Path, results: Results, data: Data) -> list[Overlay]:
-    """Worst, median and best case at the fewest labels, as the first seed's models of every arm drew them."""
+@dataclass(frozen=True)
+class _Drawn:
+    """What the first seed's models of every arm said of a case at the fewest labels: label maps and scores by arm."""
+
+    rank: Rank
+    row: Row
+    maps: dict[str, np.ndarray]
+    scores: dict[str, float]
+
+
+def _drawn(directory: Path, results: Results, data: Data) -> list[_Drawn]:
+    """Of the worst, the median and the best case."""
     protocol = results.cells[0].protocol
     cells = [c for c in results.cells if c.protocol == protocol and c.seed == 0]
     if not cells:
         return []
     fewest = min(cells, key=lambda c: c.labelled_subjects).labels
+    cells = [c for c in cells if c.labels == fewest]
     maps = {}
     for cell in cells:
         file = directory / "pictures" / f"{cell.arm}, {cell.labels} labels.npz"
-        if cell.labels == fewest and file.is_file():
+        if file.is_file():
             with np.load(file, allow_pickle=False) as stored:
                 maps[cell.arm] = {name: stored[name] for name in stored.files}
     rows = {row.case: row for row in data.manifest.rows}
+    scored = {c.arm: Group.of([c], results.classes) for c in cells}
+    return [_Drawn(rank, rows[case], {arm: of[case] for arm, of in maps.items()},
+                   {a: float(np.nanmean(g.case_values(results.metric)[0, :, g.cases.index(case)])) for a, g in scored.items()})
+            for rank, case in pick_cases(results, protocol, fewest).items()
+            if maps and case in rows and all(case in of for of in maps.values())]
+
+
+def _clouds(directory: Path, results: Results, data: Data) -> list[Cloud]:
+    """Points of the cases of `_drawn`, at most `POINTS` of each."""
     found = []
-    for rank, case in pick_cases(results, protocol, fewest).items():
-        if not maps or case not in rows or any(case not in drawn for drawn in maps.values()):
-            continue
-        row = rows[case]
+    names = data.manifest.mask_names
+    for case in _drawn(directory, results, data):
+        row = case.row
+        stored, truth = data.cache.array(row.index)[:3].T, data.cache.field(row.index, "mask").astype(int)
+        shown = np.linspace(0, len(truth) - 1, min(len(truth), POINTS)).round().astype(int)
+        maps = {arm: x[shown] for arm, x in case.maps.items()}
+        values = np.unique(np.concatenate([truth[shown], *maps.values()])).tolist()
+        found.append(Cloud(row.case, case.rank, stored[shown].astype(np.float32), truth[shown].astype(np.int32), maps,
+                           {v: names[v].rpartition("/")[2] if v < len(names) and names[v] else f"class {v}" for v in values
+                            if v >= 0}, case.scores,
+                           data.manifest.class_names[row.labels["class"]] if "class" in row.labels else ""))
+    return found
+
+
+def _overlays(directory: Path, results: Results, data: Data) -> list[Overlay]:
+    """Slices or strips of the cases of `_drawn`."""
+    found = []
+    for case in _drawn(directory, results, data):
+        row, rank, drawn, scores = case.row, case.rank, case.maps, case.scores
         header, truth = data.cache.header(row.index), data.cache.field(row.index, "mask")
-        scores = {c.arm: float(np.mean(list(next(x for x in c.cases if x.case == case).metrics[results.metric].values())))
-                  for c in cells if c.labels == fewest}
-        drawn = {arm: of[case] for arm, of in maps.items()}
         if results.metric == Keypoints.metric:
             truth = dots(points_of(truth), truth.shape)
             drawn = {arm: dots(x, truth.shape) for arm, x in drawn.items()}
@@ -206,11 +242,11 @@ def _overlays(directory: Path, results: Results, data: Data) -> list[Overlay]:
             known = np.flatnonzero((truth.astype(int) >= 0).any((1, 2)))  # frames that somebody labelled
             places = [int(known[i]) for i in _spread(0, len(known) - 1)]
             image, times = _stored(data, row, places)
-            found.append(Overlay(case, rank, image, _thin(truth[places]), {arm: _thin(x[places]) for arm, x in drawn.items()},
-                                 scores, header.spacing[1] / header.spacing[2], times))
+            found.append(Overlay(row.case, rank, image, _thin(truth[places]),
+                                 {arm: _thin(x[places]) for arm, x in drawn.items()}, scores, header.spacing[1] / header.spacing[2], times))
             continue
         plane = pick_slice(truth, header.spacing)
-        found.append(Overlay(case, rank, _visible(data.cache.array(row.index), header, plane), plane.of(truth),
+        found.append(Overlay(row.case, rank, _visible(data.cache.array(row.index), header, plane), plane.of(truth),
                              {arm: plane.of(x) for arm, x in drawn.items()}, scores, plane.aspect))
     return found
 

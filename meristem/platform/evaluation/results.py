@@ -154,6 +154,11 @@ class Results(Model):
         return self
 
     @property
+    def tested(self) -> str:
+        """What is resampled for the intervals."""
+        return "trials" if self.kind == "few-shot" else "test subjects"
+
+    @property
     def arms(self) -> list[str]:
         """Baselines first, each in the order met."""
         baselines = self.baselines
@@ -180,7 +185,10 @@ class Results(Model):
 
 
 class Row(Model):
-    """An arm at one protocol and label budget, in one metric. seeds: seed -> its own mean; seed_sd: their spread (n − 1)."""
+    """An arm at one protocol and label budget, in one metric. seeds: seed -> its own mean; seed_sd: their spread (n − 1).
+
+    trial_sd: of the settings of few shots, the spread over trials (n − 1).
+    """
 
     arm: str
     protocol: str
@@ -192,6 +200,7 @@ class Row(Model):
     seeds: dict[int, float]
     seed_sd: float | None
     subjects: int
+    trial_sd: dict[str, float] = {}
 
 
 class Comparison(Model):
@@ -414,7 +423,7 @@ def summarise(results: Results, replicates: int = REPLICATES, seed: int = 0) -> 
     tested = [c for c in comparisons if c.p is not None]
     corrected = dict(zip(map(id, tested), holm([c.p for c in tested if c.p is not None]), strict=True))
     comparisons = [c.model_copy(update={"p_holm": corrected.get(id(c))}) for c in comparisons]
-    warnings += [*_shortcuts(results, rows), *_thin(made)]
+    warnings += [*_shortcuts(results, rows), *_thin(made, results.tested)]
     return Summary(metric=results.metric, rows=tuple(rows), comparisons=tuple(comparisons), warnings=tuple(warnings),
                    verdict=tuple(_verdict(results, comparisons)))
 
@@ -433,7 +442,7 @@ def _shortcuts(results: Results, rows: Sequence[Row]) -> list[str]:
             "were acquired." for r in found.values()]
 
 
-def _thin(made: Mapping[tuple[str, str, Labels], Group]) -> list[str]:
+def _thin(made: Mapping[tuple[str, str, Labels], Group], tested: str) -> list[str]:
     """Too few seeds or subjects to conclude much."""
     said = []
     single = [key for key, group in made.items() if len(group.seeds) < 3 and key[1] == "finetune"]
@@ -441,7 +450,7 @@ def _thin(made: Mapping[tuple[str, str, Labels], Group]) -> list[str]:
         said.append(f"Fewer than three seeds in {len(single)} of {len(made)} rows: the spread between runs is not known there.")
     fewest = min(len(group.subjects) for group in made.values())
     if fewest < 20:
-        said.append(f"Only {fewest} test subjects: intervals are wide, and their coverage is not assured below about 20.")
+        said.append(f"Only {fewest} {tested}: intervals are wide, and their coverage is not assured below about 20.")
     return said
 
 
@@ -461,7 +470,9 @@ def _row(results: Results, key: tuple[str, str, Labels], cells: Sequence[Cell], 
     seeds = group.per_seed(metric)
     return Row(arm=key[0], protocol=key[1], labels=key[2], labelled_subjects=cells[0].labelled_subjects, metric=metric,
                mean=interval(), classes=classes, seeds=seeds,
-               seed_sd=float(np.std(list(seeds.values()), ddof=1)) if len(seeds) > 1 else None, subjects=n)
+               seed_sd=float(np.std(list(seeds.values()), ddof=1)) if len(seeds) > 1 else None, subjects=n,
+               trial_sd=dict(zip(results.classes, group.values[FEW].mean(0).std(-1, ddof=1).tolist(), strict=True))
+               if results.kind == "few-shot" else {})
 
 
 def _compare(results: Results, mine: Sequence[Cell], theirs: Sequence[Cell], replicates: int, seed: int
@@ -547,7 +558,7 @@ def _verdict(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
         rival = min(mine, key=lambda c: (not c.equal_budget, c.baseline == METADATA)).baseline
         first, *more = sorted((c for c in mine if c.baseline == rival), key=lambda c: _size(c.labels))
         by = f" by {PROTOCOLS.get(protocol, protocol)}" if protocol != "finetune" else ""
-        counts = f"({first.seeds} seed{'s' * (first.seeds != 1)}, {first.subjects} test subjects)"
+        counts = f"({first.seeds} seed{'s' * (first.seeds != 1)}, {first.subjects} {results.tested})"
         where = f"{'all ' * (first.labels == 'all')}{first.labelled_subjects} labelled subjects"
         where = f"At {where}" if first.labels else "Untrained,"
         text = f"{where} {arm} pretraining {_effect(results, first, rival)}{by} {counts}."

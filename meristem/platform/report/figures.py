@@ -22,7 +22,7 @@ from scipy.ndimage import zoom
 from meristem.platform.evaluation import metrics
 from meristem.platform.evaluation.results import PROTOCOLS, Group, Labels, Results, Row, Summary, groups, signed
 from meristem.platform.evaluation.statistics import Estimate
-from meristem.platform.report.pictures import Attention, Overlay, Reconstruction, Strip, pick_samples, sample_groups
+from meristem.platform.report.pictures import Attention, Cloud, Overlay, Reconstruction, Strip, pick_samples, sample_groups
 
 Array = NDArray[Any]
 
@@ -38,10 +38,8 @@ STYLE = {"font.family": "sans-serif", "font.size": 9.5, "axes.spines.top": False
 
 PANELS = 12  # classes beyond which a panel for each says less than one for all
 NAMED = 30  # classes beyond which their names no longer stand beside a figure
-PANELS = 12  # classes beyond which a panel for each says less than one for all
-NAMED = 30  # classes beyond which their names no longer stand beside a figure
+VIEWPOINT = (-60.0, 25.0)  # azimuth and height, degrees, from which points are seen
 _MANY = 300  # points beyond which a cloud is stored as pixels
-_UNKNOWN = np.array([201, 206, 214]) / 255  # light grey
 _UNKNOWN = np.array([201, 206, 214]) / 255  # light grey
 
 
@@ -169,7 +167,10 @@ def per_class(results: Results, protocol: str, labels: Labels) -> list[Plot]:
     made, colours = chosen(results, protocol, labels), palette(results)
     plots = []
     for i, name in enumerate(results.classes):
-        values = {arm: group.values[results.metric][:, i].mean(0) for arm, group in made.items()}
+        values = {arm: group.case_values(results.metric)[:, i].mean(0) for arm, group in made.items()}
+        values = {arm: v[~np.isnan(v)] for arm, v in values.items()}
+        if not all(len(v) for v in values.values()):
+            continue
 
         def paint(ax: Axes, values: Mapping[str, Array] = values, name: str = name) -> None:
             _boxes(ax, values, colours)
@@ -592,6 +593,46 @@ def overlays(several: Iterable[Overlay], metric: str) -> list[tuple[str, list[Pl
                                  f"{_span(o.times)}", o.truth, prediction, values, times=o.times))
         rows.append((f"{o.rank} case", panels))
     return rows
+
+
+def clouds(several: Iterable[Cloud], metric: str) -> list[tuple[str, list[tuple[str, str]], list[Plot]]]:
+    """(heading, (name, colour) of the labels, panels) per case: the truth, then what each arm says."""
+    rows = []
+    for c in several:
+        colours = {value: mpl.colors.to_hex(mpl.colormaps["tab20"](i % 20)) for i, value in enumerate(sorted(c.names))}
+        title = f"{c.rank} case{f', {c.category}' if c.category else ''}"
+        panels = [scatter(c.points, c.truth, colours, "truth", f"{title}: points coloured by their true label")]
+        for arm, prediction in c.predictions.items():
+            wrong = (prediction != c.truth) & (c.truth >= 0)
+            text = f"{arm}, {metric} {c.scores[arm]:.3f}" if arm in c.scores else arm
+            panels.append(scatter(c.points, prediction, colours, text, f"{title}, {text}: points coloured by their predicted "
+                                  f"label, {wrong.mean():.0%} of them wrong", wrong))
+        rows.append((title, [(c.names[value], colour) for value, colour in colours.items()], panels))
+    return rows
+
+
+def scatter(points: Array, label: Array, colours: Mapping[int, str], caption: str, alt: str,
+            wrong: Array | None = None) -> Plot:
+    """Points (N, 3) seen from a corner above, z up, the far ones paler; those that are `wrong` are ringed."""
+    azimuth, height = np.radians(VIEWPOINT)
+    right = np.array([-np.sin(azimuth), np.cos(azimuth), 0])
+    near = np.array([np.cos(azimuth) * np.cos(height), np.sin(azimuth) * np.cos(height), np.sin(height)])
+    centred = points - (points.min(0) + points.max(0)) / 2
+    x, y, depth = centred @ right, centred @ np.cross(near, right), centred @ near
+    order = np.argsort(depth)
+    full = np.array([mpl.colors.to_rgb(colours.get(int(v), "#c9ced6")) for v in label])
+    pale = (0.45 * (depth.max() - depth) / max(float(np.ptp(depth)), 1e-12))[:, None]
+    shown = full * (1 - pale) + pale
+    reach = 1.04 * max(float(np.abs(x).max()), float(np.abs(y).max()), 1e-12)
+    figure = Figure(figsize=(2.1, 2.1), dpi=170)
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.axis("off")
+    ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+    rings = np.where(np.zeros(len(points), bool) if wrong is None else wrong, 0.6, 0.0)
+    ax.scatter(x[order], y[order], s=6, c=shown[order], edgecolors="#111827", linewidths=rings[order].tolist())
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return Plot("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), alt, caption)
 
 
 def sheets(results: Results, strips: Sequence[Strip]) -> list[tuple[str, list[tuple[str, list[Plot]]]]]:

@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from meristem.platform.evaluation.metrics import LABELS
+from meristem.platform.evaluation.metrics import BY_CATEGORY, LABELS
 from meristem.platform.evaluation.results import (
     METADATA,
     PROTOCOLS,
@@ -130,7 +130,7 @@ class Study:
         for arm, labels in dict.fromkeys((r.arm, r.labels) for r in rows):
             mine = {r.metric: r for r in rows if (r.arm, r.labels) == (arm, labels)}
             first = next(iter(mine.values()))
-            values = [interval(mine[m].classes[c] if c else mine[m].mean) if m in mine else "–" for m, c in columns]
+            values = [_value(mine[m], c) if m in mine else "–" for m, c in columns]
             table.append((_labels(first), arm, values))
         return heads, table
 
@@ -140,7 +140,9 @@ class Study:
 
     @cached_property
     def classes(self) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
-        """Heads and rows (class, test cases, values) of the metrics of each class, arms side by side."""
+        """Heads and rows (class, test cases, values) of the metrics of each class, arms side by side; of shapes by category."""
+        if self.results.kind == "parts":
+            return self._categories()
         rows = self._detailed() if self.results.kind == "classification" else []
         rows.sort(key=lambda r: (r.metric != "accuracy", r.metric))
         if not rows:
@@ -151,6 +153,16 @@ class Study:
         heads = [f"{metric_label(self.results, r.metric)}, {r.arm}" for r in rows]
         return heads, [(c, str(counts[i]), [interval(r.classes[c]) for r in rows])
                        for i, c in enumerate(self.results.classes)]
+
+    def _categories(self) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+        rows = [r for r in self._detailed() if r.metric in BY_CATEGORY]
+        group = next(iter(figures.chosen(self.results, self.protocol, self.labels).values()))
+        names, counts = np.unique(group.categories, return_counts=True)
+        if len(names) < 2:
+            return [], []
+        heads = [f"{metric_label(self.results, self.results.metric)}, {r.arm}" for r in rows]
+        return heads, [(name, str(n), [interval(r.classes[name]) for r in rows])
+                       for name, n in zip(names.tolist(), counts.tolist(), strict=True)]
 
     @cached_property
     def sequences(self) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
@@ -185,8 +197,9 @@ class Study:
     def drawn(self) -> str:
         """What a mark in the figures of the cases stands for."""
         kind = self.results.kind
-        dots = "; every dot is one test case, mean over seeds"
-        bars = "; every bar is one test subject"
+        trial = kind == "few-shot"
+        dots = f"; every dot is one {'trial' if trial else 'test case'}, mean over seeds"
+        bars = f"; every bar is one {'trial' if trial else 'test subject'}"
         if kind == "classification":
             return dots if len(self.results.classes) <= PANELS else ""
         return bars if kind == "retrieval" else dots + bars
@@ -218,6 +231,10 @@ class Study:
     @cached_property
     def overlays(self) -> list[tuple[str, list[Plot]]]:
         return figures.overlays(self.pictures.overlays, LABELS.get(self.results.metric, self.results.metric))
+
+    @cached_property
+    def clouds(self) -> list[tuple[str, list[tuple[str, str]], list[Plot]]]:
+        return figures.clouds(self.pictures.clouds, LABELS.get(self.results.metric, self.results.metric))
 
     @property
     def contour_colours(self) -> list[tuple[str, str]]:
@@ -257,6 +274,12 @@ class Study:
     @property
     def subjects(self) -> int:
         return max(r.subjects for r in self.summary.rows)
+
+
+def _value(row: Row, name: str) -> str:
+    """A row's estimate, or that of one of its classes; of few shots with the spread over trials."""
+    told = interval(row.classes[name] if name else row.mean)
+    return f"{told} ± {row.trial_sd[name]:.3f}" if name in row.trial_sd else told
 
 
 def p_value(p: float | None) -> str:

@@ -51,6 +51,23 @@ class Overlay:
 
 
 @dataclass(frozen=True)
+class Cloud:
+    """One case of points: points (N, 3), truth (N,) integers, predictions (N,) and scores by arm. case: a pseudonym.
+
+    names: of the values that occur. category: of the shape, '' where there is none.
+    """
+
+    case: str
+    rank: Rank
+    points: Array
+    truth: Array
+    predictions: Mapping[str, Array]
+    names: Mapping[int, str]
+    scores: Mapping[str, float] = field(default_factory=dict)
+    category: str = ""
+
+
+@dataclass(frozen=True)
 class Strip:
     """What a sample shows over time: frames (n, H, W) or (n, H, W, 3). case: a pseudonym."""
 
@@ -84,13 +101,14 @@ class Pictures:
     overlays: Sequence[Overlay] = ()
     strips: Sequence[Strip] = ()
     attention: Sequence[Attention] = ()
+    clouds: Sequence[Cloud] = ()
 
     def __add__(self, other: Pictures) -> Pictures:
         """Those of both; a case's strip once."""
         known = {strip.case for strip in self.strips}
         return Pictures([*self.reconstructions, *other.reconstructions], [*self.overlays, *other.overlays],
                         [*self.strips, *(strip for strip in other.strips if strip.case not in known)],
-                        [*self.attention, *other.attention])
+                        [*self.attention, *other.attention], [*self.clouds, *other.clouds])
 
     def save(self, path: Path) -> Path:
         """One .npz of arrays and a JSON index; no pickle."""
@@ -109,7 +127,10 @@ class Pictures:
                           "times": o.times} for o in self.overlays],
             "strips": [{"case": s.case, "frames": keep(s.frames), "times": s.times, "aspect": s.aspect} for s in self.strips],
             "attention": [{"case": a.case, "arm": a.arm, "frames": keep(a.frames), "times": a.times, "heat": keep(a.heat),
-                           "curve": a.curve, "seconds": a.seconds, "aspect": a.aspect} for a in self.attention]}
+                           "curve": a.curve, "seconds": a.seconds, "aspect": a.aspect} for a in self.attention],
+            "clouds": [{"case": c.case, "rank": c.rank, "points": keep(c.points), "truth": keep(c.truth),
+                        "predictions": {arm: keep(p) for arm, p in c.predictions.items()}, "names": list(c.names.items()),
+                        "scores": dict(c.scores), "category": c.category} for c in self.clouds]}
         np.savez_compressed(path, index=np.frombuffer(json.dumps(index).encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]
         return path
 
@@ -127,7 +148,10 @@ class Pictures:
                            [Strip(s["case"], stored[s["frames"]], tuple(s["times"]), s["aspect"])
                             for s in index.get("strips", ())],
                            [Attention(a["case"], a["arm"], stored[a["frames"]], tuple(a["times"]), stored[a["heat"]],
-                                      tuple(a["curve"]), tuple(a["seconds"]), a["aspect"]) for a in index.get("attention", ())])
+                                      tuple(a["curve"]), tuple(a["seconds"]), a["aspect"]) for a in index.get("attention", ())],
+                           [Cloud(c["case"], c["rank"], stored[c["points"]], stored[c["truth"]],
+                                  {arm: stored[p] for arm, p in c["predictions"].items()}, dict(c["names"]), c["scores"],
+                                  c["category"]) for c in index.get("clouds", ())])
         except (OSError, ValueError, KeyError) as error:
             raise MeristemError(f"{path} does not hold pictures of a run: {error}", "Evaluate again to make them.") from None
 
@@ -201,6 +225,6 @@ def pick_cases(results: Results, protocol: str, labels: Labels) -> dict[Rank, st
     score = np.zeros(len(shared))
     for group in made:
         place = [group.cases.index(case) for case in shared]
-        score += group.values[results.metric].mean((0, 1))[place]
+        score += np.nanmean(group.case_values(results.metric), (0, 1))[place]
     order = np.argsort(score if results.higher[results.metric] else -score, kind="stable")
     return {"worst": shared[order[0]], "median": shared[order[len(order) // 2]], "best": shared[order[-1]]}
