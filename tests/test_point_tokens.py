@@ -218,7 +218,7 @@ def test_repeats_change_no_embedding() -> None:
 def test_embedding_is_the_published_network() -> None:
     embed = tokenizer().embedding(16)
     content = torch.randn(2, 4, 3, 5)
-    x = embed.first(content.transpose(-1, -2))
+    x = embed.first(content.transpose(-1, -2) / PointsOptions().scales[0])
     both = torch.cat([x.amax(-2, keepdim=True).expand_as(x), x], -1)  # Point-MAE concatenates, then multiplies
     x = both @ torch.cat([embed.whole.weight, embed.point.weight], 1).T + embed.point.bias
     expected = embed.second(x).amax(-2)

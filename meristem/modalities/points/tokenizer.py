@@ -16,19 +16,23 @@ BITS = 16  # of a cell's number along each axis
 class PointNet(nn.Module):
     """A shared perceptron on each point of a token and the maximum over them, twice (Pang et al. 2022, Point-MAE, section 3.1).
 
-    Their batch normalisation is layer normalisation here: a token's embedding depends on no other sample.
+    Their batch normalisation is layer normalisation here: a token's embedding depends on no other sample. unit: coordinates are
+    divided by it first, since a layer's shift would drown those of small groups.
     """
 
-    def __init__(self, channels: int, width: int) -> None:
+    unit: Tensor
+
+    def __init__(self, channels: int, width: int, unit: float) -> None:
         super().__init__()
         self.channels = channels
+        self.register_buffer("unit", torch.tensor([unit] * 3 + [1.0] * (channels - 3)), persistent=False)
         self.first = nn.Sequential(nn.Linear(channels, 128), nn.LayerNorm(128), nn.ReLU(), nn.Linear(128, 256))
         self.point, self.whole = nn.Linear(256, 512), nn.Linear(256, 512, bias=False)
         self.second = nn.Sequential(nn.LayerNorm(512), nn.ReLU(), nn.Linear(512, width))
 
     def forward(self, stream: TokenStream) -> Tensor:
         """Stream of n tokens of channels × points numbers to (B, n, width)."""
-        x = self.first(stream.content.unflatten(-1, (self.channels, -1)).transpose(-1, -2))
+        x = self.first(stream.content.unflatten(-1, (self.channels, -1)).transpose(-1, -2) / self.unit)
         # one layer on each point beside the maximum, which is multiplied once for all of them
         x = self.second(self.point(x) + self.whole(x.amax(-2, keepdim=True)))
         embedded: Tensor = x.amax(-2)
@@ -52,6 +56,7 @@ class PointTokenizer(Tokenizer):
         self.token_size = channels * options.size
         self.mask_unit = (1,)
         self.coordinates = 3
+        self.structure = 3 if options.places else 0
 
     def stream(self, view: View) -> TokenStream:
         x = view.array.transpose(1, 2)  # (B, N, C)
@@ -77,7 +82,8 @@ class PointTokenizer(Tokenizer):
             fields["place"] = view.index
         kind = {name: y.gather(1, at).masked_fill(~valid, -1) for name, y in fields.items()}
         return TokenStream(content.transpose(-1, -2).flatten(2), position, valid, view.item, view.frame.to_source(position),
-                           kind=kind, aux={"points": points}, weight=there.to(x.dtype))
+                           structure=position if self.structure else None, kind=kind,
+                           aux={"points": points}, weight=there.to(x.dtype))
 
     def _runs(self, xyz: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, size) points in order along the curve, and which of these places hold one."""
@@ -109,4 +115,7 @@ class PointTokenizer(Tokenizer):
         return pointops.gather_points(tokens, own)
 
     def embedding(self, width: int) -> PointNet:
-        return PointNet(self.channels, width)
+        return PointNet(self.channels, width, self.options.scales[0])
+
+    def places(self, width: int) -> nn.Module | None:
+        return nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, width)) if self.structure else None
