@@ -243,7 +243,8 @@ def _overlays(directory: Path, results: Results, data: Data) -> list[Overlay]:
             places = [int(known[i]) for i in _spread(0, len(known) - 1)]
             image, times = _stored(data, row, places)
             found.append(Overlay(row.case, rank, image, _thin(truth[places]),
-                                 {arm: _thin(x[places]) for arm, x in drawn.items()}, scores, header.spacing[1] / header.spacing[2], times))
+                                 {arm: _thin(x[places]) for arm, x in drawn.items()}, scores,
+                                 header.spacing[1] / header.spacing[2], times))
             continue
         plane = pick_slice(truth, header.spacing)
         found.append(Overlay(row.case, rank, _visible(data.cache.array(row.index), header, plane), plane.of(truth),
