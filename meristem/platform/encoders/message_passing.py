@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meristem.modalities.base import Axis, Tokenizer
+from meristem.errors import RecipeError
+from meristem.modalities.base import Axis, Settings, Tokenizer
 from meristem.modalities.stream import Edges, TokenStream
 from meristem.platform.encoders.base import Encoder, EncoderSettings, replaced
 from meristem.platform.objectives import Encoded, Plan
@@ -158,15 +159,13 @@ class Layer(nn.Module):
         return passed
 
 
-class MessagePassingSettings(EncoderSettings):
-    """conv: of each of the `depth` layers of `width` channels; heads: of attention (gat). dropout: of the nodes' content and of
-    what enters a layer; attention_dropout: of attention (gat). norm: `batch` has the statistics of the valid nodes of the
-    whole batch on one rank. residual: what enters a layer is added to what its convolution gives.
+class LayerSettings(Settings):
+    """conv: of each of `depth` layers; heads: of attention (gat). dropout: of what enters a layer; attention_dropout: of
+    attention (gat). norm: `batch` has the statistics of the valid nodes of the whole batch on one rank. residual: what enters a
+    layer is added to what its convolution gives.
     """
 
-    sees: frozenset[str] = frozenset({"edges"})
     conv: Convolution = "gin"
-    width: Count = 256
     depth: Count = 5
     heads: Count = 1
     dropout: Rate = 0.0
@@ -174,6 +173,30 @@ class MessagePassingSettings(EncoderSettings):
     norm: Norm = "batch"
     activation: Activation = "relu"
     residual: bool = False
+
+    @model_validator(mode="after")
+    def _attends(self) -> Self:
+        if self.conv != "gat" and (self.heads > 1 or self.attention_dropout):
+            raise ValueError(f"{self.conv} has no attention; leave heads and attention_dropout out, or set conv: gat")
+        return self
+
+    def layers(self, width: int, tokenizer: Tokenizer, read_out: bool) -> nn.ModuleList:
+        """`depth` layers of `width` channels. read_out: the last is without norm and activation."""
+        if width % self.heads:
+            raise RecipeError(f"{width} channels cannot be shared out among {self.heads} heads",
+                              "Choose another number of heads.")
+        edges = (tokenizer.edge_kinds if tokenizer.edge_kinds > 1 else 0) + tokenizer.edge_values
+        return nn.ModuleList(
+            Layer(self.conv, width, edges, heads=self.heads, dropout=self.dropout, attention_dropout=self.attention_dropout,
+                  norm=self.norm, activation=self.activation, residual=self.residual, last=read_out and i == self.depth - 1)
+            for i in range(self.depth))
+
+
+class MessagePassingSettings(LayerSettings, EncoderSettings):
+    """width: channels of all layers. dropout: of the nodes' content too."""
+
+    sees: frozenset[str] = frozenset({"edges"})
+    width: Count = 256
 
     @property
     def takes(self) -> frozenset[str]:
@@ -183,25 +206,8 @@ class MessagePassingSettings(EncoderSettings):
     def provides(self) -> frozenset[str]:
         return frozenset({"mean", "sum", "max", "layers"})
 
-    @model_validator(mode="after")
-    def _attends(self) -> Self:
-        if self.conv != "gat" and (self.heads > 1 or self.attention_dropout):
-            raise ValueError(f"{self.conv} has no attention; leave heads and attention_dropout out, or set conv: gat")
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} cannot be shared out among {self.heads} heads")
-        return self
-
-    def layer(self) -> dict[str, Any]:
-        """Keywords of every `Layer`."""
-        return self.model_dump(include={"heads", "dropout", "attention_dropout", "norm", "activation", "residual"})
-
     def build(self, tokenizer: Tokenizer, axes: tuple[Axis, ...], channels: int) -> MessagePassing:
         return MessagePassing(self, tokenizer)
-
-
-def edge_width(tokenizer: Tokenizer) -> int:
-    """Numbers per edge that a layer is given: its type where there are several, and its values."""
-    return (tokenizer.edge_kinds if tokenizer.edge_kinds > 1 else 0) + tokenizer.edge_values
 
 
 class MessagePassing(Encoder):
@@ -221,8 +227,7 @@ class MessagePassing(Encoder):
         self.embed = tokenizer.embedding(self.width)
         self.mask_token = nn.Parameter(torch.zeros(self.width))
         self.places = tokenizer.places(self.width) if "structure" in settings.sees else None
-        self.layers = nn.ModuleList(Layer(settings.conv, self.width, edge_width(tokenizer), **settings.layer())
-                                    for _ in range(self.depth))
+        self.layers = settings.layers(self.width, tokenizer, read_out=False)
 
     def forward(self, stream: TokenStream, plan: Plan | None = None, *, want: frozenset[str] = frozenset()) -> Encoded:
         keep = None if plan is None else plan.keep

@@ -70,26 +70,42 @@ class RunningCell(Settings):
 DECODINGS: dict[str, type[Settings]] = {"running_cell": RunningCell}
 
 
+class Remask(Settings):
+    """What a decoder is not given of the encoded tokens, drawn anew for each of its `passes`: the share `ratio` of them, hidden
+    from the encoder or not (GraphMAE2, Hou et al. 2023, section 3.2)."""
+
+    passes: Positive = 3
+    ratio: Fraction = 0.5
+
+
 class Masking(Settings):
     """The typed entry of a masking.
 
     corruption: hidden tokens are dropped before the encoder, or replaced. decode: which places a decoder predicts; null: every
     hidden one. With `decode` it is given a mask token for each of those places, visible ones too, and for no other; the loss
-    counts the hidden ones among them. hides: of what, in a word.
+    counts the hidden ones among them. swap: share of the replaced tokens that show the content of another one, drawn among all,
+    in place of a mask token (Hou et al. 2022, GraphMAE, section 3). remask: what the predictor does not get of what the encoder
+    made of tokens; null: as it works. hides: of what, in a word.
     """
 
     hides: ClassVar[str] = "tokens"
     corruption: Literal["drop", "replace"] = "drop"
     decode: Annotated[RunningCell, Slot("decoder masking", DECODINGS)] | None = None
+    swap: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    remask: Remask | None = None
 
     @model_validator(mode="after")
     def _decodes(self) -> Self:
         if self.decode is not None and self.corruption != "drop":
             raise ValueError("decode: only a decoder over dropped tokens has places to leave out; set corruption: drop")
+        if self.swap and self.corruption != "replace":
+            raise ValueError("swap: a token that is dropped shows nothing; set corruption: replace")
         return self
 
     def check(self, recipe: Any) -> list[str]:
         """What is impossible about it in this recipe; empty when all is well."""
+        if self.swap and "swap" not in recipe.encoder.takes:
+            return ["it swaps contents of tokens, which this encoder cannot take; set swap: 0"]
         return []
 
     def plan(self, stream: TokenStream, rng: Rng, unit: tuple[int, ...]) -> Plan:
@@ -100,7 +116,22 @@ class Masking(Settings):
         """hidden, live: (B, N) bool; kept: tokens of each row that are not hidden, the same in every row when dropping."""
         keep = hidden.to(torch.uint8).argsort(dim=1, stable=True)[:, :kept] if self.corruption == "drop" else None
         decode = None if self.decode is None else self.decode.decode(stream, rng)
-        return Plan(hidden=hidden, predict=(hidden & live).float(), keep=keep, decode=decode)
+        return Plan(hidden=hidden, predict=(hidden & live).float(), keep=keep, decode=decode,
+                    swap=self._swapped(rng, live) if self.swap else None,
+                    remask=None if self.remask is None else self._remasked(rng, live, self.remask))
+
+    def _swapped(self, rng: Rng, live: Tensor) -> Tensor:
+        n = live.shape[1]
+        places = (~live).to(torch.uint8).argsort(dim=1, stable=True)
+        drawn = (rng.uniform("swap with", n).double() * live.sum(1, keepdim=True)).long()
+        return torch.where(live & (rng.uniform("swap", n) < self.swap), places.gather(1, drawn), -1)
+
+    @staticmethod
+    def _remasked(rng: Rng, live: Tensor, remask: Remask) -> Tensor:
+        n = live.shape[1]
+        few = (live.sum(1, keepdim=True).double() * remask.ratio + 0.5).floor()
+        draws = (rng.uniform(f"remask {k}", n).masked_fill(~live, 2) for k in range(remask.passes))  # padding comes last
+        return torch.stack([draw.argsort(dim=1, stable=True).argsort(dim=1) < few for draw in draws])
 
 
 def informative(stream: TokenStream) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from meristem.modalities.base import Axis, Settings, Tokenizer
 from meristem.modalities.stream import LatticeStream, TokenStream, gather
 from meristem.platform.encoders.base import Encoder, EncoderSettings
+from meristem.platform.encoders.message_passing import Convolution, LayerSettings, Nodes, Norm
 from meristem.platform.encoders.transformer import Blocks
-from meristem.platform.masked.masking import Masking
+from meristem.platform.masked.masking import Masking, Positive
 from meristem.platform.objectives import Encoded, Plan
 
 CONVOLUTIONS: Mapping[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -45,10 +46,14 @@ class Predictor(nn.Module):
 
 
 class PredictorSettings(Settings):
-    """The typed entry of a predictor. corruption: the kind of masking it works on. want: what it needs of the encoder."""
+    """The typed entry of a predictor. corruption: the kind of masking it works on. want: what it needs of the encoder.
+
+    remasks: whether it works on tokens as the encoder made them, some of which a masking may keep from it.
+    """
 
     corruption: ClassVar[str]
     want: ClassVar[frozenset[str]] = frozenset()
+    remasks: ClassVar[bool] = False
 
     def check(self, name: str, encoder: EncoderSettings, masking: Masking) -> list[str]:
         """What is impossible about it with this encoder and masking; name: as the recipe calls it."""
@@ -58,6 +63,9 @@ class PredictorSettings(Settings):
             problems.append(f"the {name} predictor works on masked tokens that are "
                             f"{'dropped' if self.corruption == 'drop' else 'replaced'}; set the masking's corruption to "
                             f"{self.corruption}, or choose another predictor")
+        if masking.remask is not None and not self.remasks:
+            problems.append(f"the {name} predictor is given all encoded tokens; take remask out of the masking, or choose "
+                            "predictor: graph")
         return problems
 
     def build(self, encoder: Encoder, tokenizer: Tokenizer, axes: tuple[Axis, ...], channels: int, sizes: Mapping[str, int],
@@ -204,4 +212,56 @@ class Dense(PredictorSettings):
         return DensePredictor(encoder, len(axes), tokenizer.token_size // channels, sizes)
 
 
-PREDICTORS: dict[str, type[PredictorSettings]] = {"linear": Linear, "decoder": Decoder, "dense": Dense}
+class GraphPredictor(Predictor):
+    """Encoded nodes, a learned token in the place of those it is not given, through message-passing layers.
+
+    It is given no hidden node as the encoder made it, or in each of several passes not those that the plan's `remask` names:
+    each pass predicts all hidden nodes.
+    """
+
+    def __init__(self, settings: Graph, encoder: Encoder, tokenizer: Tokenizer, sizes: Mapping[str, int],
+                 everywhere: bool) -> None:
+        super().__init__()
+        self.everywhere, self.edges = everywhere, (tokenizer.edge_kinds, tokenizer.edge_values)
+        self.mask_token = nn.Parameter(torch.zeros(encoder.width))
+        self.layers = settings.layers(encoder.width, tokenizer, read_out=True)
+        self.heads = nn.ModuleDict({name: nn.Linear(encoder.width, size) for name, size in sizes.items()})
+
+    def forward(self, encoded: Encoded, stream: TokenStream, plan: Plan) -> dict[str, Prediction]:
+        nodes = Nodes(stream, *self.edges)
+        index = torch.arange(len(stream), device=plan.hidden.device).expand_as(plan.hidden)
+        if not self.everywhere:
+            most = int(plan.hidden.sum(1).max())
+            index = (~plan.hidden).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+        decoded = []
+        for gone in plan.hidden[None] if plan.remask is None else plan.remask:
+            x = nodes.flat(torch.where(gone[..., None], self.mask_token.to(encoded.tokens), encoded.tokens))
+            for layer in self.layers:
+                x = layer(x, nodes)
+            decoded.append(gather(nodes.back(x), index))
+        x, index = torch.cat(decoded, 1), index.repeat(1, len(decoded))
+        return {name: Prediction(head(x), index) for name, head in self.heads.items()}
+
+
+class Graph(LayerSettings, PredictorSettings):
+    """Message passing among encoded nodes, hidden ones masked a second time (GraphMAE, Hou et al. 2022, section 3; its linear
+    map before the decoder is the one that its layer begins with)."""
+
+    corruption = "replace"
+    remasks = True
+    conv: Convolution = "gat"
+    depth: Positive = 1
+    norm: Norm = "none"
+
+    def check(self, name: str, encoder: EncoderSettings, masking: Masking) -> list[str]:
+        problems = super().check(name, encoder, masking)
+        if "edges" not in encoder.sees:
+            problems.append(f"the {name} predictor passes messages along edges; add edges to encoder.….sees")
+        return problems
+
+    def build(self, encoder: Encoder, tokenizer: Tokenizer, axes: tuple[Axis, ...], channels: int, sizes: Mapping[str, int],
+              everywhere: bool) -> Predictor:
+        return GraphPredictor(self, encoder, tokenizer, sizes, everywhere)
+
+
+PREDICTORS: dict[str, type[PredictorSettings]] = {"linear": Linear, "decoder": Decoder, "dense": Dense, "graph": Graph}

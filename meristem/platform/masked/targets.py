@@ -98,6 +98,22 @@ class Content(TargetSettings):
         return (w * error).sum(), w.sum()
 
 
+class Cosine(TargetSettings):
+    """The direction of the tokens' content: scaled cosine error (1 − cos(prediction, content))^exponent (Hou et al. 2022,
+    GraphMAE, equation 2). Content that is all 0 has none: cos is 0."""
+
+    exponent: Annotated[float, Field(ge=1)] = 2.0
+
+    def size(self, tokenizer: Tokenizer, encoder: Encoder) -> int:
+        return tokenizer.token_size
+
+    def compare(self, step: Step, view: str, index: Tensor | None, prediction: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        stream = step.stream(view).seen(frozenset())
+        content = (stream if index is None else stream.take(index)).content.float()
+        cosine = (F.normalize(prediction.float(), dim=-1) * F.normalize(content, dim=-1)).sum(-1)
+        return (weight * (1 - cosine).clamp_min(0).pow(self.exponent)).sum(), weight.sum()
+
+
 class Features(TargetSettings):
     """The tokens that the teacher makes of the whole view, nothing hidden (V-JEPA, Bardes et al. 2024, section 3).
 
@@ -277,4 +293,5 @@ class Extent(TargetSettings):
 
 
 TARGETS: dict[str, type[TargetSettings]] = {"content": Content, "features": Features, "chamfer": Chamfer, "surface": Surface,
+                                            "cosine": Cosine,
                                             "extent": Extent}
