@@ -268,7 +268,7 @@ class Extent(TargetSettings):
         if view.weight is not None:
             segment = torch.where(view.weight[:, 0] > 0, segment, -1)
         numbers = torch.unique(torch.cat([segment, wanted], 1))
-        place, asked = torch.searchsorted(numbers, segment), torch.searchsorted(numbers, wanted)
+        place, asked = (torch.searchsorted(numbers, x.contiguous()) for x in (segment, wanted))
         rows = torch.arange(len(segment), device=segment.device)[:, None] * len(numbers)
         place, asked = (place + rows).flatten(), (asked + rows).flatten()
         angle = torch.arange(self.headings, device=segment.device) * (math.pi / 2 / self.headings)
