@@ -6,13 +6,15 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+
 from meristem.errors import DataError
-from meristem.modalities.graph import planetoid, tu
+from meristem.modalities.graph import molecules, planetoid, tables, tu
 from meristem.modalities.graph.raw import Contents
 
 SUFFIXES = (".graph", ".txt", ".csv", ".tsv", ".npy", ".edges", ".edgelist", ".graphml", ".json")
 NO_DATA = re.compile(r"(readme|license|licence|notes?|requirements|changes|changelog)\b.*|(train|test)_idx-\d+\.txt"
-                     r"|participants\.tsv|.*_(sessions|scans)\.tsv|nodes\.(csv|tsv)|dataset_description\.json", re.IGNORECASE)
+                     r"|participants\.tsv|.*_(sessions|scans)\.tsv|(.*_)?nodes\.(csv|tsv)", re.IGNORECASE)
 
 
 def beside(path: Path) -> list[Path]:
@@ -21,13 +23,33 @@ def beside(path: Path) -> list[Path]:
         return planetoid.parts(path)
     if tu.is_tudataset(path):
         return tu.parts(path)
+    if (nodes := tables.nodes_of(path)) is not None:
+        return [nodes]
     folds = path.parent / "10fold_idx"
     return sorted(folds.glob("test_idx-*.txt")) if path.suffix == ".txt" and folds.is_dir() else []
 
 
 def is_data(path: Path) -> bool:
     """Whether a file by its name may hold a graph, and is no index, table or part of another."""
+    if path.suffix == ".json":
+        return tables.is_node_link(path)
     return not NO_DATA.fullmatch(path.name) and tu.part_of(path) is None
+
+
+def recognised(path: Path) -> bool:
+    """Whether a file of one of `SUFFIXES` holds a graph, as far as its name and its first lines tell."""
+    if not is_data(path) or path.suffix in (".graph", ".graphml", ".edges", ".edgelist", ".json"):
+        return is_data(path)
+    try:
+        if path.suffix == ".npy":
+            shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+            return len(shape) == 2 and shape[0] == shape[1] > 3
+        with path.open(encoding="utf-8-sig") as file:
+            lines = [line for line in (file.readline() for _ in range(3)) if line.strip()]
+    except (OSError, ValueError):
+        return False
+    return tu.is_tudataset(path) or tu.is_collection(lines) or tables.recognised(lines) or (
+        bool(lines) and molecules.is_table(tables.cells(lines)[0]))
 
 
 def contents(path: Path, label: str | None) -> Contents:
@@ -46,10 +68,27 @@ def _contents(path: Path, place: tuple[tuple[str, int, int], ...], label: str | 
         return planetoid.read_planetoid(path)
     if tu.is_tudataset(path):
         return tu.read_tudataset(path)
+    if path.suffix == ".npy":
+        return tables.matrix(_array(path))
+    if path.suffix == ".graphml":
+        return tables.read_graphml(path)
+    if path.suffix == ".json":
+        return tables.read_node_link(path)
     lines = _lines(path)
-    if tu.is_collection(path, lines):
+    if not lines:
+        raise DataError("empty", "the file holds nothing", "Export it again.")
+    if tu.is_collection(lines):
         return tu.read_collection(path, lines)
-    raise DataError("format", "the file is in no known format of graphs", "See `meristem data check --help`.")
+    rows = tables.cells(lines)
+    return molecules.read_smiles(rows, label) if molecules.is_table(rows[0]) else tables.read_table(path, rows)
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        array: np.ndarray = np.load(path, allow_pickle=False)
+        return array
+    except (OSError, ValueError, EOFError):
+        raise DataError("unreadable", "the file is no readable .npy of numbers", "Save it with numpy.save.") from None
 
 
 def _lines(path: Path) -> list[str]:

@@ -60,6 +60,16 @@ class Graph:
     def elements(self, path: Path) -> Sequence[Element] | None:
         return files.contents(path, self.options.label).elements if files.is_data(path) else ()
 
+    @staticmethod
+    def recognised(path: Path) -> bool:
+        """Whether a file of one of its suffixes holds graphs, as far as its beginning tells."""
+        return files.recognised(path)
+
+    @staticmethod
+    def beside(path: Path) -> list[Path]:
+        """The other files that a file is read with."""
+        return files.beside(path)
+
     def fitted(self, paths: Sequence[Path]) -> Self:
         """With features, channels and alphabets settled over all samples. Raises DataError where they cannot be."""
         o = self.options
@@ -119,7 +129,11 @@ class Graph:
             kept, links["links"] = hold_out(pairs, raw.nodes, self.options.hold_out)
             pairs, kind, weight = pairs[:, kept], kind[kept], None if weight is None else weight[kept]
         tables = {"pairs": pairs, "kind": kind, **links} | ({} if weight is None else {"value": weight})
-        array = np.concatenate([settled._features(raw, held, pairs, weight), *self._structure(pairs, raw.nodes)])
+        array = settled._features(raw, held, pairs, weight)
+        if structure := self._structure(pairs, raw.nodes):
+            array = np.concatenate([array, *structure])
+        elif np.isin(array, (0, 1)).all():
+            array = array.astype(np.uint8)  # one-hot: a quarter of the space
         degree = np.bincount(pairs[0], minlength=raw.nodes)
         header = Header(array.shape, ((1.0,),), (), source={"nodes": raw.nodes, "names": list(raw.names)})
         return Sample(array, header, dict(raw.fields), tables,

@@ -34,8 +34,9 @@ class _Sparse:
 def _allowed() -> dict[tuple[str, str], Any]:
     from numpy._core.multiarray import _reconstruct  # what numpy's own pickles name
 
-    table: dict[tuple[str, str], Any] = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("collections", "defaultdict"): defaultdict,
-             ("__builtin__", "list"): list, ("builtins", "list"): list}
+    table: dict[tuple[str, str], Any] = {
+        ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("collections", "defaultdict"): defaultdict,
+        ("__builtin__", "list"): list, ("builtins", "list"): list}
     table |= {(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")}
     return table | {(f"scipy.sparse.{module}", "csr_matrix"): _Sparse for module in ("csr", "_csr")}
 

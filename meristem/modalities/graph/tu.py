@@ -16,7 +16,7 @@ PARTS = ("graph_indicator", "graph_labels", "graph_attributes", "node_labels", "
          "edge_attributes")  # of DS_A.txt
 
 
-def is_collection(path: Path, lines: list[str]) -> bool:
+def is_collection(lines: list[str]) -> bool:
     """Whether a text begins as the format of DGCNN: the number of graphs, then `nodes label`."""
     head = [line.split() for line in lines[:2]]
     return [len(h) for h in head] == [1, 2] and all(re.fullmatch(r"-?\d+", x) for h in head for x in h)

@@ -127,7 +127,8 @@ class Cache:
         with _locked(home):
             known = _stored(home)
             problems = list(manifest.problems)
-            digests = contents(manifest.rows, problems, workers, home / "digests.json", modality.members)
+            digests = contents(manifest.rows, problems, workers, home / "digests.json", modality.members,
+                               getattr(modality, "beside", None))
             kept = distinct([r for r in manifest.rows if r.index in digests], digests, problems)
             keys = {r.index: _key(digests[r.index], made_by) for r in kept}
             todo = [r for r in kept if keys[r.index] not in known]
@@ -504,11 +505,11 @@ Digest = tuple[str, tuple[str, ...]]  # of the images together, of each companio
 
 
 def contents(rows: Sequence[Row], problems: list[Problem], workers: int = 0, memory: Path | None = None,
-             members: Sequence[str] = ()) -> dict[int, Digest]:
+             members: Sequence[str] = (), beside: Callable[[Path], Sequence[Path]] | None = None) -> dict[int, Digest]:
     """Row index -> hashes of its files; what cannot be read is added to `problems`.
 
     memory: a file in which hashes are kept; a data file whose size and time of change are in it is not read again. members:
-    suffixes of the files that count where a path is a folder.
+    suffixes of the files that count where a path is a folder. beside: the other files that one is read with.
     """
     remembered: dict[str, str] = json.loads(memory.read_text()) if memory and memory.is_file() else {}
     secret = user_key()
@@ -517,6 +518,8 @@ def contents(rows: Sequence[Row], problems: list[Problem], workers: int = 0, mem
         element = split_element(path)
         file = element[0] if element else path
         inside = member_files(file, members)
+        if beside and not inside and (others := [f for f in beside(file) if f.is_file()]):
+            inside = [file, *others]
         place = "|".join(f"{f}|{s.st_size}|{s.st_mtime_ns}" for f in inside or [file] for s in [f.stat()])
         name = pseudonym("file", f"{path}|{place}", secret)
         if name not in remembered:

@@ -41,7 +41,8 @@ class Report:
     """What was found. ok: nothing would be refused.
 
     shape, spacing, intensity, foreground: name of an axis or figure -> its quantiles (0, 5, 50, 95, 100 %) over samples.
-    intensity: of the values an encoder would see. labels: mask value -> samples that hold it and share of all elements.
+    intensity: of the values an encoder would see. notes: of what the reader says beside (nodes and edges of a graph). labels:
+    mask value -> samples that hold it and share of all elements.
     """
 
     path: str
@@ -61,6 +62,7 @@ class Report:
     shape: dict[str, list[float]] = field(default_factory=dict)
     spacing: dict[str, list[float]] = field(default_factory=dict)
     intensity: dict[str, list[float]] = field(default_factory=dict)
+    notes: dict[str, list[float]] = field(default_factory=dict)
     labels: dict[str, dict[str, float]] = field(default_factory=dict)
     foreground: list[float] = field(default_factory=list)
 
@@ -82,6 +84,7 @@ class Report:
                  *(("shape " + k, _span(v)) for k, v in self.shape.items()),
                  *(("spacing " + k, _span(v)) for k, v in self.spacing.items()),
                  *(("intensity " + k, _span(v)) for k, v in self.intensity.items()),
+                 *((k, _span(v)) for k, v in self.notes.items()),
                  *(("label " + k, f"in {v['samples']:.0f} samples, {v['share']:.2%} of elements")
                    for k, v in self.labels.items()),
                  *([("foreground", _span(self.foreground))] if self.foreground else []),
@@ -97,8 +100,9 @@ class Report:
 def check(path: str | Path, modality: Modality, *, workers: int = 0, progress: Progress | None = None) -> Report:
     """Read every file of a data set as training would. Raises DataError when there is none."""
     manifest = Manifest.discover(path, modality)
+    modality = modality.fitted([p for row in manifest.rows for p in row.paths])
     problems = list(manifest.problems)
-    digests = contents(manifest.rows, problems, workers, members=modality.members)
+    digests = contents(manifest.rows, problems, workers, members=modality.members, beside=getattr(modality, "beside", None))
     kept = distinct([r for r in manifest.rows if r.index in digests], digests, problems)
     figures: list[_Figures] = []
     reading = DataLoader(_Reading(kept, modality), batch_size=None, num_workers=workers, collate_fn=_same,
@@ -135,6 +139,7 @@ class _Figures:
     intensity: tuple[float, ...]
     counts: dict[int, int]
     elements: int
+    notes: dict[str, float]
 
 
 class _Reading(Dataset[Any]):
@@ -160,7 +165,7 @@ class _Reading(Dataset[Any]):
         mask = sample.fields.get("mask")
         counts = {} if mask is None else {int(v): int(n) for v, n in zip(*np.unique(mask, return_counts=True), strict=True)}
         return _Figures(row, tuple(h.shape[1:]), tuple(h.spacing), tuple(float(x) for x in intensity), counts,
-                        int(np.prod(h.shape[1:])))
+                        int(np.prod(h.shape[1:])), sample.notes)
 
 
 def _same(x: Any) -> Any:
@@ -172,7 +177,10 @@ def _sum_up(report: Report, figures: Sequence[_Figures], axes: Sequence[str], na
     intensity = np.array([f.intensity for f in figures])
     report.shape = {axis: _quantiles(shape[:, i]) for i, axis in enumerate(axes)}
     report.spacing = {axis: _quantiles(spacing[:, i]) for i, axis in enumerate(axes)}
-    report.intensity = {name: _quantiles(intensity[:, i]) for i, name in enumerate(("mean", "deviation", "1 %", "99 %"))}
+    if axes:  # the first feature of nodes, which have none, is no brightness
+        report.intensity = {name: _quantiles(intensity[:, i]) for i, name in enumerate(("mean", "deviation", "1 %", "99 %"))}
+    names_of = dict.fromkeys(name for f in figures for name in f.notes)
+    report.notes = {name: _quantiles(np.array([f.notes.get(name, 0.0) for f in figures])) for name in names_of}
     masked = [f for f in figures if f.counts]
     total = sum(f.elements for f in masked)
     for value in sorted({v for f in masked for v in f.counts}):
@@ -184,7 +192,7 @@ def _sum_up(report: Report, figures: Sequence[_Figures], axes: Sequence[str], na
         report.foreground = _quantiles(np.array(volumes))
     looks = [(f"{name} {a}", table[:, i]) for name, table in (("shape", shape), ("spacing", spacing))
              for i, a in enumerate(axes)]
-    looks += [("intensity at 99 %", intensity[:, 3]), ("deviation of intensity", intensity[:, 1])]
+    looks += [("intensity at 99 %", intensity[:, 3]), ("deviation of intensity", intensity[:, 1])] if axes else []
     for name, values in looks:
         middle = float(np.median(values))
         spread = max(1.4826 * float(np.median(np.abs(values - middle))), SPREAD * abs(middle), 1e-6)
