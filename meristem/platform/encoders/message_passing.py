@@ -22,6 +22,7 @@ Norm = Literal["none", "batch", "layer"]
 Activation = Literal["relu", "prelu", "gelu", "elu"]
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
+CHUNK = 1 << 15  # edges whose vectors are in memory at once
 NORMS: dict[str, type[nn.Module]] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "prelu": nn.PReLU, "gelu": nn.GELU, "elu": nn.ELU}
 
@@ -60,7 +61,7 @@ class Nodes:
 
 
 class WeightedSum(torch.autograd.Function):
-    """y_t = Σ_e w_e x_s(e) over the edges e into t, by sparse products: no array of edges × channels is ever made.
+    """y_t = Σ_e w_e x_s(e) over the edges e into t, by sparse products: no array of all edges × channels is ever made.
 
     index: (2, E) source, target; weight: (E,); x: (M, D). Returns (M, D).
     """
@@ -77,20 +78,14 @@ class WeightedSum(torch.autograd.Function):
         grad = grad.contiguous()
         by_weight = None
         if ctx.needs_input_grad[1]:
-            order = _order(index.flip(0), len(x))
-            pattern = _sparse(index.flip(0), torch.zeros_like(weight), len(x))
-            values = torch.sparse.sampled_addmm(pattern, grad, x.t(), beta=0.0).values()
-            by_weight = torch.empty_like(values).index_copy(0, order, values)
+            parts = index.split(CHUNK, 1)  # torch's sampled product takes no two edges between the same nodes
+            by_weight = torch.cat([(x[source] * grad[target]).sum(1) for source, target in parts])
         return None, by_weight, _sparse(index, weight, len(x)) @ grad
-
-
-def _order(index: Tensor, size: int) -> Tensor:
-    return (index[0] * size + index[1]).argsort(stable=True)
 
 
 def _sparse(index: Tensor, weight: Tensor, size: int) -> Tensor:
     """A (size, size) matrix in compressed rows; index: (2, E) row, column."""
-    order = _order(index, size)
+    order = (index[0] * size + index[1]).argsort(stable=True)
     rows = F.pad(index[0].bincount(minlength=size).cumsum(0), (1, 0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that compressed rows are new in torch
@@ -232,11 +227,12 @@ class MessagePassing(Encoder):
     def forward(self, stream: TokenStream, plan: Plan | None = None, *, want: frozenset[str] = frozenset()) -> Encoded:
         keep = None if plan is None else plan.keep
         tokens = stream if keep is None else stream.take(keep)
-        x = self.embed(replace(tokens, content=self.drop(tokens.content)))
+        live = tokens.valid[..., None]
+        x = self.embed(replace(tokens, content=self.drop(tokens.content.masked_fill(~live, 0))))  # 0 · NaN is NaN
         if plan is not None and keep is None:
             x = replaced(x, plan, self.mask_token)
         if self.places is not None and tokens.structure is not None:
-            x = x + self.places(tokens.structure)
+            x = x + self.places(tokens.structure.masked_fill(~live, 0))
         nodes, layers = Nodes(tokens, *self.edges), []
         x = nodes.flat(x)
         for layer in self.layers:
@@ -244,7 +240,6 @@ class MessagePassing(Encoder):
             if "layers" in want:
                 layers.append(nodes.back(x))
         x = nodes.back(x)
-        live = tokens.valid[..., None]
         total = x.sum(1)
         summary = {"sum": total, "mean": total / live.sum(1).clamp_min(1),
                    "max": x.masked_fill(~live, -torch.inf).amax(1).masked_fill(~live.any(1), 0)}
