@@ -71,7 +71,7 @@ def guess_columns(table: np.ndarray) -> tuple[str, ...]:
         return ("x", "y", "z", *("intensity", "label")[:k - 3])
     length = np.linalg.norm(table[:, 3:6].astype(np.float64), axis=1)
     normals = np.mean(np.abs(length - 1) < UNIT_LENGTH) > 0.9
-    rest = ("label", *(f"column {i}" for i in range(8, k + 1)))[:k - 6]
+    rest = ("label", "instance")[:k - 6] if k < 9 else [f"column {i}" for i in range(7, k + 1)]
     return ("x", "y", "z", *(COLUMNS["normal"] if normals else COLUMNS["colour"]), *rest)
 
 

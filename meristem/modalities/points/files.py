@@ -66,6 +66,8 @@ def read_cloud(path: Path, options: PointsOptions) -> Cloud:
         return scans.read_pcd(path)
     if kind in (".las", ".laz"):
         return scans.read_las(path)
+    if kind in LISTS:
+        raise DataError("several", f"holds {len(elements(path) or ())} clouds", "Give the folder or the file itself as data.")
     if kind in LABELS:
         raise DataError("label", "holds labels of points that are missing",
                         "Put the clouds into a folder `velodyne` or `points` beside that of the labels.")
@@ -122,14 +124,16 @@ def elements(path: Path) -> Sequence[Element] | None:
     None: one cloud; (): no cloud at all. Raises DataError.
     """
     kind = suffix(path)
-    if kind in LABELS or (kind in (*TEXTS, ".npz", ".npy") and not recognised(path)):
+    if kind in LABELS or (kind in TEXTS and not _tabular(path)):
         return ()
     if kind not in LISTS:
         return None
-    names, label, count = _classes(path), _list(path, "label"), len(_list(path, "data") if _has(path) else ())
+    data, label, names = _list(path, "data"), _list(path, "label"), _classes(path)
+    if data is None or data.ndim != 3:
+        raise DataError("points", "holds no array `data` of clouds (M, N, 3)", "Store clouds in the layout of ModelNet40.")
     split = next((s for s in SPLITS if s in path.stem.lower()), "")
-    return [Element(f"data/{i}", None if label is None else _name(names, int(np.ravel(label[i])[0])), split=split)
-            for i in range(count)]
+    classes = [None] * len(data) if label is None or label.size != len(data) else [_name(names, int(n)) for n in label.flat]
+    return [Element(f"data/{i}", name, split=split) for i, name in enumerate(classes)]
 
 
 def recognised(path: Path) -> bool:
@@ -144,7 +148,7 @@ def recognised(path: Path) -> bool:
             with path.open("rb") as file:
                 return _pointlike(file)
         if kind in TEXTS:
-            return _tabular(path)
+            return _tabular(path, fractions=True)
     except DAMAGED:
         return False
     return kind not in ("", *LABELS)
@@ -156,16 +160,20 @@ def _pointlike(file: Any) -> bool:
     return dtype.kind in "fiu" and len(shape) == 2 and 3 <= shape[1] <= 16 and shape[0] != shape[1]
 
 
-def _tabular(path: Path) -> bool:
-    """Whether the first lines are 3 to 16 decimal numbers each, after perhaps a count or a line of names."""
+def _tabular(path: Path, fractions: bool = False) -> bool:
+    """Whether the first lines are 3 to 16 numbers each, after perhaps a count or a line of names.
+
+    fractions: and not all whole in the first two columns, as the ends of edges are.
+    """
     with path.open("rb") as file:
         lines = file.read(4096).decode("ascii", "replace").splitlines()[:20]
     rows = [_numbers(line) for line in lines if line.strip()]
     rows = rows[1:] if rows and (rows[0] is None or len(rows[0]) == 1) else rows
     rows = rows[:-1] if len(rows) > 2 else rows  # the last may be cut
     shapes = {len(r) if r else 0 for r in rows}
-    fractions = any(x != round(x) for r in rows if r for x in r if np.isfinite(x))
-    return len(shapes) == 1 and 3 <= shapes.pop() <= 16 and fractions
+    if len(shapes) != 1 or not 3 <= shapes.pop() <= 16:
+        return False
+    return not fractions or any(np.isfinite(x) and x != round(x) for r in rows if r for x in r[:2])
 
 
 def _numbers(line: str) -> list[float] | None:
@@ -255,10 +263,6 @@ def _listed(file: Path, name: str, number: int) -> Cloud:
             cloud.label = np.asarray(values[number])
             break
     return cloud
-
-
-def _has(path: Path) -> bool:
-    return _list(path, "data") is not None
 
 
 def _list(path: Path, name: str) -> Any:

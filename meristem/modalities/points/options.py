@@ -65,7 +65,7 @@ class PointsOptions(Settings):
     metres); `centre`: centred, in metres; `none`.
     columns: names of the columns of files that do not tell (.bin, text, plain arrays): x y z nx ny nz red green blue intensity
     time label; any other is left out. Without: .bin is x y z intensity, .pcd.bin has a ring beside; of text and arrays columns
-    4 to 6 are normals where they are unit vectors, else colours, the seventh is a label; a fourth alone is intensity.
+    4 to 6 are normals where they are unit vectors, else colours, a seventh is a label; a fourth alone is intensity.
     intensity: the files' value for full reflectance; null: the least of 1, 255 and 65535 that a file does not exceed.
     nonfinite: points that are NaN or infinite make a file unusable, or are left out and counted.
     mesh: files with faces are sampled uniformly over their surface, `sampled` points, the same whenever read; or their
@@ -74,7 +74,7 @@ class PointsOptions(Settings):
     tokens: `groups`: `count` centres by farthest-point sampling, each with its `size` nearest points (Yu et al. 2022,
     Point-BERT); `serial`: consecutive runs of `size` points along a space-filling curve on cells of `cell` (Wu et al. 2024,
     Point Transformer V3), every point in one token, for scenes of 100,000 points and more. places: a small perceptron on the
-    position of a token is added to it, in encoder and decoder (Pang et al. 2022, Point-MAE); where the encoder sees `structure`.
+    position of a token is added to it, in encoder and decoder (Pang et al. 2022, Point-MAE), if the encoder sees `structure`.
     """
 
     features: tuple[Feature, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from meristem.modalities.base import Modality, member_files, modalities, modalit
 from meristem.platform.data import lists
 from meristem.platform.data.layouts import Search, nested, sequences
 
-LOOKED_INTO = 8  # folders: enough to tell frames from a class of pictures
+LOOKED_INTO = 8  # folders, or files of one suffix: enough to tell frames from a class of pictures, points from a matrix
 ALIKE = 0.7  # mean difference of neighbours over that of pictures far apart: about 1 where their order says nothing
 
 
@@ -23,13 +23,12 @@ def guess_modality(path: str | Path) -> str:
     """The installed modality that reads most files of a data set. Raises DataError when none reads any.
 
     Folders of numbered files go to a modality of which each is one sample only where that is clear: see `layouts.sequences`,
-    and where they might as well be classes, neighbours in number must look alike.
+    and where they might as well be classes, neighbours in number must look alike. A modality that has
+    `recognised(path) -> bool` is asked whether files of its suffixes, which others have too, are its own.
     """
     root = Path(path).expanduser()
     if not root.exists():
         raise DataError("missing", f"no data at {root}", "Give an existing folder, CSV, list, dataset.json, npz or data file.")
-    if root.suffix.lower() == ".npz":
-        return "image"
     kinds = {name: modality_class(name) for name in modalities()}
     folder = root.parent if root.suffix == ".json" else root
     names, counts = _listed(root, kinds)
@@ -38,18 +37,32 @@ def guess_modality(path: str | Path) -> str:
         whole = {name: sequences(folder, kind.members) if folder.is_dir() else {} for name, kind in kinds.items()}
         whole = {name: found if len(found) > 1 and (nested(found) or _alike(found)) else {} for name, found in whole.items()}
         taken = {place for found in whole.values() for place in found}
-        names = [f.name.lower() for f in below if f.parent not in taken]
-        counts = Counter({name: _count(names, kind) + sum(map(len, whole[name].values())) for name, kind in kinds.items()})
+        files = [f for f in below if f.parent not in taken]
+        names = [f.name.lower() for f in files]
+        counts = Counter({name: _own(files, kind) + sum(map(len, whole[name].values())) for name, kind in kinds.items()})
     if not counts.total():
         if any(f.endswith(".npz") for f in names):
             return "image"
         known = ", ".join(sorted({s for kind in kinds.values() for s in kind.suffixes}))
         raise DataError("empty", f"no file of a known kind in {root}", f"Known: {known}.")
-    return counts.most_common(1)[0][0]
+    return max(counts, key=lambda name: (counts[name], hasattr(kinds[name], "recognised")))
 
 
 def _count(names: Sequence[str], kind: type[Modality]) -> int:
     return sum(name.endswith(kind.suffixes) for name in names)
+
+
+def _own(files: Sequence[Path], kind: type[Modality]) -> int:
+    """How many files a modality would read: by their suffixes, and by the share of some that it recognises."""
+    recognised = getattr(kind, "recognised", None)
+    if recognised is None:
+        return _count([f.name.lower() for f in files], kind)
+    by_suffix: dict[str, list[Path]] = defaultdict(list)
+    for f in files:
+        if f.name.lower().endswith(kind.suffixes):
+            by_suffix[f.suffix.lower()].append(f)
+    some = {suffix: [recognised(f) for f in found[::-(-len(found) // LOOKED_INTO)]] for suffix, found in by_suffix.items()}
+    return sum(round(len(by_suffix[suffix]) * sum(seen) / len(seen)) for suffix, seen in some.items())
 
 
 def _listed(root: Path, kinds: Mapping[str, type[Modality]]) -> tuple[list[str], Counter[str]]:

@@ -161,6 +161,8 @@ class Search:
             images, masks = self._paired(list(images))
             self.layout = "images and masks paired by name"
         matched = {image: masks.pop(key) for image, key in images.items() if key in masks}
+        several = {image: self.elements(root / image) for image in images}
+        images = {image: key for image, key in images.items() if several[image] is None or several[image]}
         for mask in masks.values():
             self.lost.append(("label", mask.as_posix(), "a label without an image", "Add the image, or remove the label."))
         classes: dict[Path, str] = {}
@@ -174,7 +176,7 @@ class Search:
         parts = self._parts(root) if classes else {}
         for image in images:
             label, split = classes.get(image), _split_of(image)
-            if (inside := self.elements(root / image)) is not None:
+            if (inside := several[image]) is not None:
                 self.within(root / image, image.as_posix(), inside, label=label, split=split)
                 continue
             self.add((root / image,), image.as_posix(), subjects[image], label=label, split=split,

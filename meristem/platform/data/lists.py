@@ -20,7 +20,7 @@ SUFFIXES = (".csv", ".txt", ".list")
 
 
 def is_list(search: Search, path: Path) -> bool:
-    return path.suffix.lower() == ".csv" or (path.suffix.lower() in SUFFIXES and not search.suffix(path.name))
+    return path.suffix.lower() in SUFFIXES and (not search.suffix(path.name) or _names_samples(search, path))
 
 
 def folders(text: str, base: Path) -> list[Path]:
@@ -35,7 +35,7 @@ def of_splits(search: Search, folder: Path) -> dict[Path, str]:
     found = {}
     for f in sorted(folder.iterdir()):
         split = re.match("train|val|test", f.name.lower())
-        if split and f.is_file() and is_list(search, f) and _names_samples(search, f):
+        if split and f.is_file() and is_list(search, f) and _names_samples(search, f) and not _moved(search, f):
             found[f] = split[0]
     return found if "train" in found.values() else {}
 
@@ -89,6 +89,12 @@ def _names_samples(search: Search, path: Path) -> bool:
     except DataError:
         return False
     return bool(_header(text) or _entry(search, text.lstrip().split("\n", 1)[0].strip(), path.parent))
+
+
+def _moved(search: Search, path: Path) -> bool:
+    """Whether a list without labels names, by their place elsewhere, files that lie beside it: they speak for themselves."""
+    entry = _entry(search, _text(path).lstrip().split("\n", 1)[0].strip(), path.parent)
+    return bool(entry and not entry[1] and not _there(path.parent, entry[0]) and _there(path.parent, Path(entry[0]).name))
 
 
 def _table(search: Search, path: Path, text: str, default: str) -> None:
