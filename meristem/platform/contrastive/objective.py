@@ -35,7 +35,7 @@ class Contrastive(ObjectiveSettings):
     """Relate units of views to each other.
 
     queries: encoded by the student. keys: encoded by `by`; stop_gradient: as if constant (SimSiam). level: of the units: cls,
-    mean, global (cls where there is one) or dense (tokens). head: of both sides; predictor: a head on it, for queries only.
+    mean, sum, max, global (cls where there is one) or dense (tokens). head: of both sides; predictor: a head on it, for queries only.
     relation: what attracts; negatives: what may repel (null: everything else); see `relations`. queue: how many keys of past
     steps stand beside the batch's (MoCo). They are keys like any other: `item` is a sample's place in the run, so that under
     same(item) they only repel. sample: of more queries than this, so many are drawn in each step: the table of all pairs has
@@ -46,7 +46,7 @@ class Contrastive(ObjectiveSettings):
     keys: Sources
     by: Literal["encoder", "teacher"] = "encoder"
     stop_gradient: bool = False
-    level: Literal["global", "cls", "mean", "dense"] = "global"
+    level: Literal["global", "cls", "mean", "sum", "max", "dense"] = "global"
     head: str | None = None
     predictor: str | None = None
     relation: str = "same(item) - same(view)"
@@ -76,8 +76,9 @@ class Contrastive(ObjectiveSettings):
             return problems
         if self.predictor is not None and recipe.heads[self.predictor].input != self.head:
             problems.append(f"predictor '{self.predictor}' must stand on the head: set its input to '{self.head}'")
-        if self.level == "cls" and "cls" not in recipe.encoder.provides:
-            problems.append("level cls needs an encoder with a class token; use level: global or mean")
+        if self.level in ("cls", "sum", "max") and self.level not in recipe.encoder.provides:
+            problems.append("level cls needs an encoder with a class token; use level: global or mean" if self.level == "cls"
+                            else f"this encoder has no {self.level} vector; use level: mean")
         if self.by == "teacher":
             copied = recipe.teacher.of if recipe.teacher is not None else ()
             needs, head = ["encoder"], self.head
