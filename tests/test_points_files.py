@@ -16,7 +16,7 @@ import trimesh
 from PIL import Image
 from plyfile import PlyData, PlyElement
 
-from meristem.api import guess_modality
+from meristem.api import check_data, guess_modality
 from meristem.errors import DataError
 from meristem.modalities.base import Sample
 from meristem.modalities.points import Points
@@ -488,6 +488,20 @@ def test_lists_name_clouds(tmp_path: Path) -> None:
     found = Manifest.discover(tmp_path, Points(PointsOptions()))
     assert [(r.local, r.split, found.class_names[r.labels["class"]]) for r in found.rows] == [
         ("2.txt", "test", "lamp"), ("0.txt", "train", "lamp"), ("1.txt", "train", "cup")]
+
+
+def test_a_check_of_clouds_tells_their_size_and_who_has_another_unit(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        points = rng.uniform(0, 2, (50 + i, 3)) * (1, 1, 0.5) * (1000 if i == 4 else 1)
+        np.savez(tmp_path / f"{i}.npz", points=points, part=np.zeros(50 + i, int))
+    np.savez(tmp_path / "6.npz", points=np.full((9, 3), np.nan))
+    report = check_data(tmp_path)
+    assert report.modality == "points" and report.usable == 6 and report.reasons == {"nan": 1}
+    assert report.notes["points"][0] == 50 and 1.8 < report.notes["extent x (m)"][2] < 2
+    assert 0.9 < report.notes["extent z (m)"][2] < 1
+    assert {s.local for s in report.suspects} == {"4.npz"} and not report.shape and not report.intensity
+    assert report.labels == {"0": {"samples": 6.0, "share": 1.0}}
 
 
 # ---- which modality

@@ -82,7 +82,10 @@ class Points:
         c = len(array)
         source = {"points": n, "left_out": _runs(~good), "sampled": cloud.sampled, "origin": origin.tolist()}
         header = Header(array.shape, tuple(map(tuple, affine.tolist())), (1.0,) * 3, (1.0,) * c, (0.0,) * c, (0.0,) * c, source)
-        return Sample(array, header, {name: x[good] for name, x in companions.items()})
+        notes = {"points": float(len(xyz)), **{f"extent {a} (m)": float(w) for a, w in zip("xyz", np.ptp(xyz, 0), strict=True)}}
+        if not good.all():
+            notes["points left out"] = float((~good).sum())
+        return Sample(array, header, {name: x[good] for name, x in companions.items()}, notes=notes)
 
     def _companions(self, cloud: Cloud, fields: Mapping[str, Path]) -> dict[str, np.ndarray]:
         """A number for every point of the file: its own labels, those of a file beside it, or its own renumbered by one."""

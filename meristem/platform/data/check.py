@@ -24,6 +24,7 @@ CASE = re.compile(r"case-[0-9a-f]{12}")
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 SAMPLE = 1 << 16  # elements of a sample that its intensity figures are taken from
 UNUSUAL = 6.0  # robust deviations (of 1.4826 · MAD) from the data set's median that are worth a look
+APART = 100.0  # times the median: by so much, or by as little, a note tells of another unit
 SPREAD = 0.1  # a tenth of the median is taken as the least deviation, or nearly equal files would all stand out
 
 
@@ -90,8 +91,9 @@ class Report:
                  *([("foreground", _span(self.foreground))] if self.foreground else []),
                  *(("class " + k, str(n)) for k, n in self.classes.items()),
                  *(("split " + k, str(n)) for k, n in self.splits.items())]
+        width = max(20, *(len(name) + 2 for name, _ in lines))
         for name, text in lines:
-            console.print(f"{name:<20}{escape(text)}", highlight=False, soft_wrap=True)
+            console.print(f"{name:<{width}}{escape(text)}", highlight=False, soft_wrap=True)
         refused = ", ".join(f"{n} {reason}" for reason, n in self.reasons.items())
         console.print(f"{self.usable} of {self.rows} samples can be used" + (f"; refused: {refused}" if refused else ""),
                       style="green" if self.ok else "bold red", highlight=False, soft_wrap=True)
@@ -175,9 +177,10 @@ def _same(x: Any) -> Any:
 def _sum_up(report: Report, figures: Sequence[_Figures], axes: Sequence[str], names: Sequence[str]) -> None:
     shape, spacing = np.array([f.shape for f in figures], float), np.array([f.spacing for f in figures])
     intensity = np.array([f.intensity for f in figures])
+    axes = axes if shape.shape[1] == len(axes) else ()  # a set has no lattice: its notes say what it is
     report.shape = {axis: _quantiles(shape[:, i]) for i, axis in enumerate(axes)}
     report.spacing = {axis: _quantiles(spacing[:, i]) for i, axis in enumerate(axes)}
-    if axes:  # the first feature of nodes, which have none, is no brightness
+    if axes:  # the first number of a point or node is no brightness
         report.intensity = {name: _quantiles(intensity[:, i]) for i, name in enumerate(("mean", "deviation", "1 %", "99 %"))}
     names_of = dict.fromkeys(name for f in figures for name in f.notes)
     report.notes = {name: _quantiles(np.array([f.notes.get(name, 0.0) for f in figures])) for name in names_of}
@@ -188,7 +191,7 @@ def _sum_up(report: Report, figures: Sequence[_Figures], axes: Sequence[str], na
         report.labels[f"{value} {name}".strip()] = {"samples": float(sum(value in f.counts for f in masked)),
                                                    "share": sum(f.counts.get(value, 0) for f in masked) / total}
     volumes = [sum(n for v, n in f.counts.items() if v > 0) * float(np.prod(f.spacing)) for f in masked]
-    if volumes:
+    if volumes and axes:
         report.foreground = _quantiles(np.array(volumes))
     looks = [(f"{name} {a}", table[:, i]) for name, table in (("shape", shape), ("spacing", spacing))
              for i, a in enumerate(axes)]
@@ -199,7 +202,13 @@ def _sum_up(report: Report, figures: Sequence[_Figures], axes: Sequence[str], na
         for i in np.flatnonzero(np.abs(values - middle) > UNUSUAL * spread):
             row = figures[int(i)].row
             report.suspects.append(Suspect(row.case, row.local, f"{name} is {values[i]:.4g}, the median {middle:.4g}"))
-    for f in masked:
+    for name in names_of:
+        values = np.array([f.notes.get(name, 0.0) for f in figures])
+        middle = float(np.median(values))
+        for i in np.flatnonzero((values > APART * middle) | (values * APART < middle)) if middle > 0 else ():
+            row = figures[int(i)].row
+            report.suspects.append(Suspect(row.case, row.local, f"{name} is {values[i]:.4g}, the median {middle:.4g}"))
+    for f in masked if axes else ():
         if not any(v > 0 for v in f.counts):
             report.suspects.append(Suspect(f.row.case, f.row.local, "its mask is empty"))
 
