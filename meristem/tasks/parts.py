@@ -106,7 +106,7 @@ class PointObjective(TaskObjective):
         size, count = recipe.views["x"].size[0], data.cache.header(row.index).shape[1]  # type: ignore[attr-defined]
         options = plain(recipe).model_copy(update={"size": (count,), "count": 1})
         view = recipe.modality.augment(whole(data.cache, [row], recipe.modality, options).to(device), options)
-        label = torch.tensor([row.labels.get("class", -1)], device=device)
+        label = torch.tensor([row.labels.get("class", -1) if self.settings.told else -1], device=device)
         total = torch.zeros(count, self.head.classes, dtype=torch.float64, device=device)
         for index in _looks(view, size, self.settings.looks).split(max(POINTS // size, 1)):
             look = _shown(view, index.to(device))
@@ -187,8 +187,8 @@ class PointSettings(TaskSettings):
 
     layers: of the encoder's blocks that the head sees, evenly over its depth; an encoder that does not tell them shows its
     tokens. width: of the head. categories: most classes of shapes that the head can be told, 0 for none. told: share of the
-    training shapes whose class it is told, where labels have one; at a test it is told whenever it is known. smoothing: of
-    labels. looks: how a cloud of more points than the training view is shown: `spread` over all of it, or `near`
+    training shapes whose class it is told, where labels have one; unless that is 0, at a test it is told whenever it is known.
+    smoothing: of labels. looks: how a cloud of more points than the training view is shown: `spread` over all of it, or `near`
     neighbourhoods (where training views are crops).
     """
 
