@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator, Field, field_validator
 
+from meristem.errors import RecipeError
 from meristem.modalities.base import Settings
 from meristem.modalities.rng import Rng
 from meristem.platform.contrastive.losses import LOSSES, LossSettings
@@ -35,7 +36,8 @@ class Contrastive(ObjectiveSettings):
     """Relate units of views to each other.
 
     queries: encoded by the student. keys: encoded by `by`; stop_gradient: as if constant (SimSiam). level: of the units: cls,
-    mean, sum, max, global (cls where there is one) or dense (tokens). head: of both sides; predictor: a head on it, for queries only.
+    mean, sum, max, global (cls where there is one) or dense (tokens). head: of both sides; predictor: a head on it, for queries
+    only.
     relation: what attracts; negatives: what may repel (null: everything else); see `relations`. queue: how many keys of past
     steps stand beside the batch's (MoCo). They are keys like any other: `item` is a sample's place in the run, so that under
     same(item) they only repel. sample: of more queries than this, so many are drawn in each step: the table of all pairs has
@@ -133,7 +135,11 @@ class Contrastive(ObjectiveSettings):
         return []
 
     def build(self, assembly: Assembly) -> ContrastiveObjective:
-        return ContrastiveObjective(self, assembly.head_width(self.head))
+        width, other = assembly.head_width(self.head), assembly.head_width(self.predictor or self.head)
+        if width != other:
+            raise RecipeError(f"keys have {width} numbers and queries {other}, as predictor '{self.predictor}' makes them",
+                              f"Set heads.{self.predictor}.….out={width}.")
+        return ContrastiveObjective(self, width)
 
 
 class ContrastiveObjective(Objective):
