@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA ?= demo/phantoms
 OUT ?= demo/$(notdir $(DATA))
+MERISTEM_DATA ?= ../shared/data
 
-.PHONY: demo test bench
+.PHONY: demo test bench bench-graphs
 
 # pretrain on unlabelled scans, fine-tune on few and on all labels beside a scratch arm of equal budget, write one report
 demo: .venv/ready
@@ -26,6 +27,10 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/video.py
 	$(BIN)/python benchmarks/points.py
+
+# each graph set beside random weights and the published figure: hours on a CPU; ARGS="--quick --sets mutag" for less
+bench-graphs: .venv/ready
+	$(BIN)/python benchmarks/graphs.py --memory --data $(MERISTEM_DATA) $(ARGS)
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -6,6 +6,7 @@ import csv
 import json
 import pickle
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ from meristem.errors import DataError, RecipeError
 from meristem.modalities.graph.holdout import hold_out
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.loader import loader
+from meristem.platform.data.manifest import Manifest, Row
 from meristem.platform.data.source import Data, open_data
+from meristem.platform.data.splits import divide
 from meristem.platform.evaluation.leakage import audit
 from meristem.platform.evaluation.results import Results
 from meristem.tasks.base import TaskRecipe, objective
@@ -350,3 +353,17 @@ def test_parts_are_audited_by_their_sample_and_by_themselves() -> None:
     assert audit(*tested, ["s"], ["c"], ["s#2"], ["c#2"]).verdict == "contaminated"
     assert audit(*tested, ["s"], ["c"], spoiled="it saw them").verdict == "contaminated"
     assert audit(*tested, ["t"], ["d"], spoiled="it saw them").verdict == "clean"
+
+
+# ---- folds
+
+
+def test_a_declared_fold_tests_the_next_validates_and_what_is_in_none_trains() -> None:
+    rows = tuple(Row(i, f"case-{i}", f"sub-{i}", (), f"{i:02d}", labels={"class": i % 2}, fold=i % 4 if i < 12 else -1)
+                 for i in range(15))
+    divided = divide(Manifest(rows, "", "", ""), "fold:3").rows
+    assert [r.split for r in divided] == ["val", "train", "train", "test"] * 3 + ["train"] * 3
+    with pytest.raises(RecipeError, match="folds fold:0 to fold:3"):
+        divide(Manifest(rows, "", "", ""), "fold:4")
+    with pytest.raises(DataError, match="does not declare folds"):
+        divide(Manifest(tuple(replace(r, fold=-1) for r in rows), "", "", ""), "fold:0")
