@@ -3,6 +3,7 @@
 from meristem.platform.encoders.base import ENCODERS, Encoder, EncoderSettings
 from meristem.platform.encoders.message_passing import MessagePassingSettings
 from meristem.platform.encoders.monai import SegResNetSettings, SwinSettings
+from meristem.platform.encoders.reader import ReaderSettings
 from meristem.platform.encoders.slicewise import SlicewiseSettings
 from meristem.platform.encoders.timm import TimmSettings
 from meristem.platform.encoders.transformer import TransformerSettings
@@ -15,6 +16,7 @@ ENCODERS.update({
     "swin": SwinSettings,
     "timm": TimmSettings,
     "slicewise": SlicewiseSettings,
+    "reader": ReaderSettings,
     "message_passing": MessagePassingSettings,
 })
 
