@@ -217,3 +217,26 @@ def test_impossible_settings_are_refused() -> None:
         ENCODERS["message_passing"](conv="gin", heads=4)
     with pytest.raises(RecipeError, match="10 channels cannot be shared out among 4 heads"):
         encoder("gat", width=10, heads=4)
+
+
+@pytest.mark.parametrize("share", [0.03, 0.6])
+def test_features_that_are_mostly_zero_are_embedded_and_dropped_as_others(share: float) -> None:
+    stream = graphs(7, 5)
+    wide = GraphTokenizer(200, 1, 0, 0)
+    content = torch.rand(2, 7, 200) * (torch.rand(2, 7, 200) < share)
+    stream = replace(stream, content=content)
+    model = encoder("gcn", wide, dropout=0.5, depth=1)
+    linear: Any = model.embed.linear  # type: ignore[union-attr]
+    embedded = model.embed(stream)  # type: ignore[operator]
+    torch.testing.assert_close(embedded, F.linear(content, linear.weight, linear.bias))
+    given = torch.autograd.grad(embedded.square().sum(), linear.weight)
+    torch.testing.assert_close(given, torch.autograd.grad(F.linear(content, linear.weight, linear.bias).square().sum(),
+                                                          linear.weight))
+    seen: list[Tensor] = []
+    model.embed.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].content))  # type: ignore[union-attr]
+    model.train()(stream)
+    live = (content != 0) & stream.valid[..., None]
+    kept = seen[0] != 0
+    assert not kept[~live].any()
+    torch.testing.assert_close(seen[0][kept], 2 * content[kept])
+    assert abs(kept.sum() / live.sum() - 0.5) < 4 * 0.5 / float(live.sum()) ** 0.5

@@ -21,6 +21,11 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return torch.gather(x, 1, index.reshape(shape).expand(*index.shape, *x.shape[2:]))
 
 
+def mostly_zero(x: Tensor) -> bool:
+    """Whether so few numbers are not 0 (bags of words) that a processor is faster when it deals with those alone."""
+    return x.device.type == "cpu" and int(x.count_nonzero()) < 0.1 * x.numel()
+
+
 @dataclass(frozen=True)
 class Edges:
     """Directed edges between the elements of each row of a batch; an undirected one is both of its directions. No self-loops.

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
 from meristem.modalities.base import Tokenizer, View
-from meristem.modalities.stream import TokenStream
+from meristem.modalities.stream import TokenStream, mostly_zero
 
 
 class NodeEmbedding(nn.Module):
-    """Linear on node features."""
+    """Linear on node features, whether they are a table with many zeros or not."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(channels, width)
 
     def forward(self, stream: TokenStream) -> Tensor:
-        embedded: Tensor = self.linear(stream.content)
-        return embedded
+        x, weight, bias = stream.content, self.linear.weight, self.linear.bias
+        if x.requires_grad or torch.is_autocast_enabled("cpu") or not mostly_zero(x):
+            embedded: Tensor = self.linear(x)
+            return embedded
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that compressed rows are new in torch
+            rows = x.flatten(0, 1).to_sparse_csr()
+        return torch.addmm(bias, rows, weight.t()).unflatten(0, x.shape[:2])
 
 
 class Encodings(nn.Module):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from meristem.errors import RecipeError
 from meristem.modalities.base import Axis, Settings, Tokenizer
-from meristem.modalities.stream import Edges, TokenStream
+from meristem.modalities.stream import Edges, TokenStream, mostly_zero
 from meristem.platform.encoders.base import Encoder, EncoderSettings, replaced
 from meristem.platform.objectives import Encoded, Plan
 
@@ -218,7 +218,7 @@ class MessagePassing(Encoder):
         self.takes, self.provides = settings.takes, settings.provides
         self.width, self.depth = settings.width, settings.depth
         self.edges = tokenizer.edge_kinds, tokenizer.edge_values
-        self.drop = nn.Dropout(settings.dropout)
+        self.dropout = settings.dropout
         self.embed = tokenizer.embedding(self.width)
         self.mask_token = nn.Parameter(torch.zeros(self.width))
         self.places = tokenizer.places(self.width) if "structure" in settings.sees else None
@@ -228,7 +228,8 @@ class MessagePassing(Encoder):
         keep = None if plan is None else plan.keep
         tokens = stream if keep is None else stream.take(keep)
         live = tokens.valid[..., None]
-        x = self.embed(replace(tokens, content=self.drop(tokens.content.masked_fill(~live, 0))))  # 0 · NaN is NaN
+        content = tokens.content if bool(live.all()) else tokens.content.masked_fill(~live, 0)  # 0 · NaN is NaN
+        x = self.embed(replace(tokens, content=self._dropped(content)))
         if plan is not None and keep is None:
             x = replaced(x, plan, self.mask_token)
         if self.places is not None and tokens.structure is not None:
@@ -244,6 +245,12 @@ class MessagePassing(Encoder):
         summary = {"sum": total, "mean": total / live.sum(1).clamp_min(1),
                    "max": x.masked_fill(~live, -torch.inf).amax(1).masked_fill(~live.any(1), 0)}
         return Encoded(x, summary, tokens.valid, index=keep, layers=layers if "layers" in want else None)
+
+    def _dropped(self, content: Tensor) -> Tensor:
+        if not self.training or not self.dropout or not mostly_zero(content):
+            return F.dropout(content, self.dropout, self.training)
+        places = content.nonzero(as_tuple=True)
+        return torch.zeros_like(content).index_put(places, F.dropout(content[places], self.dropout))
 
     def layer_groups(self) -> list[list[nn.Parameter]]:
         stem = [*self.embed.parameters(), self.mask_token, *([] if self.places is None else self.places.parameters())]
