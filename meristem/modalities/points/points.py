@@ -16,6 +16,7 @@ from meristem.modalities.frame import Frame
 from meristem.modalities.points import drawing, files
 from meristem.modalities.points.cloud import Cloud, channels
 from meristem.modalities.points.options import WIDTHS, PointsOptions, PointsViewOptions
+from meristem.modalities.points.segments import segments
 from meristem.modalities.points.tokenizer import PointTokenizer
 from meristem.modalities.rng import Rng
 
@@ -68,6 +69,9 @@ class Points:
                                 "the file's unit.")
             origin = np.round(xyz.mean(0))
             xyz = xyz - origin
+        companions = {name: x[good] for name, x in companions.items()}
+        if self.options.segments is not None:
+            companions["segment"] = segments(xyz, self.options.segments)
         centre, radius = np.zeros(3), 1.0
         if self.options.normalise != "none":
             centre = xyz.mean(0)
@@ -85,7 +89,7 @@ class Points:
         notes = {"points": float(len(xyz)), **{f"extent {a} (m)": float(w) for a, w in zip("xyz", np.ptp(xyz, 0), strict=True)}}
         if not good.all():
             notes["points left out"] = float((~good).sum())
-        return Sample(array, header, {name: x[good] for name, x in companions.items()}, notes=notes)
+        return Sample(array, header, companions, notes=notes)
 
     def _companions(self, cloud: Cloud, fields: Mapping[str, Path]) -> dict[str, np.ndarray]:
         """A number for every point of the file: its own labels, those of a file beside it, or its own renumbered by one."""
