@@ -11,19 +11,19 @@ from torch import Tensor
 from meristem.modalities.base import Links
 from meristem.modalities.rng import Rng
 
-PATIENCE = 16  # steps of all walkers without a new node before they start from another one
+PATIENCE = 16  # steps of all walkers without a new node before they move
 
 
 def walked(pairs: np.ndarray, nodes: int, size: int, restart: float, rng: Rng) -> np.ndarray:
     """(size,) ascending: the nodes that random walkers with restart meet first, all from one random node.
 
-    About √size walkers step together. Where they find nothing new (their component is used up) they start from another random
-    node that was not met. pairs: sorted by source. rng: of one sample.
+    About √size walkers step together. Where they find nothing new for a while they move to a random node whose neighbours
+    they have not all met, or, when there is none (the component is used up), to another random node. pairs: sorted by source.
+    rng: of one sample.
     """
     degree = np.bincount(pairs[0], minlength=nodes)
     first = np.cumsum(degree) - degree
     met = np.zeros(nodes, bool)
-    order: list[np.ndarray] = []
     count, idle, step = 0, PATIENCE, 0
     walkers = math.isqrt(size) + 1
     starts = rng.permutation("start", nodes)[0].numpy()
@@ -31,9 +31,14 @@ def walked(pairs: np.ndarray, nodes: int, size: int, restart: float, rng: Rng) -
     at = home = starts[:1].repeat(walkers)
     while count < size:
         if idle >= PATIENCE:
-            while met[starts[tried]]:
-                tried += 1
-            at = home = starts[tried:tried + 1].repeat(walkers)
+            border = pairs[0][met[pairs[0]] & ~met[pairs[1]]]
+            if len(border):
+                start = border[int(rng.integers(f"border {step}", len(border)))]
+            else:
+                while met[starts[tried]]:
+                    tried += 1
+                start = starts[tried]
+            at = home = np.full(walkers, start)
             idle = 0
         else:
             chance = rng.uniform(f"step {step}", 2, walkers)[0].numpy()
@@ -47,7 +52,6 @@ def walked(pairs: np.ndarray, nodes: int, size: int, restart: float, rng: Rng) -
         fresh = unique[np.argsort(seen)]
         fresh = fresh[~met[fresh]][:size - count]
         met[fresh] = True
-        order.append(fresh)
         count += len(fresh)
         idle = 0 if len(fresh) else idle + 1
     return np.flatnonzero(met)

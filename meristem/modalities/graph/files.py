@@ -45,7 +45,7 @@ def recognised(path: Path) -> bool:
             shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
             return len(shape) == 2 and shape[0] == shape[1] > 3
         with path.open(encoding="utf-8-sig") as file:
-            lines = [line for line in (file.readline() for _ in range(3)) if line.strip()]
+            lines = [line for line in (file.readline() for _ in range(20)) if line.strip()]
     except (OSError, ValueError):
         return False
     return tu.is_tudataset(path) or tu.is_collection(lines) or tables.recognised(lines) or (

@@ -123,7 +123,7 @@ class Graph:
             kept = heaviest(pairs, weight, raw.nodes, self.options.threshold, self.options.density)
             pairs, kind, weight = pairs[:, kept], kind[kept], weight[kept]
         if held.kinds:
-            kind = _numbers(held.kinds, settled.options.kinds or (), "type of edge")[kind]
+            kind = _numbers(kind, held.kinds, settled.options.kinds or (), "type of edge")
         links: dict[str, np.ndarray] = {}
         if self.options.hold_out is not None:
             kept, links["links"] = hold_out(pairs, raw.nodes, self.options.hold_out)
@@ -155,7 +155,7 @@ class Graph:
                                 "Remove those nodes, or fill the numbers in.")
             parts.append(given.T)
         if o.features in ("tags", "all") and held.tags:
-            parts.append(_one_hot(_numbers(held.tags, o.tags or (), "tag")[raw.tag], len(o.tags or ())))
+            parts.append(_one_hot(_numbers(raw.tag, held.tags, o.tags or (), "tag"), len(o.tags or ())))
         degree = np.bincount(pairs[0], minlength=n)
         if o.features == "degree":
             parts.append(_one_hot(np.minimum(degree, min(o.max_degree, self.channels - 1)), self.channels))
@@ -263,11 +263,15 @@ def _one_hot(number: np.ndarray, count: int) -> np.ndarray:
     return (np.arange(count)[:, None] == number).astype(np.float32)
 
 
-def _numbers(names: Sequence[str], alphabet: Sequence[str], what: str) -> np.ndarray:
-    """The numbers in an alphabet of the names that a file uses; an unknown one is refused."""
+def _numbers(number: np.ndarray, names: Sequence[str], alphabet: Sequence[str], what: str) -> np.ndarray:
+    """Numbers into the names of a file, as numbers into an alphabet. Raises DataError where it lacks one."""
     place = {name: i for i, name in enumerate(alphabet)}
-    unknown = [name for name in names if name not in place]
+    used = np.unique(number).tolist()
+    unknown = [names[i] for i in used if names[i] not in place]
     if unknown:
         raise DataError("alphabet", f"the {what} '{unknown[0]}' was not among the {len(place)} of the data it was fitted to",
                         "Pretrain on data that has it, or remove those graphs.")
-    return np.array([place[name] for name in names], np.int64)
+    table = np.zeros(len(names), np.int64)
+    table[used] = [place[names[i]] for i in used]
+    moved: np.ndarray = table[number]
+    return moved

@@ -29,8 +29,9 @@ def read_smiles(rows: list[list[str]], label: str | None) -> Contents:
 
     Atoms have the nine features of OGB (Hu et al. 2020, Open Graph Benchmark), one-hot, the last of each for what is not
     listed: atomic number, chirality, degree, charge, hydrogens, radical electrons, hybridisation, aromatic, in a ring. A
-    molecule's subject is its Bemis-Murcko scaffold, its split that of Hu et al. 2020 (Strategies for Pre-training Graph
-    Neural Networks): the largest scaffolds train, 80 : 10 : 10. What cannot be parsed is an error in its place. Raises DataError.
+    molecule's subject is its Bemis-Murcko scaffold, its split that of Hu et al. 2020 (Strategies for Pre-training
+    Graph Neural Networks): the largest scaffolds train, 80 : 10 : 10. What cannot be parsed is an error in its
+    place. Raises DataError.
     """
     try:
         from rdkit import Chem, rdBase

@@ -36,9 +36,16 @@ def _allowed() -> dict[tuple[str, str], Any]:
 
     table: dict[tuple[str, str], Any] = {
         ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("collections", "defaultdict"): defaultdict,
-        ("__builtin__", "list"): list, ("builtins", "list"): list}
+        ("__builtin__", "list"): list, ("builtins", "list"): list, ("_codecs", "encode"): _latin}
     table |= {(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")}
     return table | {(f"scipy.sparse.{module}", "csr_matrix"): _Sparse for module in ("csr", "_csr")}
+
+
+def _latin(text: str, codec: str) -> bytes:
+    """How Python 3 stores bytes in the protocols of Python 2."""
+    if codec != "latin1":
+        raise ValueError("bytes in another code")
+    return text.encode(codec)
 
 
 class _Arrays(pickle.Unpickler):
@@ -104,5 +111,5 @@ def read_planetoid(path: Path) -> Contents:
     given = given.multiply(1 / np.where(total == 0, 1, total)[:, None]).tocsr().astype(np.float32)
     mask = np.where(one_hot.any(1), one_hot.argmax(1), NONE).astype(np.int16)
     split = np.full(n, NONE, np.int16)
-    split[:labelled], split[labelled:labelled + VALIDATION], split[test] = 0, 1, 2
+    split[:labelled], split[labelled:min(labelled + VALIDATION, known)], split[test] = 0, 1, 2
     return Contents([Raw(n, pairs, given=given, fields={"mask": mask, "split": split})])

@@ -46,19 +46,23 @@ def read_table(path: Path, rows: list[list[str]]) -> Contents:
     if _first(head, SOURCE) is not None and _first(head, TARGET) is not None:
         return _edge_list(rows[1:], head, nodes_of(path))
     width = len(rows[-1]) if rows else 0
-    if width in (2, 3) and not (len(numbers) == len(rows) == width and _symmetric(np.array(numbers, float))):
+    square = len(numbers) == len(rows) == width and {len(row) for row in rows} == {width}
+    if width in (2, 3) and {len(row) for row in rows} == {width} and not (
+            square and _symmetric(np.array([[float(c or "nan") for c in row] for row in rows]))):
         return _edge_list(rows, ["source", "target", *(["weight"] if len(numbers) == len(rows) else ["type"])][:width],
                           nodes_of(path))
     return matrix(*_square(rows))
 
 
 def recognised(lines: Sequence[str]) -> bool:
-    """Whether first lines look like a list of edges with its header, or like a matrix of more than three columns."""
+    """Whether first lines look like a list of edges with its header, or like a matrix of more than three columns: no fewer of
+    them than lines, clouds of points are taller.
+    """
     rows = cells(lines)
     head = [c.lower() for c in rows[0]] if rows else []
     if _first(head, SOURCE) is not None and _first(head, TARGET) is not None:
         return True
-    return len(rows) > 2 and len(rows[2]) > 3 and all(map(_is_number, rows[2][1:]))
+    return len(rows) > 2 and len(rows[2]) >= max(4, len(rows) - 1) and all(map(_is_number, rows[2][1:]))
 
 
 def _square(rows: list[list[str]]) -> tuple[np.ndarray, tuple[str, ...]]:
