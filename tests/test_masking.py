@@ -44,7 +44,7 @@ def whole_cells(hidden: torch.Tensor, shape: tuple[int, ...], unit: tuple[int, .
 
 @settings(max_examples=40, deadline=None)
 @given(cells=st.lists(st.integers(2, 5), min_size=1, max_size=3), own=st.integers(1, 3), other=st.integers(1, 2),
-       ratio=st.floats(0.3, 0.7), name=st.sampled_from(sorted(MASKINGS)), seed=st.integers(0, 99))
+       ratio=st.floats(0.3, 0.7), name=st.sampled_from(("block", "random")), seed=st.integers(0, 99))
 def test_dropping_keeps_the_same_exact_number_in_every_row(
         cells: list[int], own: int, other: int, ratio: float, name: str, seed: int) -> None:
     grain = math.lcm(own, other)
@@ -200,7 +200,7 @@ def test_what_cannot_be_masked_is_refused_with_the_reason() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(shape=st.lists(st.integers(3, 6), min_size=2, max_size=3), axis=st.integers(0, 2),
-       name=st.sampled_from(sorted(MASKINGS)), seed=st.integers(0, 99))
+       name=st.sampled_from(("block", "random")), seed=st.integers(0, 99))
 def test_a_unit_as_long_as_an_axis_hides_the_same_everywhere_along_it(
         shape: list[int], axis: int, name: str, seed: int) -> None:
     axis %= len(shape)
