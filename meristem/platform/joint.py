@@ -92,7 +92,8 @@ def build(data: Mapping[str, Any], wanted: Sequence[str] = ()) -> Joint:
     """A joint recipe of plain data, of the members that are wanted (none named: of all).
 
     A member is the name of a recipe under `extends` and what is laid over it. The joint recipe's `encoder` takes the place of
-    its encoder, but for what that sees; `train` is laid over it, and the member's own `train` on top. Raises RecipeError that names each wrong key.
+    its encoder, but for what that sees; `train` is laid over it, and the member's own `train` on top. Raises RecipeError that
+    names each wrong key.
     """
     members = data.get("members")
     if not isinstance(members, Mapping):

@@ -47,8 +47,8 @@ class _Turns:
 def pretrain(recipe: Joint, data: Mapping[str, Data], directory: Path, *, resume: bool = False, quiet: bool = False) -> Outcome:
     """Train a joint recipe on the training rows of each member's data.
 
-    Writes what a run writes, and for each member `directory`/<member>: a run of its own that holds the encoder with that
-    member's tokens, to be fine-tuned, evaluated and embedded with as any other. Raises MeristemError.
+    Writes what a run writes, and for each member `directory`/<member>: a run of its own, to be fine-tuned, evaluated and
+    embedded with as any other. Raises MeristemError.
     """
     began = time.perf_counter()
     for name in recipe.members:
@@ -82,14 +82,12 @@ def pretrain(recipe: Joint, data: Mapping[str, Data], directory: Path, *, resume
 
 def _release(outcome: Outcome, member: Assembly, directory: Path, about: Mapping[str, Any], data: Data, batches: _Turns,
              name: str) -> None:
-    """A member's encoder as a run of its own."""
+    """A member as a run of its own."""
     directory.mkdir(exist_ok=True)
     checkpoint.write_text(directory / "recipe.yaml", yaml.safe_dump(about["recipe"], sort_keys=False, allow_unicode=True))
     data.cache.write_quarantine(directory / "quarantine.csv")
-    source = member.module(member.recipe.transfer, "encoder").state_dict()
-    weights = {about["transfer"] + key: value for key, value in source.items()}
     turns = Counter(batches.turns[:outcome.steps])[name]
-    checkpoint.save(directory, turns, weights, {**about, **reference(member)}, {}, 1)
+    checkpoint.save(directory, turns, member.state_dict(), {**about, **reference(member)}, {}, 1)
     share = batches.seconds[name] / max(sum(batches.seconds.values()), 1e-9)
     close_run(directory, Outcome(member, turns, outcome.seconds * share, turns * member.recipe.train.batch,
                                  stopped=outcome.stopped), {"samples_seen": len(data.rows("train"))})
