@@ -354,7 +354,8 @@ class Shuffle(Masking):
 class Region(Masking):
     """The tokens around a few of them: contiguous masks for sets.
 
-    Source: 3D-JEPA of Locate 3D (Arnaud et al. 2025), whose masks are runs along a curve through space.
+    Source: with one region the block masks of Point-MAE (Pang et al. 2022, section 4.4); with several for those of 3D-JEPA
+    (Locate 3D, Arnaud et al. 2025), which are runs along a curve through space.
 
     ratio: hidden fraction, rounded to the nearest token and kept among informative tokens and among the rest separately, as in
     `Random`. regions: how many tokens are drawn; those nearest to any of them, by their positions in the view, are hidden.
