@@ -234,6 +234,8 @@ class Modality(Protocol):
 
     Everything but `read`, `fetch` and `write` is pure. suffixes: of its files. members: of files of which a whole folder is one
     sample. `Options` and `ViewOptions` are pydantic models: recipes are validated by them.
+    A class may add `version` (a number; another one makes cached samples stale), `beside(path)` (the other files that one is
+    read with) and a static `recognised(path) -> bool` (whether a file of a suffix that others have too is its own).
     """
 
     name: str
