@@ -14,8 +14,9 @@ import meristem
 from meristem.catalogue import names, rows
 from meristem.errors import RecipeError
 from meristem.platform import recipe as recipes
+from meristem.platform.assembly import Assembly
 from meristem.platform.training import checkpoint
-from meristem.tasks.inspection import inspect
+from meristem.tasks.inspection import inspect, noise
 
 RECIPES = [name for name in names() if name.startswith("points/") and recipes.read(name).get("objectives")]
 
@@ -71,6 +72,25 @@ def test_a_recipe_trains_on_clouds(name: str, clouds: Path, tmp_path: Path) -> N
     ("points/psa-ssl", ["encoder(v, plan)"]), ("points/recon", ["encoder(x, plan)"])])
 def test_lines_of_a_recipe_share_their_passes(name: str, passes: list[str]) -> None:
     assert inspect(name, tiny(name))["passes"] == passes
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_what_recon_contrasts_does_not_reach_its_tokens(apart: bool) -> None:
+    """Reconstruction trains the tokens, contrast the query; whether contrast trains the tokens too, `apart` decides."""
+    recipe = recipes.load("points/recon", [*tiny("points/recon"), f"encoder.reader.apart={str(apart).lower()}"])
+    torch.manual_seed(0)
+    assembly = Assembly(recipe)
+    losses = {name: loss.total for name, loss in assembly(noise(recipe), 0.0).items()}
+    tokens, query = assembly.encoder.get_submodule("inner.embed"), assembly.encoder.get_parameter("query")
+
+    def reaches(line: str) -> tuple[bool, bool]:
+        wanted = [*tokens.parameters(), query]
+        found = torch.autograd.grad(losses[line], wanted, retain_graph=True, allow_unused=True)
+        there = [g is not None and bool(g.abs().sum() > 0) for g in found]
+        return any(there[:-1]), there[-1]
+
+    assert reaches("points") == (True, False)
+    assert reaches("contrast") == (not apart, True)
 
 
 def test_headers_name_their_sources() -> None:
