@@ -17,6 +17,7 @@ from sklearn.svm import SVC, LinearSVC
 
 import meristem
 from meristem.errors import MeristemError, RecipeError
+from meristem.modalities.rng import Rng
 from meristem.platform.data.source import Data, open_data
 from meristem.platform.evaluation import metrics
 from meristem.platform.evaluation.probes import SVM, FewShot, Split
@@ -145,12 +146,11 @@ def test_arms_on_scenes_are_compared_by_trading_scenes() -> None:
 
 # ---- prediction
 
-@pytest.mark.parametrize("kind", ["spread", "near"])
 @pytest.mark.parametrize("count", [50, 96, 97, 300])
-def test_looks_together_hold_every_point_and_none_twice(kind: str, count: int, shapes: Path, tmp_path: Path) -> None:
+def test_looks_together_hold_every_point_and_none_twice(count: int, shapes: Path, tmp_path: Path) -> None:
     recipe, _ = opened(shapes, tmp_path)
-    view = recipe.modality.example((count,), meristem_rng())
-    looks = _looks(view, 96, kind)  # type: ignore[arg-type]
+    view = recipe.modality.example((count,), Rng.of(0, torch.arange(1), "x"))
+    looks = _looks(count, 96)
     assert looks.shape[1] == min(count, 96)
     assert sorted(set(looks.flatten().tolist())) == list(range(count))
     assert all(len(set(look)) == len(look) for look in looks.tolist())
@@ -158,21 +158,6 @@ def test_looks_together_hold_every_point_and_none_twice(kind: str, count: int, s
     assert shown.index is not None and torch.equal(shown.index, looks)
     assert torch.equal(shown.array[-1], view.array[0][:, looks[-1]])
     assert torch.equal(shown.fields["mask"][-1], view.fields["mask"][0][looks[-1]])
-
-
-def meristem_rng():  # type: ignore[no-untyped-def]
-    from meristem.modalities.rng import Rng
-
-    return Rng.of(0, torch.arange(1), "x")
-
-
-def test_near_looks_are_neighbourhoods(shapes: Path, tmp_path: Path) -> None:
-    recipe, _ = opened(shapes, tmp_path)
-    view = recipe.modality.example((300,), meristem_rng())
-    xyz = view.array[0, :3].T
-    first = _looks(view, 60, "near")[0]
-    distance = (xyz - xyz[0]).norm(dim=1)
-    assert set(first.tolist()) == set(distance.topk(60, largest=False).indices.tolist())
 
 
 def test_a_cloud_is_predicted_the_same_in_every_order_and_beside_others(shapes: Path, tmp_path: Path) -> None:
@@ -367,3 +352,27 @@ def test_parts_are_evaluated_and_drawn_from_end_to_end(shapes: Path, tmp_path: P
     pictures = Pictures.load(tmp_path / "out" / "pictures.npz")
     assert [c.rank for c in pictures.clouds] == ["worst", "median", "best"] and len(pictures.clouds[0].points) == 128
     assert "class mIoU" in Path(page).read_text()
+
+
+def test_scenes_are_told_apart_and_predicted_whole(tmp_path: Path) -> None:
+    """A floor, a wall on it and a box: 700 points, seen 128 at a time."""
+    rng, root = np.random.default_rng(0), tmp_path / "scenes"
+    root.mkdir()
+    for i in range(8):
+        floor = rng.uniform(0, 4, (300, 3)) * (1, 1, 0)
+        wall = rng.uniform(0, 4, (250, 3)) * (1, 0, 0.75)
+        box = rng.uniform(0, 0.5, (150, 3)) + np.append(rng.uniform(1, 3, 2), 0.2)
+        part = np.repeat([0, 1, 2], [300, 250, 150])
+        order = rng.permutation(700)
+        np.savez(root / f"{i}.npz", points=np.concatenate([floor, wall, box])[order].astype(np.float32),
+                 part=part[order].astype(np.uint8))
+    quick = ["encoder={transformer: {width: 32, depth: 2, heads: 2}}", "modality.points.size=16", "train.workers=0",
+             "train.batch=4", "views.x.size=[128]", "train.steps=80", "train.lr=3e-3", "train.ema=0.9"]
+    meristem.evaluate("points/segmentation", root, tmp_path / "out", quick, inits=["scratch"], seeds=1, split="0.5,0,0.5",
+                      cache=tmp_path / "cache", quiet=True)
+    found = Results.load(tmp_path / "out" / "results.json")
+    assert found.kind == "semantic" and len(found.classes) == 3
+    assert all(sum(case.metrics["truth"].values()) == 700 for case in found.cells[0].cases)
+    scores = json.loads((tmp_path / "out" / "metrics.json").read_text())[0]
+    assert scores["miou"] > 0.6 and scores["oa"] > 0.75
+    assert "overall accuracy" in (tmp_path / "out" / "report.html").read_text()

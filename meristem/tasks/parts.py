@@ -6,13 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
 from meristem.errors import RecipeError
@@ -108,7 +107,7 @@ class PointObjective(TaskObjective):
         view = recipe.modality.augment(whole(data.cache, [row], recipe.modality, options).to(device), options)
         label = torch.tensor([row.labels.get("class", -1) if self.settings.told else -1], device=device)
         total = torch.zeros(count, self.head.classes, dtype=torch.float64, device=device)
-        for index in _looks(view, size, self.settings.looks).split(max(POINTS // size, 1)):
+        for index in _looks(count, size).split(max(POINTS // size, 1)):
             look = _shown(view, index.to(device))
             stream = assembly.tokenizer.stream(look)
             encoded = assembly.encoder(stream.seen(recipe.encoder.sees), want=self.head.want)
@@ -148,25 +147,11 @@ class PointObjective(TaskObjective):
         return written
 
 
-def _looks(view: View, size: int, kind: Literal["spread", "near"]) -> Tensor:
-    """(L, size) places of the only row of a view, that together hold all of it; one look where it has no more than `size`.
-
-    `spread`: parts of one fixed random order. `near`: the nearest points to one that no look has yet.
-    """
-    count = view.array.shape[2]
-    if count <= size:
-        return torch.arange(count)[None]
-    if kind == "spread":
-        order = Rng.of(0, 0, "looks").permutation("points", count)[0]
-        starts = np.linspace(0, count - size, math.ceil(count / size)).round().astype(int)
-        return torch.stack([order[a:a + size] for a in starts])
-    xyz = view.array[0, :3].T.cpu().numpy()
-    tree, left, looks = cKDTree(xyz), np.ones(count, bool), []
-    while left.any():
-        _, near = tree.query(xyz[int(left.argmax())], k=size)
-        left[near] = False
-        looks.append(torch.from_numpy(np.asarray(near)))
-    return torch.stack(looks)
+def _looks(count: int, size: int) -> Tensor:
+    """(L, size) places among `count` that together hold all: parts of one fixed random order, spread as training views are."""
+    order = Rng.of(0, 0, "looks").permutation("points", count)[0]
+    starts = np.linspace(0, max(count - size, 0), math.ceil(count / size)).round().astype(int)
+    return torch.stack([order[a:a + size] for a in starts])
 
 
 def _shown(view: View, index: Tensor) -> View:
@@ -188,8 +173,7 @@ class PointSettings(TaskSettings):
     layers: of the encoder's blocks that the head sees, evenly over its depth; an encoder that does not tell them shows its
     tokens. width: of the head. categories: most classes of shapes that the head can be told, 0 for none. told: share of the
     training shapes whose class it is told, where labels have one; unless that is 0, at a test it is told whenever it is known.
-    smoothing: of labels. looks: how a cloud of more points than the training view is shown: `spread` over all of it, or `near`
-    neighbourhoods (where training views are crops).
+    smoothing: of labels.
     """
 
     fields: ClassVar[tuple[str, ...]] = ("mask",)
@@ -199,7 +183,6 @@ class PointSettings(TaskSettings):
     told: Share = 0.0
     dropout: Share = 0.5
     smoothing: Share = 0.0
-    looks: Literal["spread", "near"] = "spread"
 
     def check(self, recipe: TaskRecipe) -> list[str]:
         if not hasattr(recipe.modality.tokenizer(), "spread"):
@@ -263,7 +246,6 @@ class SemanticSegmentation(PointSettings):
 
     kind = "semantic"
     metric: ClassVar[str] = "miou"
-    looks: Literal["spread", "near"] = "near"
 
     def scope(self, data: Data) -> Scope:
         values = label_values(data, self.labelled(data.rows()))

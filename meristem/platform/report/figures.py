@@ -599,7 +599,8 @@ def clouds(several: Iterable[Cloud], metric: str) -> list[tuple[str, list[tuple[
     """(heading, (name, colour) of the labels, panels) per case: the truth, then what each arm says."""
     rows = []
     for c in several:
-        colours = {value: mpl.colors.to_hex(mpl.colormaps["tab20"](i % 20)) for i, value in enumerate(sorted(c.names))}
+        hues = mpl.colormaps["tab10" if len(c.names) <= 10 else "tab20"]
+        colours = {value: mpl.colors.to_hex(hues(i % hues.N)) for i, value in enumerate(sorted(c.names))}
         title = f"{c.rank} case{f', {c.category}' if c.category else ''}"
         panels = [scatter(c.points, c.truth, colours, "truth", f"{title}: points coloured by their true label")]
         for arm, prediction in c.predictions.items():
@@ -628,7 +629,7 @@ def scatter(points: Array, label: Array, colours: Mapping[int, str], caption: st
     ax = figure.add_axes((0, 0, 1, 1))
     ax.axis("off")
     ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-    rings = np.where(np.zeros(len(points), bool) if wrong is None else wrong, 0.6, 0.0)
+    rings = np.where(np.zeros(len(points), bool) if wrong is None else wrong, 0.4, 0.0)
     ax.scatter(x[order], y[order], s=6, c=shown[order], edgecolors="#111827", linewidths=rings[order].tolist())
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
