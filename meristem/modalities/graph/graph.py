@@ -154,7 +154,7 @@ class Graph:
                 raise DataError("nan", f"numbers of {int((~np.isfinite(given)).any(1).sum())} nodes are NaN or infinite",
                                 "Remove those nodes, or fill the numbers in.")
             parts.append(given.T)
-        if o.features in ("tags", "all") and held.tags:
+        if o.features in ("tags", "all") and raw.tag is not None:
             parts.append(_one_hot(_numbers(raw.tag, held.tags, o.tags or (), "tag"), len(o.tags or ())))
         degree = np.bincount(pairs[0], minlength=n)
         if o.features == "degree":

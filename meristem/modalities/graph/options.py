@@ -36,7 +36,7 @@ class GraphOptions(Settings):
     kinds: tuple[str, ...] | None = None
     walk: Count = 0
     laplacian: Count = 0
-    encode_up_to: Annotated[int, Field(ge=1)] = 20_000
+    encode_up_to: Annotated[int, Field(ge=1)] = 10_000
     threshold: Annotated[float, Field(ge=0)] | None = None
     density: Annotated[float, Field(gt=0, le=1)] | None = None
     label: str | None = None
