@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import jaccard_score
+from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 
@@ -102,7 +103,7 @@ def cell(arm: str, cases: list[Case], init: str | None = None, protocol: str = "
 
 
 def results(cells: list[Cell], kind: str, metric: str, classes: tuple[str, ...]) -> Results:
-    return Results(task="made", kind=kind, metric=metric, classes=classes, cells=tuple(cells),  # type: ignore[arg-type]
+    return Results(task="made", kind=kind, metric=metric, classes=classes, cells=tuple(cells),
                    dataset=Dataset(name="made", manifest="0", splits={"test": Counts(subjects=1, cases=1)}))
 
 
@@ -239,7 +240,7 @@ def test_svm_equals_scikit_learn(kernel: str, machine: SVC) -> None:
     train, test = split(0, 60, noise=2.0), split(2, 40, noise=2.0)
     scale = StandardScaler().fit(train.embedding)
     expected = machine.fit(scale.transform(train.embedding), train.target).predict(scale.transform(test.embedding))
-    found = SVM(kernel=kernel, c=(0.1,))(train, split(1, 20), test.embedding, 4).probabilities  # type: ignore[arg-type]
+    found = SVM(kernel=kernel, c=(0.1,))(train, split(1, 20), test.embedding, 4).probabilities
     assert (found.argmax(1) == expected).all()
     assert found.sum(1) == pytest.approx(np.ones(40))
 
@@ -261,21 +262,24 @@ def test_svm_of_two_classes_and_of_classes_that_do_not_train() -> None:
         SVM()(Split(train.embedding, np.zeros(40, int)), test, test.embedding, 2)
 
 
-def test_few_shots_draw_what_they_say() -> None:
+def test_few_shots_draw_what_they_say_and_the_same_for_every_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     train, test = split(0, 80, classes=8), split(1, 160, classes=8)
-    protocol, seen = FewShot(ways=(3,), shots=(5,), queries=4, trials=3), []
+    fit, seen = SVM.fit, []
 
-    class Watched(FewShot):
-        def trial(self, train: Split, test: Split, ways: int, shots: int, rng: np.random.Generator) -> float:
-            classes = np.random.default_rng([ways, shots, len(seen)]).choice(8, ways, replace=False)
-            seen.append(classes)
-            return super().trial(train, test, ways, shots, rng)
+    def watched(self: SVM, train: Split, c: float) -> Pipeline:
+        seen.append(train.target.tolist())
+        return fit(self, train, c)
 
+    monkeypatch.setattr(SVM, "fit", watched)
+    protocol = FewShot(ways=(3,), shots=(5,), queries=4, trials=6)
     found = protocol(train, test)
-    assert list(found) == ["3-way 5-shot"] and found["3-way 5-shot"].shape == (3,)
-    assert (found["3-way 5-shot"] * 12 % 1 == pytest.approx(0, abs=1e-9))  # of 3 · 4 queries
-    assert (Watched(**protocol.model_dump())(train, test)["3-way 5-shot"] == found["3-way 5-shot"]).all()
-    assert all(len(set(c.tolist())) == 3 for c in seen) and len({tuple(c) for c in seen}) > 1
+    assert list(found) == ["3-way 5-shot"] and found["3-way 5-shot"].shape == (6,)
+    assert found["3-way 5-shot"] * 12 % 1 == pytest.approx(0, abs=1e-9)  # of 3 · 4 queries
+    assert all(len(set(t)) == 3 and all(t.count(c) == 5 for c in t) for t in seen)
+    assert len({tuple(sorted(set(t))) for t in seen}) > 1
+    first, seen[:] = list(seen), []
+    protocol(Split(-train.embedding, train.target), test)
+    assert seen == first
 
 
 def test_few_shots_find_signal_and_stay_at_chance_on_noise() -> None:
@@ -376,3 +380,20 @@ def test_scenes_are_told_apart_and_predicted_whole(tmp_path: Path) -> None:
     scores = json.loads((tmp_path / "out" / "metrics.json").read_text())[0]
     assert scores["miou"] > 0.6 and scores["oa"] > 0.75
     assert "overall accuracy" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.data
+def test_parts_of_real_shapes_are_those_that_their_class_names(data_root: Path, tmp_path: Path) -> None:
+    root = data_root / "psb-labeled-points"
+    if not root.is_dir():
+        pytest.skip("no psb-labeled-points")
+    recipe = resolve("points/parts", "points", [*TINY, "views.x.size=[1024]"])
+    data = open_data(root, recipe.modality, "auto", tmp_path / "cache", quiet=True)
+    scope = recipe.task.scope(data)
+    task = objective(assembly := recipe.assemble(scope.classes).eval())
+    assert isinstance(task, PointObjective) and scope.classes == 94
+    allowed, names = task.settings.allowed(data), data.manifest.class_names
+    assert len(allowed) == 19 and sum(map(len, allowed.values())) == 94
+    assert all(scope.values[v].startswith(names[label] + "/") for label, values in allowed.items() for v in values)
+    (case,) = task.test(assembly, data, data.rows("test")[:1], scope)
+    assert case.category in names and 0 <= case.metrics["instance_miou"][SHAPES] <= 1
