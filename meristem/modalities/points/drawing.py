@@ -24,11 +24,11 @@ def draw(view: PointsViewOptions, header: Header, look: Look) -> Draw:
     """
     whole = header.shape[1]
     n = min(view.size[0], whole)
-    if view == view.plain():
-        index = np.linspace(0, whole - 1, n).round().astype(int)
-        return Draw((0,), (whole,), (n,), {}, tuple(index.tolist()))
     rng = look.rng
-    index = rng.permutation("points", whole)[0, :n].numpy()
+    even = view.take == "even"
+    index = np.linspace(0, whole - 1, n).round().astype(int) if even else rng.permutation("points", whole)[0, :n].numpy()
+    if even and view == view.plain():
+        return Draw((0,), (whole,), (n,), {}, tuple(index.tolist()))
 
     def one(purpose: str, low: float, high: float) -> float:
         return float(rng.uniform(purpose, low=low, high=high))

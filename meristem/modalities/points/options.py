@@ -101,14 +101,16 @@ class PointsOptions(Settings):
 class PointsViewOptions(ViewSettings):
     """One view of a cloud.
 
-    size: most points of a view, drawn from the cloud without replacement; a smaller cloud shows all it has. crop: range of the
-    share of them that is kept, those nearest to a random one. drop: range of the share of points then left out at random.
+    size: most points of a view; a smaller cloud shows all it has. take: which: drawn at `random` without replacement, or spread
+    `even`ly over the stored order. crop: range of the share of them that is kept, those nearest to a random one. drop: range of
+    the share of points then left out at random.
     flip: probability for x and for y. rotate: greatest angle in degrees about the vertical (`z`) or about any axis (`any`).
     scale: range of magnification, shift: greatest displacement, jitter: std of each coordinate's noise and its clip at twice
     that, in the view's unit. In this order. Noise is all that `Frame` does not know of.
     """
 
     size: tuple[Annotated[int, Field(ge=1)]]
+    take: Literal["random", "even"] = "random"
     crop: Range = (1.0, 1.0)
     rotate: float = 0.0
     axis: Literal["z", "any"] = "z"
@@ -120,4 +122,4 @@ class PointsViewOptions(ViewSettings):
 
     def plain(self) -> Self:
         """All points up to `size`, spread evenly over the stored order."""
-        return type(self)(size=self.size)
+        return type(self)(size=self.size, take="even")
