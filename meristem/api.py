@@ -137,9 +137,9 @@ def evaluate(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
     task: as in `finetune`, `propagation` or `keypoints`. inits: pretraining runs; an arm from scratch is added; `metadata` is
     one that knows what files say before any pixel. All arms share the first checkpoint's architecture. labels: budgets as in
     `finetune`. seeds: draws of labels and trainings per cell. protocols: of those the task has (classification: finetune,
-    attentive, linear, knn; or retrieval alone). split: as in `pretrain`; evaluations of all folds into a directory each can be
-    pooled by `report`. Finished cells are kept in `out`/cells: the same call goes on where one was stopped. Raises
-    MeristemError, before any training where it can.
+    attentive, linear, svm, knn; or few-shot or retrieval alone). split: as in `pretrain`; evaluations of all folds into a
+    directory each can be pooled by `report`. Finished cells are kept in `out`/cells: the same call goes on where one was
+    stopped. Raises MeristemError, before any training where it can.
     """
     quiet = quiet or not first_rank()
     runs = [Path(init) for init in inits if init not in (tuning.SCRATCH, METADATA)]
