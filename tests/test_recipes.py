@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from meristem.catalogue import names
 from meristem.errors import RecipeError
 from meristem.modalities.base import View
 from meristem.modalities.frame import Frame
+from meristem.modalities.rng import Rng
 from meristem.platform.assembly import Assembly, total
 from meristem.platform.objectives import Items
 from meristem.platform.recipe import CONFIGS, Recipe, build, load, merge, override, read
@@ -21,7 +23,8 @@ from meristem.tasks import TaskRecipe
 
 SMALL = {"transformer": "encoder.transformer={width: 48, depth: 2, heads: 4}",
          "unet": "encoder.unet={widths: [4, 8, 8, 8], blocks: [1, 1, 1, 1]}",
-         "slicewise": "encoder.slicewise.encoder.transformer={width: 48, depth: 2, heads: 4}"}
+         "slicewise": "encoder.slicewise.encoder.transformer={width: 48, depth: 2, heads: 4}",
+         "reader": "encoder.reader.encoder.transformer={width: 48, depth: 2, heads: 4}"}
 
 
 def made(recipe: Recipe, rows: int) -> Batch:
@@ -29,12 +32,19 @@ def made(recipe: Recipe, rows: int) -> Batch:
     views = {}
     for name, settings in recipe.views.items():
         shape, n, dims = settings.size, rows * settings.count, len(settings.size)
+        item, look = torch.arange(n) // settings.count, torch.arange(n) % settings.count
+        if dims == 1:  # a set: points, nodes
+            rng = Rng.of(0, torch.arange(n), name)
+            fields = {field: rng.integers(field, 3, *shape) for field in recipe.reads}
+            view = recipe.modality.example(shape, rng)
+            views[name] = replace(view, name=name, item=item, look=look, fields=view.fields | fields)
+            continue
         array = torch.randn(n, recipe.modality.channels, *shape)
         unit = tuple(axis.unit for axis in recipe.modality.axes)
         frame = Frame(torch.eye(dims + 1).repeat(n, 1, 1), shape, torch.ones(n, dims), unit)
         labels = {"speed": (torch.arange(n) + len(views)) % 2, "turn": torch.arange(n) % 4}
         drawn = {label: x for label, x in labels.items() if getattr(settings, label, None)}
-        views[name] = View(name, array, frame, torch.arange(n) // settings.count, torch.arange(n) % settings.count, drawn)
+        views[name] = View(name, array, frame, item, look, drawn)
     return Batch(Items(torch.arange(rows), torch.arange(rows)), views)
 
 

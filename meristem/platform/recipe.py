@@ -219,7 +219,8 @@ def find(name: str | Path) -> Path:
     built_in = CONFIGS / f"{name}.yaml"
     if built_in.is_file():
         return built_in
-    near = get_close_matches(str(name), names()) or [n for n in names() if str(name) in n] or names()
+    inside = sorted((n for n in names() if str(name) in n), key=lambda n: n.split("/")[1] != str(name))  # `mae`: image/mae
+    near = get_close_matches(str(name), names()) or inside or names()
     raise RecipeError(f"no recipe called '{name}'", f"Did you mean {' or '.join(near[:6])}? `meristem recipes list` shows all.")
 
 
