@@ -32,7 +32,8 @@ def test_no_convex_combination_is_shorter(seed: int, n: int, width: int, scale: 
     w = min_norm(gram * scale)
     assert (w >= 0).all() and w.sum() == pytest.approx(1)
     solved = minimize(lambda x: x @ gram @ x, np.full(n, 1 / n), jac=lambda x: 2 * gram @ x, method="SLSQP",
-                      bounds=[(0, 1)] * n, constraints={"type": "eq", "fun": lambda x: x.sum() - 1}, options={"ftol": 1e-14, "maxiter": 500})
+                      bounds=[(0, 1)] * n, constraints={"type": "eq", "fun": lambda x: x.sum() - 1},
+                      options={"ftol": 1e-14, "maxiter": 500})
     assert w @ gram @ w <= solved.fun + 1e-7 * gram.max()
     assert (gram @ w >= w @ gram @ w - 1e-7 * gram.max()).all()  # the condition of optimality: d · g_i ≥ |d|²
 
