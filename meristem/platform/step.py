@@ -128,7 +128,7 @@ class Step:
               masked: bool = False) -> Units:
         """Encoded view to a table of vectors, through a named head and those that it stands on.
 
-        level: `cls`, `mean`, `sum`, `max`, `global` (cls where there is one, else mean) or `dense` (every token that was encoded).
+        level: `cls`, `mean`, `sum`, `max`, `global` (cls where there is one, else mean) or `dense` (every encoded token).
         """
         key = (by, view, level, head, masked)
         if key not in self._made_units:
