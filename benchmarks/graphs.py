@@ -145,13 +145,13 @@ def arm(nodes: int, window: str, size: int) -> None:
     rng = np.random.default_rng(0)
     ends = rng.integers(0, nodes, (2, 5 * nodes))
     code = np.unique(np.concatenate([ends[0] * nodes + ends[1], ends[1] * nodes + ends[0]])[np.tile(ends[0] != ends[1], 2)])
-    tables = {"pairs": np.stack([code // nodes, code % nodes]).astype(np.int32), "kind": np.zeros(len(code), np.int16)}
+    pairs, kind = np.stack([code // nodes, code % nodes]).astype(np.int32), np.zeros(len(code), np.int16)
     features = rng.normal(size=(64, nodes)).astype(np.float32)
     modality = Graph(GraphOptions(channels=64, edge_kinds=1, features="given", tags=(), kinds=()))
     encoder = MessagePassingSettings(conv="gin", width=256, depth=3).build(modality.tokenizer(), (), 64)
-    _step(modality, encoder, {"pairs": tables["pairs"][:, :0], "kind": tables["kind"][:0]}, features[:, :64], "whole", 64)
+    _step(modality, encoder, {"pairs": pairs[:, :0], "kind": kind[:0]}, features[:, :64], "whole", 64)
     held, began = _peak(), time.perf_counter()
-    shown = _step(modality, encoder, tables, features, window, size)
+    shown = _step(modality, encoder, {"pairs": pairs, "kind": kind}, features, window, size)
     print(json.dumps({"benchmark": "graphs memory", "nodes": nodes, "edges": len(code) // 2, "window": window, "shown": shown,
                       "mib": round((_peak() - held) / 2**20, 1), "seconds": round(time.perf_counter() - began, 3)}), flush=True)
 

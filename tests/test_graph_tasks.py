@@ -313,12 +313,20 @@ def test_the_loss_is_of_the_pairs_whose_nodes_are_both_in_view(made: Path, tmp_p
     graphs = objective(assembly).learn_from(data, rows)
     batch = assembly.prepare(next(iter(loader(data.cache, graphs, task, steps=1, workers=0))))
     inside = set(batch.views["x"].index[0].tolist())
-    expected = [row for row in rows if {row.element, row.other} <= inside]
-    assert int(assembly(batch, 0.0)["task"].count) == len(expected) > 0
+    linked = {(row.element, row.other) for row in rows if row.labels["class"] and {row.element, row.other} <= inside}
+    seen: list[torch.Tensor] = []
+    objective(assembly).out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    loss = assembly(batch, 0.0)["task"]
+    nodes = assembly.last_step.encode("x").tokens[0]
+    place = {k: i for i, k in enumerate(batch.views["x"].index[0].tolist())}
+    products = torch.stack([nodes[place[a]] * nodes[place[b]] for a, b in sorted(linked)])
+    assert len(linked) < int(loss.count) == len(seen[0]) <= 2 * len(linked)
+    ours = torch.cdist(products, seen[0][:len(linked)]).amin(1)
+    torch.testing.assert_close(ours, torch.zeros_like(ours), atol=1e-3, rtol=0.0)
 
 
 def test_links_are_predicted_better_than_chance_by_probe_and_by_fine_tuning(made: Path, tmp_path: Path) -> None:
-    few = ["train.steps=200", "train.workers=0", "encoder.message_passing.width=16", "train.ema=0.9"]
+    few = [*SMALL[-1:], "train.steps=200", "encoder.message_passing={width: 16, dropout: 0.0}", "train.ema=0.9"]
     meristem.evaluate("graph/link-prediction", made, tmp_path / "out", few, inits=["scratch"], seeds=1,
                       protocols=["linear", "finetune"], cache=tmp_path / "cache", quiet=True)
     metrics = {m["protocol"]: m["auroc"] for m in json.loads((tmp_path / "out" / "metrics.json").read_text())}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from meristem.errors import DataError
+from meristem.modalities.rng import Rng
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
@@ -25,10 +26,15 @@ CLASSES = ("no link", "link")
 
 
 class LinkObjective(LinearObjective):
-    """Logistic regression on products of two nodes' tokens, element by element (Grover and Leskovec 2016, node2vec)."""
+    """Logistic regression on products of two nodes' tokens, element by element (Grover and Leskovec 2016, node2vec).
+
+    It starts as the inner product, the decoder of Kipf and Welling 2016.
+    """
 
     def __init__(self, assembly: Assembly, settings: Links, classes: int) -> None:
         super().__init__(assembly, settings, classes)
+        torch.nn.init.constant_(self.out.weight[0], -0.5)
+        torch.nn.init.constant_(self.out.weight[1], 0.5)
         self.pairs: dict[int, Tensor] = {}  # row of a graph -> (3, M) two nodes and whether an edge joins them
 
     def learn_from(self, data: Data, rows: Sequence[Row]) -> list[Row]:
@@ -38,19 +44,32 @@ class LinkObjective(LinearObjective):
         return graphs
 
     def forward(self, step: Step) -> dict[str, Loss]:
-        """Over the pairs whose two nodes are in a view."""
-        view, encoded = step.batch.views["x"], step.encode("x")
+        """Over the linked pairs whose nodes are both in a view, and as many random pairs of its nodes, drawn anew each step,
+        but for those that are linked.
+        """
+        view, encoded, rng = step.batch.views["x"], step.encode("x"), step.rng("links", "x")
         assert view.index is not None
         products, targets = [], []
-        for row, index, tokens in zip(step.batch.items.row[view.item].tolist(), view.index, encoded.tokens, strict=True):
-            asked = self.pairs[row].to(index.device) if self.pairs else torch.stack([index[:1], index[-1:], index[:1] * 0])
-            place = torch.full((int(max(index.max(), asked[:2].max())) + 1,), -1, device=index.device)
-            place[index[index >= 0]] = torch.arange(len(index), device=index.device)[index >= 0]
-            ends = place[asked[:2]]
-            inside = (ends >= 0).all(0)
-            products.append(tokens[ends[:, inside]].prod(0))
-            targets.append(asked[2, inside])
-        return self.loss(torch.cat(products), torch.cat(targets))
+        for i, row in enumerate(step.batch.items.row[view.item].tolist()):
+            linked = self._linked(row, view.index[i])
+            shown = int((view.index[i] >= 0).sum())
+            drawn = Rng(rng.key[i:i + 1]).integers("pairs", shown, *linked.shape)[0]
+            known = torch.cat([linked[0] * shown + linked[1], linked[1] * shown + linked[0]])
+            drawn = drawn[:, (drawn[0] != drawn[1]) & ~torch.isin(drawn[0] * shown + drawn[1], known)]
+            products.append(encoded.tokens[i, torch.cat([linked, drawn], 1)].prod(0))
+            targets.append(torch.arange(linked.shape[1] + drawn.shape[1], device=linked.device) < linked.shape[1])
+        return self.loss(torch.cat(products), torch.cat(targets).long())
+
+    def _linked(self, row: int, index: Tensor) -> Tensor:
+        """(2, n) places in a view of the pairs that it was told are linked; padding is last."""
+        if not self.pairs:  # a recipe that is looked at, without data
+            return torch.tensor([[0], [len(index) - 1]], device=index.device)
+        asked = self.pairs[row].to(index.device)
+        ends = asked[:2, asked[2] == 1]
+        place = torch.full((int(max(index.max(), ends.max())) + 1,), -1, device=index.device)
+        place[index[index >= 0]] = torch.arange(int((index >= 0).sum()), device=index.device)
+        found = place[ends]
+        return found[:, (found >= 0).all(0)]
 
     @torch.no_grad()
     def probabilities(self, assembly: Assembly, data: Data, rows: Sequence[Row]) -> Tensor:
@@ -86,9 +105,11 @@ class Links(Classifying):
 
     parts = True
     protocols: ClassVar[tuple[str, ...]] = ("finetune", "linear", "svm", "knn")
-    metric: Literal["auroc", "auprc", "accuracy", "balanced_accuracy", "brier", "ece"] = "auroc"  # type: ignore[assignment]
+    metric: Literal["auroc", "auprc", "accuracy", "balanced_accuracy", "brier", "ece"] = "auroc"  # type: ignore[misc]
 
     def check(self, recipe: TaskRecipe) -> list[str]:
+        if self.features:
+            return ["features: pairs have no summaries; leave it out"]
         if getattr(recipe.modality.options, "hold_out", None) is None:
             return ["predicting links needs graphs without the edges that are asked for: set "
                     "modality.graph.hold_out=[0.05,0.1], in pretraining too"]

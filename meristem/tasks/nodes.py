@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -79,6 +79,7 @@ class Nodes(Classifying):
     """
 
     parts = True
+    protocols: ClassVar[tuple[str, ...]] = ("finetune", "linear", "svm", "knn", "retrieval")
     split: tuple[Fraction, Fraction, Fraction] = (0.6, 0.2, 0.2)
 
     @model_validator(mode="after")
@@ -90,7 +91,7 @@ class Nodes(Classifying):
     def check(self, recipe: TaskRecipe) -> list[str]:
         if not recipe.modality.tokenizer().edge_kinds:
             return [f"classifying nodes needs graphs; the modality '{recipe.modality.name}' has no edges"]
-        return []
+        return ["features: nodes have no summaries; leave it out"] if self.features else []
 
     def cases(self, data: Data, split: str | Sequence[str]) -> list[Row]:
         """The nodes of a split: as the data declares it, else that of their graph, else drawn."""
