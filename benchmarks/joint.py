@@ -97,7 +97,8 @@ def main() -> None:
                    [*own, f"train.steps={given.steps * len(sets)}"], "auto")
         for kind, spec in sets.items():
             steps = json.loads((out / "joint" / kind / "metrics.json").read_text())["steps"]
-            shared = ["train.lr=1e-3", "train.warmup=0.05", "train.clip=1.0", "encoder.transformer.size=tiny"]
+            shared = ["train.lr=1e-3", "train.warmup=0.05", "train.clip=1.0", "encoder.transformer.size=tiny",
+                      "encoder.transformer.depth=12"]
             pretrained(RECIPES.get(kind, f"{kind}/mae"), given.data / spec.place, out / f"twin-{kind}",
                        [*spec.recipe, *shared, f"train.steps={steps}"], "auto")
         for kind, spec in sets.items():

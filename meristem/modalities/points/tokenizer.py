@@ -17,7 +17,8 @@ class PointNet(nn.Module):
     """A shared perceptron on each point of a token and the maximum over them, twice (Pang et al. 2022, Point-MAE, section 3.1).
 
     Their batch normalisation is layer normalisation here: a token's embedding depends on no other sample. unit: coordinates are
-    divided by it first, since a layer's shift would drown those of small groups.
+    divided by it first, since a layer's shift would drown those of small groups. The layers are in proportion to `width`; at
+    theirs, 384, they are 128, 256 and 512 wide. Fixed ones would cost more than all blocks of a small encoder.
     """
 
     unit: Tensor
@@ -26,9 +27,10 @@ class PointNet(nn.Module):
         super().__init__()
         self.channels = channels
         self.register_buffer("unit", torch.tensor([unit] * 3 + [1.0] * (channels - 3)), persistent=False)
-        self.first = nn.Sequential(nn.Linear(channels, 128), nn.LayerNorm(128), nn.ReLU(), nn.Linear(128, 256))
-        self.point, self.whole = nn.Linear(256, 512), nn.Linear(256, 512, bias=False)
-        self.second = nn.Sequential(nn.LayerNorm(512), nn.ReLU(), nn.Linear(512, width))
+        a, b, c = (max(width * k // 3, 8) for k in (1, 2, 4))
+        self.first = nn.Sequential(nn.Linear(channels, a), nn.LayerNorm(a), nn.ReLU(), nn.Linear(a, b))
+        self.point, self.whole = nn.Linear(b, c), nn.Linear(b, c, bias=False)
+        self.second = nn.Sequential(nn.LayerNorm(c), nn.ReLU(), nn.Linear(c, width))
 
     def forward(self, stream: TokenStream) -> Tensor:
         """Stream of n tokens of channels × points numbers to (B, n, width)."""
