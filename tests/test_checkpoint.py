@@ -20,8 +20,7 @@ from meristem.platform.data.source import open_data
 from meristem.platform.encoders.base import Encoder
 from meristem.platform.encoders.unet import UNetSettings
 from meristem.platform.training import checkpoint
-from meristem.platform.training.pretrain import reference
-from meristem.platform.training.pretrain import card
+from meristem.platform.training.pretrain import card, reference
 
 TINY = ["encoder.transformer.width=32", "encoder.transformer.depth=2", "encoder.transformer.heads=2", "views.x.size=[16,16,16]",
         "objectives.pixels.masked.predictor.decoder={depth: 1, width: 32, heads: 2}"]

@@ -40,8 +40,7 @@ from meristem.platform.report.pictures import (
     sample_groups,
 )
 from meristem.platform.training import checkpoint
-from meristem.platform.training.pretrain import reference
-from meristem.platform.training.pretrain import card
+from meristem.platform.training.pretrain import card, reference
 from meristem.tasks import pages
 from meristem.tasks.base import TaskRecipe
 from meristem.tasks.pages import attended
