@@ -220,6 +220,10 @@ class MessagePassing(Encoder):
         self.edges = tokenizer.edge_kinds, tokenizer.edge_values
         self.dropout = settings.dropout
         self.embed = tokenizer.embedding(self.width)
+        for module in self.embed.modules():
+            if isinstance(module, nn.Linear):  # as its layers' maps; a bias would outweigh features of rows that sum to 1
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
         self.mask_token = nn.Parameter(torch.zeros(self.width))
         self.places = tokenizer.places(self.width) if "structure" in settings.sees else None
         self.layers = settings.layers(self.width, tokenizer, read_out=False)

@@ -226,6 +226,10 @@ class GraphPredictor(Predictor):
         self.mask_token = nn.Parameter(torch.zeros(encoder.width))
         self.layers = settings.layers(encoder.width, tokenizer, read_out=True)
         self.heads = nn.ModuleDict({name: nn.Linear(encoder.width, size) for name, size in sizes.items()})
+        for head in self.heads.values():
+            assert isinstance(head, nn.Linear)
+            nn.init.xavier_uniform_(head.weight)
+            nn.init.zeros_(head.bias)
 
     def forward(self, encoded: Encoded, stream: TokenStream, plan: Plan) -> dict[str, Prediction]:
         nodes = Nodes(stream, *self.edges)
