@@ -288,3 +288,28 @@ def test_predictions_come_back_in_the_order_and_by_the_names_of_the_file(tmp_pat
     sample = modality.read([tmp_path / "e.csv"])
     written = modality.write(np.array([2, 0, 1]), sample.header, tmp_path / "out.nii.gz")
     assert written.read_text().split() == ["node,class", "a,2", "b,0", "c,1"]
+
+
+@pytest.mark.parametrize("encoder", ["transformer", "message_passing"])
+def test_the_weights_of_a_connectome_reach_the_encoder(encoder: str, tmp_path: Path) -> None:
+    """Two brains with the same edges and other weights are told apart; their strongest edges alone say nothing of scale."""
+    import meristem
+
+    def brain(name: str, matrix: np.ndarray) -> None:
+        np.savetxt(tmp_path / f"sub-{name}_connectome.csv", matrix, delimiter=",")
+
+    rng = np.random.default_rng(0)
+    matrix = rng.uniform(0.1, 1.0, (12, 12))
+    matrix = (matrix + matrix.T) * (1 - np.eye(12))
+    other = rng.uniform(0.1, 1.0, (12, 12))
+    for name, m in (("01", matrix), ("02", 1000 * matrix), ("03", (other + other.T) * (1 - np.eye(12)))):
+        brain(name, m)
+    settings_ = {"transformer": "encoder.transformer={width: 24, depth: 2, heads: 2, sees: [edges, structure]}",
+                 "message_passing": "encoder.message_passing={conv: gin, width: 24, depth: 2, norm: none}"}[encoder]
+    recipe = "graph/mae" if encoder == "transformer" else "graph/graphmae"
+    meristem.pretrain(recipe, tmp_path, tmp_path / "run", [
+        settings_, "summary=mean", "modality.graph.features=identity", "modality.graph.walk=2", "modality.graph.laplacian=0",
+        "train.steps=3", "train.batch=3", "train.workers=0", "train.lr=0.01"], cache=tmp_path / "cache", quiet=True)
+    z = np.load(meristem.embed(tmp_path / "run", tmp_path, tmp_path / "out", quiet=True))["embedding"]
+    same, other = np.abs(z[0] - z[1]).max(), np.abs(z[0] - z[2]).max()
+    assert same < 1e-5 < other and other > 10 * same  # the transformer's slope began at 0, three steps ago

@@ -22,12 +22,13 @@ from test_training import TINY, run, same
 
 import meristem
 from meristem.errors import CheckpointError, MeristemError, RecipeError
+from meristem.platform.assembly import Assembly
 from meristem.platform.data.manifest import Row
 from meristem.platform.evaluation.results import Results
 from meristem.platform.masked.objective import MaskedObjective
 from meristem.platform.objectives import Loss
 from meristem.platform.step import Step
-from meristem.platform.training import checkpoint, loop, optim
+from meristem.platform.training import checkpoint, optim
 from meristem.platform.training.progress import Reporter
 from meristem.tasks.segmentation import places
 from meristem.tasks.transfer import arms
@@ -131,7 +132,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(volume_folder: Pa
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(volume_folder, tmp_path / "whole", steps=2)
     with monkeypatch.context() as broken:
-        broken.setattr(loop, "prepare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        broken.setattr(Assembly, "prepare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             run(volume_folder, tmp_path / "cut", steps=2)
     assert same(whole, run(volume_folder, tmp_path / "cut", steps=2, resume=True))

@@ -73,6 +73,13 @@ class Edges:
         table[self.index[1], self.index[0] % self.size] = self.kind + 1
         return table.unflatten(0, (self.rows, self.size))
 
+    def dense_value(self) -> Tensor:
+        """(rows, size, size, K), [b, target, source]: the edge's features, 0 where there is none."""
+        assert self.value is not None
+        table = self.value.new_zeros(self.rows * self.size, self.size, self.value.shape[1])
+        table[self.index[1], self.index[0] % self.size] = self.value
+        return table.unflatten(0, (self.rows, self.size))
+
     def to(self, device: torch.device | str) -> Edges:
         def move(x: Tensor) -> Tensor:
             return x.to(device, non_blocking=True)

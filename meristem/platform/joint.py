@@ -101,7 +101,7 @@ def build(data: Mapping[str, Any], wanted: Sequence[str] = ()) -> Joint:
     unknown = [name for name in wanted if name not in members]
     if unknown:
         raise RecipeError(f"the joint recipe has no member '{unknown[0]}'", f"Members: {', '.join(members)}.")
-    chosen = {}
+    title, chosen = f"joint-{data.get('name', 'mae')}", {}
     for name in wanted or members:
         entry = dict(members[name] or {})
         how = {key: entry.pop(key) for key in ("ratio", "weight") if key in entry}
@@ -112,9 +112,9 @@ def build(data: Mapping[str, Any], wanted: Sequence[str] = ()) -> Joint:
         plain["encoder"] = {kind: {**arguments, **{key: own[key] for key in ("sees",) if key in own}}}
         for over in ({"train": data.get("train", {})}, entry):
             plain = recipes.merge(plain, over)
-        chosen[name] = {**how, "recipe": {**plain, "name": data.get("name", "joint")}}
+        chosen[name] = {**how, "recipe": {**plain, "name": title}}
     rest = {key: value for key, value in data.items() if key not in ("members", "encoder")}
-    return recipes.build({**rest, "members": chosen}, Joint)
+    return recipes.build({**rest, "name": title, "members": chosen}, Joint)
 
 
 class JointAssembly(Assembly):

@@ -53,7 +53,7 @@ class Graph:
     def __init__(self, options: GraphOptions) -> None:
         self.options = options
         self.channels = options.channels or 1
-        self.edge_kinds = options.edge_kinds or 1
+        self.edge_kinds, self.edge_values = options.edge_kinds or 1, int(bool(options.weights))
 
     # ---- files
 
@@ -73,7 +73,7 @@ class Graph:
     def fitted(self, paths: Sequence[Path]) -> Self:
         """With features, channels and alphabets settled over all samples. Raises DataError where they cannot be."""
         o = self.options
-        if o.channels is not None and o.edge_kinds is not None and o.features != "auto":
+        if o.channels is not None and o.edge_kinds is not None and o.weights is not None and o.features != "auto":
             return self
         graphs: list[tuple[Raw, Contents]] = []
         for path in paths:
@@ -94,6 +94,7 @@ class Graph:
             features = "all" if given and tags else "given" if given else "tags" if tags else "degree"
         update: dict[str, Any] = {"features": features, "kinds": kinds, "edge_kinds": o.edge_kinds or max(len(kinds), 1)}
         update["tags"] = tags if features in ("tags", "all") else ()
+        update["weights"] = any(raw.weight is not None for raw, _ in graphs) if o.weights is None else o.weights
         settled = type(self)(o.model_copy(update=update))
         if o.channels is None:
             width = max(settled._width(raw) for raw, _ in graphs)
@@ -221,7 +222,11 @@ class Graph:
 
     def edges(self, header: Header, draw: Draw) -> Links | None:
         tables, n = header.tables, header.shape[1]
-        links = Links(tables["pairs"], tables["kind"], tables.get("value"))
+        value = None
+        if self.edge_values:  # a graph without weights among others with: all alike
+            value = tables["value"] if "value" in tables else np.ones((tables["pairs"].shape[1], 1), np.float32)
+            value = value / np.float32(max(np.abs(value).max(initial=0), 1e-12))
+        links = Links(tables["pairs"], tables["kind"], value)
         if "edge_key" in draw.params:
             links = drawing.thinned(links, n, draw.params["drop_edges"], draw.params["edge_key"])
         return drawing.induced(links, np.array(draw.index), n) if draw.index else links
@@ -238,7 +243,7 @@ class Graph:
         return view
 
     def tokenizer(self) -> GraphTokenizer:
-        return GraphTokenizer(self.channels, self.edge_kinds, self.options.walk, self.options.laplacian)
+        return GraphTokenizer(self.channels, self.edge_kinds, self.options.walk, self.options.laplacian, self.edge_values)
 
     def example(self, size: tuple[int, ...], rng: Rng) -> View:
         """Random graphs of up to 64 nodes, two edges each, with normal features and structure."""
@@ -252,10 +257,11 @@ class Graph:
         table[row, a, b] = table[row, b, a] = n > 1
         at, source, target = table.nonzero(as_tuple=True)
         kind = torch.zeros_like(at)
+        value = torch.ones(len(at), 1, device=device) if self.edge_values else None
         frame = Frame(torch.ones(rows, 1, 1), (n,), torch.ones(rows, 0), ())
         return View("example", array, frame.to(device), torch.arange(rows, device=device), torch.zeros_like(rng.key),
                     fields={"mask": rng.integers("mask", 2, n)}, index=torch.arange(n, device=device).expand(rows, -1),
-                    edges=Edges(torch.stack([at * n + source, at * n + target]), kind, None, rows, n))
+                    edges=Edges(torch.stack([at * n + source, at * n + target]), kind, value, rows, n))
 
 
 def _one_hot(number: np.ndarray, count: int) -> np.ndarray:

@@ -54,13 +54,13 @@ class Encodings(nn.Module):
 class GraphTokenizer(Tokenizer):
     """content: a node's features. structure: its encodings, the channels of the array after `channels`."""
 
-    def __init__(self, channels: int, edge_kinds: int, walk: int, laplacian: int) -> None:
+    def __init__(self, channels: int, edge_kinds: int, walk: int, laplacian: int, edge_values: int = 0) -> None:
         super().__init__()
         self.channels, self.walk, self.laplacian = channels, walk, laplacian
         self.token_size = channels
         self.mask_unit = (1,)
         self.structure = walk + 2 * laplacian
-        self.edge_kinds = edge_kinds
+        self.edge_kinds, self.edge_values = edge_kinds, edge_values
 
     def stream(self, view: View) -> TokenStream:
         x = view.array.transpose(1, 2)

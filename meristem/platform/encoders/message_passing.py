@@ -202,6 +202,9 @@ class MessagePassingSettings(LayerSettings, EncoderSettings):
         return frozenset({"mean", "sum", "max", "layers"})
 
     def build(self, tokenizer: Tokenizer, axes: tuple[Axis, ...], channels: int) -> MessagePassing:
+        if not tokenizer.edge_kinds:
+            raise RecipeError("this encoder passes messages along edges, and this kind of data has none",
+                              "Choose encoder: transformer.")
         return MessagePassing(self, tokenizer)
 
 

@@ -28,7 +28,7 @@ class SlicewiseSettings(EncoderSettings):
 
     @property
     def provides(self) -> frozenset[str]:
-        return self.encoder.provides - {"attention"}  # no slice attends to another
+        return self.encoder.provides - {"attention", "max", "sum"}  # no slice attends to another; summaries are means of them
 
     def detached(self) -> Self:
         return self.model_copy(update={"encoder": self.encoder.detached()})
@@ -96,7 +96,8 @@ class Slicewise(Encoder):
             """Maps (B·T, D, *S) to (B, D, T, *S)."""
             return x.unflatten(0, (b, t)).transpose(1, 2)
 
-        return Encoded(tokens(encoded.tokens), {name: x.reshape(b, t, -1).mean(1) for name, x in encoded.summary.items()},
+        means = {name: x.reshape(b, t, -1).mean(1) for name, x in encoded.summary.items() if name in self.provides}
+        return Encoded(tokens(encoded.tokens), means,
                        tokens(encoded.valid), lattice=(t, *encoded.lattice),
                        pyramid=None if encoded.pyramid is None else [stack(x) for x in encoded.pyramid],
                        dense=None if encoded.dense is None else stack(encoded.dense),

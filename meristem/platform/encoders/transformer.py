@@ -24,7 +24,7 @@ class Blocks(nn.Module):
     """`depth` blocks of attention and perceptron with a final norm; encoders and decoders are built of it.
 
     axes: of the positions it will be given. drop_path: stochastic depth of the last block, rising linearly from 0. tokenizer:
-    of tokens that have edges or `structure`: an edge of each type adds a number of its own to each head's attention (Ying et
+    of tokens that have edges or `structure`: an edge of each type, and its weight, add to each head's attention (Ying et
     al. 2021, Graphormer, section 3.1.2, for edges instead of distances), and what `structure` says is added to the tokens.
     """
 
@@ -37,6 +37,8 @@ class Blocks(nn.Module):
         self.places = tokenizer.places(width) if tokenizer is not None else None
         kinds = tokenizer.edge_kinds if tokenizer is not None else 0
         self.bias = nn.Parameter(torch.zeros(1 + kinds, heads)) if kinds else None  # first: no edge
+        values = tokenizer.edge_values if tokenizer is not None else 0
+        self.slope = nn.Parameter(torch.zeros(values, heads)) if values else None
         self.blocks = nn.ModuleList(
             EvaBlock(width, heads, mlp_ratio=mlp_ratio, num_prefix_tokens=0, attn_type="rope",
                      drop_path=drop_path * i / max(depth - 1, 1)) for i in range(depth))
@@ -66,7 +68,10 @@ class Blocks(nn.Module):
         if self.places is not None and structure is not None:
             x = x + F.pad(self.places(structure).to(x.dtype), (0, 0, prefix, 0))
         if self.bias is not None and edges is not None:
-            bias = F.pad(self.bias[edges.dense()].permute(0, 3, 1, 2), (prefix, 0, prefix, 0)).to(x.dtype)
+            bias = self.bias[edges.dense()]
+            if self.slope is not None and edges.value is not None:
+                bias = bias + edges.dense_value() @ self.slope
+            bias = F.pad(bias.permute(0, 3, 1, 2), (prefix, 0, prefix, 0)).to(x.dtype)
             mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
         rope = self.rotary(position, prefix) if position is not None and self.rotary is not None else None
         layers: list[Tensor] = []

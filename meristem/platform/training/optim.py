@@ -13,7 +13,7 @@ from meristem.platform.assembly import Assembly
 from meristem.platform.recipe import TrainSettings
 
 # learned vectors and tables that do not decay
-VECTORS = ("token", "cls", "query", "pos_embed", "position_bias_table", "blocks.bias")
+VECTORS = ("token", "cls", "query", "pos_embed", "position_bias_table", "blocks.bias", "blocks.slope")
 
 
 def groups(assembly: Assembly, settings: TrainSettings) -> list[dict[str, object]]:
