@@ -369,6 +369,17 @@ def test_constant_image_is_finite(tmp_path: Path) -> None:
 
 # ---- masks
 
+@pytest.mark.parametrize(("value", "values"), [(-1, {0: 0, 1: 1}), (2, {0: 0, 1: 1}), (1, {0: 0, 1: 40_000})])
+def test_a_mask_with_a_value_or_class_that_is_none_is_refused(value: int, values: dict[int, int], tmp_path: Path) -> None:
+    Pillow.fromarray(noise(H, W)).save(tmp_path / "a.png")
+    mask = np.zeros((H, W), np.int16)
+    mask[0, 0] = value
+    tifffile.imwrite(tmp_path / "m.tif", mask)
+    with pytest.raises(DataError) as error:
+        image(mask_values=values).read([tmp_path / "a.png"], {"mask": tmp_path / "m.tif"})
+    assert error.value.reason == "mask" and "modality.image.mask_values" in error.value.remedy
+
+
 def test_mask_values_there_and_back(tmp_path: Path) -> None:
     pixels, stored = noise(H, W), np.array([0, 128, 255], np.uint8)[noise(H, W, high=3)]
     Pillow.fromarray(pixels).save(tmp_path / "a.png")

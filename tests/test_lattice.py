@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torchvision.transforms.v2 import functional as tv
 
+from meristem.errors import DataError
 from meristem.modalities.base import Draw, Header, Look, View
 from meristem.modalities.frame import Frame
 from meristem.modalities.lattice import Lattice, LatticeOptions, LatticeTokenizer, LatticeViewOptions, anchors
 from meristem.modalities.lattice import intensity as ops
+from meristem.modalities.lattice.labels import to_classes
 
 
 def header(*shape: int, spacing: tuple[float, ...] | None = None, **kw: Any) -> Header:
@@ -456,3 +458,12 @@ def test_taking_tokens_never_cuts_the_others(monkeypatch: pytest.MonkeyPatch) ->
         View("x", array, Frame(torch.eye(3)[None], (8, 8), torch.ones(1, 2), ("px",) * 2), torch.arange(1), torch.zeros(1)))
     s.take(torch.tensor([[0, 3]]))
     assert "content" not in s.__dict__  # made on demand, and there was none
+
+
+def test_what_nobody_labelled_stays_and_any_other_negative_value_is_refused() -> None:
+    labels = np.array([[-1, 0], [128, 255]], np.int16)
+    assert to_classes(labels, {0: 0, 128: 1, 255: 2}, "o", nobody=-1).tolist() == [[-1, 0], [1, 2]]
+    with pytest.raises(DataError, match="-1, not in mask_values"):
+        to_classes(labels, {0: 0, 128: 1, 255: 2}, "o")
+    with pytest.raises(DataError, match="too large"):
+        to_classes(labels, {-1: -1, 0: 0, 128: 1, 255: 40_000}, "o")

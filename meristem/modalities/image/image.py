@@ -174,9 +174,6 @@ class Image(Lattice):
             raise DataError("shape", f"the mask is {_size(labels.shape)}, the image {_size(shape)}",
                             "They must cover the same pixels.")
         labels = to_classes(labels, self.options.mask_values, "modality.image.mask_values")
-        if labels.min() < -32768 or labels.max() > 32767:
-            raise DataError("mask", f"the mask holds {labels.max()}, too large for a class",
-                            "Map it by modality.image.mask_values.")
         return labels.astype(np.uint8 if labels.min() >= 0 and labels.max() < 256 else np.int16)
 
     def _resample(self, array: np.ndarray, masks: dict[str, np.ndarray], spacing: tuple[float, float]) -> tuple[

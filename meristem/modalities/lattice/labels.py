@@ -18,20 +18,22 @@ def nearest(labels: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     return labels
 
 
-def to_classes(labels: np.ndarray, values: Mapping[int, int] | None, option: str) -> np.ndarray:
-    """Values that files hold to classes (value -> class; None: alike); a negative one, which marks what nobody labelled, stays.
+def to_classes(labels: np.ndarray, values: Mapping[int, int] | None, option: str, nobody: int | None = None) -> np.ndarray:
+    """Values that files hold to classes (value -> class; None: alike). nobody: what marks that nobody labelled; it stays.
 
-    Raises DataError (mask) that names `option` for values without a class.
+    Raises DataError (mask) that names `option` for values without a class, and for classes that do not fit 16 bits.
     """
-    if values is None:
-        return labels
-    found, where = np.unique(labels, return_inverse=True)
-    unknown = [int(v) for v in found if v >= 0 and int(v) not in values]
-    if unknown:
-        more = ", …" if len(unknown) > 8 else ""
-        raise DataError("mask", f"the mask holds {', '.join(map(str, unknown[:8]))}{more}, not in mask_values",
-                        f"Add what they mean to {option}.")
-    return np.array([values.get(int(v), int(v)) for v in found])[where.reshape(labels.shape)]
+    if values is not None:
+        found, where = np.unique(labels, return_inverse=True)
+        unknown = [int(v) for v in found if int(v) not in values and v != nobody]
+        if unknown:
+            more = ", …" if len(unknown) > 8 else ""
+            raise DataError("mask", f"the mask holds {', '.join(map(str, unknown[:8]))}{more}, not in mask_values",
+                            f"Add what they mean to {option}.")
+        labels = np.array([values.get(int(v), int(v)) for v in found])[where.reshape(labels.shape)]
+    if labels.min() < -32768 or labels.max() > 32767:
+        raise DataError("mask", f"the mask holds {labels.max()}, too large for a class", f"Map it by {option}.")
+    return labels
 
 
 def to_values(classes: np.ndarray, values: Mapping[int, int] | None, option: str) -> np.ndarray:

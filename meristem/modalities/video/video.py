@@ -20,7 +20,7 @@ from meristem.modalities.lattice.drawing import draw as draw_frames
 from meristem.modalities.lattice.intensity import SPANNED, blur
 from meristem.modalities.lattice.labels import nearest, to_classes, to_values
 from meristem.modalities.video.folder import SUFFIXES
-from meristem.modalities.video.masks import first_number, read_masks
+from meristem.modalities.video.masks import UNKNOWN, first_number, read_masks
 from meristem.modalities.video.options import VideoOptions, VideoViewOptions
 from meristem.modalities.video.points import mark, read_points
 from meristem.modalities.video.readers import Frames, open_video, scan
@@ -98,7 +98,8 @@ class Video(Lattice):
         """int16 (T, *size): label maps of a folder of pictures, or points of a file, which know no `mask_values`."""
         if path.is_file():
             return mark(read_points(path, video.names), video.size, size)
-        labels = to_classes(read_masks(path, video.names, video.size), self.options.mask_values, "modality.video.mask_values")
+        labels = read_masks(path, video.names, video.size)
+        labels = to_classes(labels, self.options.mask_values, "modality.video.mask_values", nobody=UNKNOWN)
         return nearest(labels, (len(labels), *size)).astype(np.int16, copy=False)
 
     def statistics(self, array: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
