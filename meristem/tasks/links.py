@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -38,10 +39,11 @@ class LinkObjective(LinearObjective):
         self.pairs: dict[int, Tensor] = {}  # row of a graph -> (3, M) two nodes and whether an edge joins them
 
     def learn_from(self, data: Data, rows: Sequence[Row]) -> list[Row]:
-        graphs = [row for row in data.rows() if row.index in {r.index for r in rows}]
-        self.pairs = {graph.index: torch.tensor([(r.element, r.other, r.labels["class"]) for r in rows
-                                                 if r.index == graph.index]).T for graph in graphs}
-        return graphs
+        told = defaultdict(list)
+        for row in rows:
+            told[row.index].append((row.element, row.other, row.labels["class"]))
+        self.pairs = {index: torch.tensor(pairs).T for index, pairs in told.items()}
+        return data.samples(rows)
 
     def forward(self, step: Step) -> dict[str, Loss]:
         """Over the linked pairs whose nodes are both in a view, and as many random pairs of its nodes, drawn anew each step,

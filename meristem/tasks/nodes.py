@@ -36,7 +36,7 @@ class NodeObjective(LinearObjective):
         self.register_buffer("target", torch.empty(0, dtype=torch.int64), persistent=False)
 
     def learn_from(self, data: Data, rows: Sequence[Row]) -> list[Row]:
-        graphs = [row for row in data.rows() if row.index in {r.index for r in rows}]
+        graphs = data.samples(rows)
         sizes = [data.cache.header(row.index).shape[1] for row in graphs]
         self.first = dict(zip((row.index for row in graphs), np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
         self.target = torch.full((sum(sizes),), -1)

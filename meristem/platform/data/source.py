@@ -29,6 +29,11 @@ class Data:
         """The usable rows of a split."""
         return [row for row in self.manifest.select(split, labelled) if row.index in self.cache]
 
+    def samples(self, rows: Sequence[Row]) -> list[Row]:
+        """The usable samples that some rows are, or are parts of, each once."""
+        wanted = {row.index for row in rows}
+        return [row for row in self.rows() if row.index in wanted]
+
     def identities(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Keyed pseudonyms and content hashes, for the leakage audit; of a part of a sample with its number behind a `#`."""
         return {"subjects": sorted({row.subject for row in rows}), "key_id": self.manifest.key_id,
