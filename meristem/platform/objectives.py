@@ -114,6 +114,15 @@ class Loss(NamedTuple):
     weight: float = 1.0
 
 
+def answered(loss: Tensor, wrong: Tensor, count: int, weight: float) -> dict[str, Loss]:
+    """Losses of a classification: a sum over `count` answers, and `error`, of weight 0, the share of wrong ones, for the log.
+
+    Where nothing was asked, nothing is lost.
+    """
+    n = float(max(count, 1))
+    return {"": Loss(loss, n, weight), "error": Loss(wrong, n, 0.0)}
+
+
 class Objective(nn.Module):
     """Reads a Step, returns named losses. The same class serves pretraining and fine-tuning."""
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from meristem.errors import RecipeError
-from meristem.platform.objectives import Loss, Objective, ObjectiveSettings
+from meristem.platform.objectives import Loss, Objective, ObjectiveSettings, answered
 from meristem.platform.step import drawn_labels
 
 if TYPE_CHECKING:
@@ -67,5 +67,4 @@ class PretextObjective(Objective):
                               f"Classes are numbered from 0: {remedy}")
         logits = self.classifier(step.units(s.view, level=s.level, head=s.head).z).float()
         wrong = (logits.argmax(1) != target).float().sum()
-        return {"": Loss(F.cross_entropy(logits, target, reduction="sum"), float(len(target)), s.weight),
-                "error": Loss(wrong, float(len(target)), 0.0)}
+        return answered(F.cross_entropy(logits, target, reduction="sum"), wrong, len(target), s.weight)

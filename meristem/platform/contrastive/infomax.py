@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meristem.platform.objectives import Loss, Objective, ObjectiveSettings
+from meristem.platform.objectives import Loss, Objective, ObjectiveSettings, answered
 
 if TYPE_CHECKING:
     from meristem.platform.assembly import Assembly
@@ -55,5 +55,4 @@ class InfomaxObjective(Objective):
         logits = torch.cat([scores(true.tokens), scores(false.tokens)])
         truth = (torch.arange(len(logits), device=logits.device) < len(logits) // 2).float()
         loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
-        wrong = ((logits > 0) != truth.bool()).float().sum()
-        return {"": Loss(loss, float(len(logits)), self.settings.weight), "error": Loss(wrong, float(len(logits)), 0.0)}
+        return answered(loss, ((logits > 0) != truth.bool()).float().sum(), len(logits), self.settings.weight)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meristem.modalities.stream import Edges
-from meristem.platform.objectives import Loss, Objective, ObjectiveSettings
+from meristem.platform.objectives import Loss, Objective, ObjectiveSettings, answered
 from meristem.platform.relational import graphs
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class LinksObjective(Objective):
         logits = self.decoder(tokens[a], tokens[b])[:, 0]
         truth = (torch.arange(len(logits), device=logits.device) < positive.shape[1]).float()
         loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
-        return _losses(loss, ((logits > 0) != truth.bool()).float().sum(), len(logits), self.settings.weight)
+        return answered(loss, ((logits > 0) != truth.bool()).float().sum(), len(logits), self.settings.weight)
 
 
 class Hops(Relational):
@@ -147,7 +147,7 @@ class HopsObjective(Objective):
         tokens = step.encode(s.encode).tokens.flatten(0, 1)
         logits, truth = self.decoder(tokens[torch.cat(sources)], tokens[torch.cat(targets)]), torch.cat(classes)
         loss = F.cross_entropy(logits, truth, reduction="sum")
-        return _losses(loss, (logits.argmax(1) != truth).float().sum(), len(truth), s.weight)
+        return answered(loss, (logits.argmax(1) != truth).float().sum(), len(truth), s.weight)
 
 
 class Property(Relational):
@@ -179,7 +179,3 @@ class PropertyObjective(Objective):
 
 def _property(name: str, edges: Edges) -> Tensor:
     return graphs.degree(edges).log1p() if name == "degree" else graphs.clustering(edges)
-
-
-def _losses(loss: Tensor, wrong: Tensor, count: int, weight: float) -> dict[str, Loss]:
-    return {"": Loss(loss, float(max(count, 1)), weight), "error": Loss(wrong, float(max(count, 1)), 0.0)}
