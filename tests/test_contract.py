@@ -102,6 +102,18 @@ def assert_equal(a: Any, b: Any) -> None:
         assert torch.equal(x, y)
 
 
+def plans(net: Encoder, rows: int, n: int) -> list[Plan | None]:
+    """Every way in which an encoder can be masked, none among them; half of n tokens are hidden."""
+    order = Rng.of(0, torch.arange(rows)).permutation("hide", n)
+    hidden = torch.zeros(rows, n, dtype=torch.bool).scatter(1, order[:, n // 2:], True)
+    made: list[Plan | None] = [None]
+    if "replace" in net.takes:
+        made.append(Plan(hidden, hidden.float()))
+    if "drop" in net.takes:
+        made.append(Plan(hidden, hidden.float(), order[:, :n // 2].sort(1).values))
+    return made
+
+
 @pytest.mark.parametrize("modality", SPACE)
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_what_an_encoder_does_not_see_does_not_change_it(encoder: str, modality: str) -> None:
@@ -111,16 +123,8 @@ def test_what_an_encoder_does_not_see_does_not_change_it(encoder: str, modality:
     view = noise_view(kind, 32 if vit or encoder == "swin" else 16)
     tokenizer = kind.tokenizer()
     plain, other = tokenizer.stream(view), tokenizer.stream(scrambled_view(view))
-    n = len(plain)
-    order = Rng.of(0, torch.arange(len(view))).permutation("hide", n)
-    hidden = torch.zeros(len(view), n, dtype=torch.bool).scatter(1, order[:, n // 2:], True)
-    plans: list[Plan | None] = [None]
-    if "replace" in net.takes:
-        plans.append(Plan(hidden, hidden.float()))
-    if "drop" in net.takes:
-        plans.append(Plan(hidden, hidden.float(), order[:, :n // 2].sort(1).values))
     with torch.no_grad():
-        for plan in plans:
+        for plan in plans(net, len(view), len(plain)):
             assert_equal(net(plain.seen(sees), plan, want=want), net(other.seen(sees), plan, want=want))
 
 

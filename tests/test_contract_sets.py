@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
-from test_contract import assert_equal, scrambled
+from test_contract import assert_equal, plans, scrambled
 from torch import Tensor, nn
 
 from meristem.catalogue import names
@@ -20,7 +20,7 @@ from meristem.modalities.stream import TokenStream
 from meristem.platform import recipe as recipes
 from meristem.platform.assembly import Assembly
 from meristem.platform.encoders import ENCODERS, Encoder
-from meristem.platform.objectives import Items, Plan
+from meristem.platform.objectives import Items
 from meristem.platform.step import Batch
 
 SETS: dict[str, dict[str, Any]] = {
@@ -72,17 +72,9 @@ def test_what_an_encoder_of_sets_does_not_see_does_not_change_it(encoder: str, m
     net, view = built(encoder, kind, BOTH), example(kind)
     sees = frozenset(BOTH)
     plain, other = (kind.tokenizer().stream(v) for v in (view, scrambled_view(view)))
-    n = len(plain)
-    order = Rng.of(0, torch.arange(len(view))).permutation("hide", n)
-    hidden = torch.zeros(len(view), n, dtype=torch.bool).scatter(1, order[:, n // 2:], True)
-    plans: list[Plan | None] = [None]
-    if "replace" in net.takes:
-        plans.append(Plan(hidden, hidden.float()))
-    if "drop" in net.takes:
-        plans.append(Plan(hidden, hidden.float(), order[:, :n // 2].sort(1).values))
     torch.manual_seed(1)
     with torch.no_grad():
-        for plan in plans:
+        for plan in plans(net, len(view), len(plain)):
             assert_equal(net(plain.seen(sees), plan), net(other.seen(sees), plan))
 
 
