@@ -65,8 +65,7 @@ def _is_recipe(name: str) -> bool:
 
 
 def pretrain(recipe: str, data: Pathlike | Mapping[str, Pathlike], out: Pathlike, overrides: Sequence[str] = (), *,
-             split: str = "auto",
-             cache: Path | None = None, resume: bool = False, quiet: bool = False) -> Outcome:
+             split: str = "auto", cache: Path | None = None, resume: bool = False, quiet: bool = False) -> Outcome:
     """Learn an encoder from unlabelled data into the run directory `out`.
 
     recipe: a name (`volume/mae`, or `mae` where the data's files say which modality) or a YAML file. data: a folder, an MSD or

@@ -56,7 +56,7 @@ class Joint(Settings):
     @model_validator(mode="after")
     def _share(self) -> Self:
         for name, member in self.members.items():
-            if "sees" not in type(member.recipe.encoder).model_fields or self._shape(member) != self._shape(self._first):
+            if self._shape(member) != self._shape(self._first):
                 raise ValueError(f"member '{name}' has another encoder than '{next(iter(self.members))}'; all share one "
                                  "transformer, set by the joint recipe's `encoder`")
         if self.train.compile:
