@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import meristem
-from meristem.platform.evaluation.results import Results, summarise
+from meristem.platform.evaluation.results import Results, compare, summarise
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,9 @@ def line(kind: str, spec: Set, root: Path, out: Path, seeds: int) -> dict[str, A
     for arm in ("joint", "twin"):
         d = differences[names[arm], "scratch"]
         shown[f"{arm} - random"] = [round(x, 4) for x in (d.value, d.low, d.high)]
+    cells = {who: [c for c in results.cells if c.arm == names[who]] for who in ("joint", "twin")}
+    both = next(c.difference for c in compare(results, cells["joint"], cells["twin"])[0] if c.metric == results.metric)
+    shown["joint - twin"] = [round(x, 4) for x in (both.value, both.low, both.high)]
     return {"kind": kind, "set": spec.place, "task": results.task, "protocol": spec.protocol, "metric": results.metric,
             "labels": spec.labels, "test subjects": rows["scratch"].subjects, "seeds": seeds, **shown}
 

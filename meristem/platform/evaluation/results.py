@@ -417,7 +417,7 @@ def summarise(results: Results, replicates: int = REPLICATES, seed: int = 0) -> 
         if all(key[0] == METADATA for key in rivals):
             warnings.append(f"{_where(arm, protocol, labels)}: there is no arm from random weights to compare with.")
         for rival in rivals:
-            found, said = _compare(results, mine, cells[rival], replicates, seed)
+            found, said = compare(results, mine, cells[rival], replicates, seed)
             comparisons += found
             warnings += said
     tested = [c for c in comparisons if c.p is not None]
@@ -475,8 +475,9 @@ def _row(results: Results, key: tuple[str, str, Labels], cells: Sequence[Cell], 
                if results.kind == "few-shot" else {})
 
 
-def _compare(results: Results, mine: Sequence[Cell], theirs: Sequence[Cell], replicates: int, seed: int
-             ) -> tuple[list[Comparison], list[str]]:
+def compare(results: Results, mine: Sequence[Cell], theirs: Sequence[Cell], replicates: int = REPLICATES, seed: int = 0
+            ) -> tuple[list[Comparison], list[str]]:
+    """One arm's cells minus another's at one protocol and budget, in every metric; and what makes it less than fair."""
     a, b = mine[0], theirs[0]
     where, warnings = f"{_where(a.arm, a.protocol, a.labels)} against {b.arm}", []
     seeds = {c.seed for c in mine} & {c.seed for c in theirs}
