@@ -371,7 +371,10 @@ def test_a_declared_fold_tests_the_next_validates_and_what_is_in_none_trains() -
                  for i in range(15))
     divided = divide(Manifest(rows, "", "", ""), "fold:3").rows
     assert [r.split for r in divided] == ["val", "train", "train", "test"] * 3 + ["train"] * 3
-    with pytest.raises(RecipeError, match="folds fold:0 to fold:3"):
-        divide(Manifest(rows, "", "", ""), "fold:4")
+    alone = divide(Manifest(rows, "", "", ""), "fold:3:only").rows
+    assert [r.split for r in alone] == ["test" if r.fold == 3 else "train" for r in rows]
+    for wrong in ("fold:4", "fold:1:val"):
+        with pytest.raises(RecipeError, match="folds fold:0 to fold:3"):
+            divide(Manifest(rows, "", "", ""), wrong)
     with pytest.raises(DataError, match="does not declare folds"):
         divide(Manifest(tuple(replace(r, fold=-1) for r in rows), "", "", ""), "fold:0")

@@ -114,18 +114,20 @@ def test_one_forward_pass_is_torch_geometrics_layers_one_after_another() -> None
     encoder: Any = assembly.encoder
     predictor: Any = assembly.objectives["features"].predictor
 
-    def attention(layer: Any, x: Tensor, heads: int) -> Tensor:
-        conv = geometric.GATConv(8, 8 // heads, heads)
-        conv.load_state_dict(layer.conv.state_dict())
+    def attention(layer: Any, x: Tensor, heads: int, **first: Tensor) -> Tensor:
+        conv = geometric.GATConv(x.shape[1], len(layer.conv.bias) // heads, heads)
+        conv.load_state_dict(layer.conv.state_dict() | first)
         return conv(x, edges)
 
-    x = data.views["x"].array[0].T @ encoder.embed.linear.weight.T + encoder.embed.linear.bias
+    x = data.views["x"].array[0].T
     x = torch.stack([x[plan.swap[0, i]] if plan.hidden[0, i] and plan.swap[0, i] >= 0 else
-                     encoder.mask_token if plan.hidden[0, i] else x[i] for i in range(11)])
-    for layer in encoder.layers:
-        x = F.prelu(attention(layer, x, 4), layer.after[0].weight)
+                     torch.zeros_like(x[0]) if plan.hidden[0, i] else x[i] for i in range(11)])  # a token begins as 0
+    for i, layer in enumerate(encoder.layers):
+        first = {} if i else {"lin.weight": encoder.embed.linear.weight}
+        x = F.prelu(attention(layer, x, 4, **first), layer.after[0].weight)
+    x = x @ predictor.enter.weight.T
     x[plan.hidden[0]] = predictor.mask_token
-    x = predictor.heads["content"](attention(predictor.layers[0], x, 1))
+    x = attention(predictor.layers[0], x, 1)
     torch.testing.assert_close(prediction.value[0], x[prediction.index[0]])
     assert prediction.index[0].tolist() == plan.hidden[0].nonzero()[:, 0].tolist()
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meristem.errors import RecipeError
@@ -103,6 +103,24 @@ def test_a_layer_is_torch_geometrics_convolution(conv: str, kinds: int) -> None:
     x = torch.randn(7, 8)
     extra = () if attributes is None or conv == "gcn" else (attributes,)
     torch.testing.assert_close(layer(x, nodes), reference(x, stream.edges.index, *extra))
+
+
+@pytest.mark.parametrize("conv", CONVOLUTIONS)
+def test_the_embedding_is_the_linear_map_that_the_first_convolution_begins_with(conv: str) -> None:
+    made, stream = encoder(conv, depth=1, norm="none", activation="relu"), graphs(7)
+    ours: Any = made.layers[0].conv  # type: ignore[union-attr]
+    weight = made.embed.linear.weight  # type: ignore[union-attr]
+    state = dict(ours.state_dict())
+    if conv == "gin":
+        bend, out = ours.nn
+        whole = nn.Sequential(nn.Linear(CHANNELS, 8, bias=False), bend, out)
+        whole[0].weight = weight
+        reference: Any = geometric.GINConv(whole)
+    else:
+        reference = geometric.GATConv(CHANNELS, 4, 2) if conv == "gat" else geometric.GCNConv(CHANNELS, 8)
+        reference.load_state_dict(state | {"lin.weight": weight})
+    want = torch.relu(reference(stream.content[0], stream.edges.index))  # type: ignore[union-attr]
+    torch.testing.assert_close(made(stream).tokens[0], want)
 
 
 def test_graph_attention_is_the_softmax_over_neighbours_and_itself() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import jaccard_score
-from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 
@@ -264,13 +264,13 @@ def test_svm_of_two_classes_and_of_classes_that_do_not_train() -> None:
 
 def test_few_shots_draw_what_they_say_and_the_same_for_every_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     train, test = split(0, 80, classes=8), split(1, 160, classes=8)
-    fit, seen = SVM.fit, []
+    predict, seen = SVM.predict, []
 
-    def watched(self: SVM, train: Split, c: float) -> Pipeline:
+    def watched(self: SVM, train: Split, *rest: Any) -> np.ndarray:
         seen.append(train.target.tolist())
-        return fit(self, train, c)
+        return predict(self, train, *rest)
 
-    monkeypatch.setattr(SVM, "fit", watched)
+    monkeypatch.setattr(SVM, "predict", watched)
     protocol = FewShot(ways=(3,), shots=(5,), queries=4, trials=6)
     found = protocol(train, test)
     assert list(found) == ["3-way 5-shot"] and found["3-way 5-shot"].shape == (6,)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Callable
 from itertools import product
 
 import numpy as np
@@ -13,13 +15,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
+from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from meristem.errors import MeristemError
 from meristem.platform.evaluation.leakage import audit
 from meristem.platform.evaluation.metrics import brier
-from meristem.platform.evaluation.probes import KNN, Attentive, AttentiveClassifier, Features, Linear, Split, Tokens, retrieve
+from meristem.platform.evaluation.probes import (
+    KNN,
+    SVM,
+    Attentive,
+    AttentiveClassifier,
+    Features,
+    Linear,
+    Split,
+    Tokens,
+    retrieve,
+)
 from meristem.platform.pooling import AttentivePool, attend
 
 
@@ -86,6 +99,37 @@ def test_a_sweep_that_goes_on_from_the_stronger_penalty_ends_where_fresh_fits_en
         assert sweep.validation[c] == pytest.approx(float(brier(validation.target, p)), abs=tolerance)
         if c == sweep.chosen:
             assert sweep.probabilities == pytest.approx(q, abs=tolerance)
+
+
+@pytest.mark.parametrize("scale, scaled", [("unit", lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)),
+                                           ("none", lambda x: x)])
+def test_linear_scales_each_embedding_by_itself_or_not_at_all(scale: str, scaled: Callable[[np.ndarray], np.ndarray]) -> None:
+    train, test = split(0, 40), split(2, 10)
+    model = LogisticRegression(C=0.1, max_iter=2000).fit(scaled(train.embedding), train.target)
+    got = Linear(c=(0.1,), scale=scale)(train, split(1, 20), test.embedding, 3)
+    assert got.probabilities == pytest.approx(model.predict_proba(scaled(test.embedding)), abs=1e-6)
+
+
+@pytest.mark.parametrize("probe", [KNN(k=(1, 5, 30)), Linear(c=(1e-2, 1.0, 100.0)), SVM(kernel="rbf", c=(1e-2, 1.0, 100.0))])
+def test_without_validation_the_choice_is_made_by_folds_of_the_training_cases(probe: KNN | Linear | SVM) -> None:
+    train, test = split(0, 47, signal=0.6), split(2, 10)
+    got = probe(train, None, test.embedding, 3)
+    score: dict[float, list[float]] = defaultdict(list)
+    for learnt, held in StratifiedKFold(5, shuffle=True, random_state=0).split(train.embedding, train.target):
+        x, y = train.only(learnt), train.only(held)
+        for c, value in probe(x, y, y.embedding, 3).validation.items():
+            score[c] += [value] * len(held)
+    assert got.validation == pytest.approx({c: np.mean(values) for c, values in score.items()})
+    assert got.chosen == min(got.validation, key=got.validation.__getitem__)
+    one = {"k": (int(got.chosen),)} if isinstance(probe, KNN) else {"c": (got.chosen,)}
+    whole = probe.model_copy(update=one)
+    assert got.probabilities == pytest.approx(whole(train, train, test.embedding, 3).probabilities)
+
+
+def test_a_class_with_one_case_alone_can_still_be_chosen_for() -> None:
+    train = Split(np.eye(3), np.arange(3))
+    got = KNN(k=(1, 3))(train, None, train.embedding, 3)
+    assert got.chosen == 1 and (got.probabilities.argmax(1) == train.target).all()
 
 
 def test_rescaled_features_change_nothing_for_linear() -> None:

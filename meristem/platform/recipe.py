@@ -47,17 +47,19 @@ class TrainSettings(Settings):
     """How long, how fast, in what precision.
 
     steps: optimiser steps. batch: samples per optimiser step, over all ranks and accumulation. accumulate: parts it is worked
-    in, one after another; samples of different parts do not repel each other. lr: peak learning rate, at this batch. warmup:
-    fraction of the steps. schedule: `cosine` to `floor`·lr; `sawtooth`: the head alone for the first
-    `head_first` fraction, then everything, each with its own warm-up and decay. layer_decay: factor on lr per layer from the
-    output down. freeze: module path prefix -> fraction of the run for which it stays frozen. ema: weights averaged over steps
-    with this decay are the ones saved for use. combine: several objectives by their weighted `sum`, or by `pareto`, a direction
-    that lowers all of them whatever their scale (on one process, in fp32).
+    in, one after another; samples of different parts do not repel each other. optimiser: `adamw`, or `adam`, whose weight decay
+    is part of the gradient: the less the loss asks of a weight, the harder it decays (Loshchilov and Hutter 2019, section 2).
+    lr: peak learning rate, at this batch. warmup: fraction of the steps. schedule: `cosine` to `floor`·lr; `sawtooth`: the head
+    alone for the first `head_first` fraction, then everything, each with its own warm-up and decay. layer_decay: factor on lr
+    per layer from the output down. freeze: module path prefix -> fraction of the run for which it stays frozen. ema: weights
+    averaged over steps with this decay are the ones saved for use. combine: several objectives by their weighted `sum`, or by
+    `pareto`, a direction that lowers all of them whatever their scale (on one process, in fp32).
     """
 
     steps: Count = 1000
     batch: Count = 32
     accumulate: Count = 1
+    optimiser: Literal["adamw", "adam"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     betas: tuple[Share, Share] = (0.9, 0.95)

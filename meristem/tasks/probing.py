@@ -12,7 +12,7 @@ import torch
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
-from meristem.platform.evaluation.probes import KNN, SVM, AttentiveClassifier, Features, Linear, Split, Tokens, retrieve
+from meristem.platform.evaluation.probes import AttentiveClassifier, Features, Shallow, Split, Tokens, retrieve
 from meristem.platform.evaluation.results import FEW, QUERIES, Budget, Case
 from meristem.platform.training import checkpoint
 from meristem.tasks.base import TaskRecipe
@@ -80,7 +80,7 @@ def targets(rows: Sequence[Row]) -> np.ndarray:
 
 def probe(frozen: Frozen, protocol: str, rows: Sequence[Row], test: Sequence[Row], classes: int,
           seed: int) -> tuple[list[Case], dict[str, float], Budget]:
-    """Cases of a protocol, what it picked on the validation split (the labelled rows, where there is none), and its cost."""
+    """Cases of a protocol, what it picked on the validation split (within the labelled rows, where there is none), its cost."""
     task = frozen.recipe.task
     assert isinstance(task, Classifying)
 
@@ -95,18 +95,18 @@ def probe(frozen: Frozen, protocol: str, rows: Sequence[Row], test: Sequence[Row
         trials = task.few_shot(split(task.cases(frozen.data, "train")), split(test))
         return [Case(case=f"trial {i}", subject=f"trial {i}", metrics={FEW: {name: float(v[i]) for name, v in trials.items()}})
                 for i in range(task.few_shot.trials)], {}, UNTRAINED
-    validation, cost, chosen = task.cases(frozen.data, "val") or rows, UNTRAINED, {}
+    validation, cost, chosen = task.cases(frozen.data, "val"), UNTRAINED, {}
     if protocol == "attentive":
         assert isinstance(task, Classification)
         attentive = task.attentive
         train = frozen.tokens(rows)
-        found = attentive(train, frozen.tokens(validation), frozen.tokens(test), classes, seed)
+        found = attentive(train, frozen.tokens(validation or rows), frozen.tokens(test), classes, seed)
         probabilities, chosen = found.probabilities, dict(zip(("lr", "weight_decay"), found.chosen, strict=True))
         size = sum(p.numel() for p in AttentiveClassifier(train.features.tokens.shape[-1], classes).parameters())
         cost = Budget(steps=attentive.steps, batch=attentive.batch, trainable=size, seconds=0.0)
     else:
-        shallow: dict[str, KNN | Linear | SVM] = {"knn": task.knn, "linear": task.linear, "svm": task.svm}
-        picked = shallow[protocol](split(rows), split(validation), frozen.vectors(test), classes)
+        shallow: dict[str, Shallow] = {"knn": task.knn, "linear": task.linear, "svm": task.svm}
+        picked = shallow[protocol](split(rows), split(validation) if validation else None, frozen.vectors(test), classes)
         probabilities, chosen = picked.probabilities, {"k" if protocol == "knn" else "C": picked.chosen}
     return [Case(case=row.case, subject=row.subject, target=row.labels["class"], probabilities=tuple(p.tolist()))
             for row, p in zip(test, probabilities, strict=True)], chosen, cost

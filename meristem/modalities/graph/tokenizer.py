@@ -6,6 +6,7 @@ import warnings
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from meristem.modalities.base import Tokenizer, View
 from meristem.modalities.stream import TokenStream, mostly_zero
@@ -21,12 +22,12 @@ class NodeEmbedding(nn.Module):
     def forward(self, stream: TokenStream) -> Tensor:
         x, weight, bias = stream.content, self.linear.weight, self.linear.bias
         if x.requires_grad or torch.is_autocast_enabled("cpu") or not mostly_zero(x):
-            embedded: Tensor = self.linear(x)
-            return embedded
+            return F.linear(x, weight, bias)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that compressed rows are new in torch
             rows = x.flatten(0, 1).to_sparse_csr()
-        return torch.addmm(bias, rows, weight.t()).unflatten(0, x.shape[:2])
+        embedded = rows @ weight.t()
+        return (embedded if bias is None else embedded + bias).unflatten(0, x.shape[:2])
 
 
 class Encodings(nn.Module):

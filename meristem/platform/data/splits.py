@@ -23,9 +23,9 @@ def divide(manifest: Manifest, split: str = "auto", seed: int = 0,
 
     split: fractions `train,val,test` of the subjects; `auto`: 0.6,0.2,0.2; `every:k:f`: of the labelled subjects sorted by
     name, i % k == f to test, == (f + 1) % k to val; `every:k` is fold 0; `fold:f`: of the folds that the data declares, f to
-    test, the next to val, the rest and what is in no fold to train. A split the manifest declares wins, for the subject's
-    other rows too; the rest is drawn, leaving out val or test where labelled rows of it are declared. Where some subjects are
-    labelled, unlabelled ones can only train.
+    test, the next to val, the rest and what is in no fold to train; `fold:f:only`: f to test and all others to train. A split
+    the manifest declares wins, for the subject's other rows too; the rest is drawn, leaving out val or test where labelled rows
+    of it are declared. Where some subjects are labelled, unlabelled ones can only train.
     volumes: row index -> foreground volume, to stratify by where there are no classes.
     Raises DataError when a subject is declared in two splits, RecipeError when `split` cannot be read.
     """
@@ -150,12 +150,14 @@ def _declared(split: str, folds: Mapping[str, set[int]]) -> dict[str, str]:
     several.
     """
     count = 1 + max((max(f) for f in folds.values()), default=-1)
-    fold = split.removeprefix("fold:")
+    fold, *only = split.removeprefix("fold:").split(":")
     if count < 3 or any(len(f) > 1 for f in folds.values()):
         raise DataError("split", "the data does not declare folds, each subject in one", "Use --split every:10:0 … every:10:9.")
-    if not fold.isdigit() or int(fold) >= count:
-        raise RecipeError(f"split '{split}' cannot be read", f"The data declares folds fold:0 to fold:{count - 1}.")
-    return {s: {0: "test", 1: "val"}.get((min(f) - int(fold)) % count, "train") if min(f) >= 0 else "train"
+    if not fold.isdigit() or int(fold) >= count or only not in ([], ["only"]):
+        raise RecipeError(f"split '{split}' cannot be read", f"The data declares folds fold:0 to fold:{count - 1}; without "
+                                                             "validation, fold:0:only.")
+    held = {0: "test"} if only else {0: "test", 1: "val"}
+    return {s: held.get((min(f) - int(fold)) % count, "train") if min(f) >= 0 else "train"
             for s, f in folds.items()}
 
 

@@ -105,8 +105,8 @@ def _gather(conv: nn.Module, index: Tensor, size: Any = None, *, x: Tensor | tup
         return summed
 
 
-def _convolution(conv: Convolution, width: int, edge_width: int, heads: int, attention_dropout: float,
-                 perceptron: nn.Module | None) -> nn.Module:
+def _convolution(conv: Convolution, width: int, out: int, edge_width: int, heads: int, attention_dropout: float,
+                 perceptron: nn.Module | None, mapped: bool) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch.jit, at its import
         from torch_geometric import nn as geometric
@@ -118,9 +118,11 @@ def _convolution(conv: Convolution, width: int, edge_width: int, heads: int, att
     if conv == "gin":
         made = summing(perceptron)
     elif conv == "gat":
-        made = summing(width, width // heads, heads, dropout=attention_dropout, edge_dim=edge_width or None)
+        made = summing(width, out // heads, heads, dropout=attention_dropout, edge_dim=edge_width or None)
     else:
-        made = summing(width, width)
+        made = summing(width, out)
+    if mapped and conv != "gin":
+        made.lin = nn.Identity()
     return made
 
 
@@ -130,21 +132,25 @@ class Layer(nn.Module):
     gin: sum over neighbours and a two-layer perceptron (Xu et al. 2019, equation 4.1); edges with attributes enter as in Hu et
     al. 2020 (torch-geometric's GINEConv). gat: attention over neighbours and itself (Veličković et al. 2018), attributes in the
     scores. gcn: symmetrically normalised sum over neighbours and itself (Kipf and Welling 2017), attributes unused.
-    last: without norm and activation behind it, as a layer that is read out.
+    first: its nodes are embedded content, so that dropout and the linear map that these convolutions begin with are done: a sum
+    over neighbours of a map is the map of their sum. out: channels that it gives, `width` if None. last: without norm and
+    activation behind it, as a layer that is read out.
     """
 
     def __init__(self, conv: Convolution, width: int, edge_width: int, *, heads: int = 1, dropout: float = 0.0,
                  attention_dropout: float = 0.0, norm: Norm = "none", activation: Activation = "relu", residual: bool = False,
-                 last: bool = False) -> None:
+                 first: bool = False, last: bool = False, out: int | None = None) -> None:
         super().__init__()
-        self.drop = nn.Dropout(dropout)
+        self.drop = nn.Dropout(0.0 if first else dropout)
         self.attributes = edge_width > 0 and conv != "gcn"
-        self.residual = residual
+        out = out or width
+        self.residual = residual and out == width
+        mapped = first and not (conv == "gin" and self.attributes)  # GINE bends each neighbour's message before the sum
         perceptron = None
         if conv == "gin":
-            perceptron = nn.Sequential(nn.Linear(width, width), *_norm(norm, width), ACTIVATIONS[activation](),
-                                       nn.Linear(width, width))
-        self.conv = _convolution(conv, width, edge_width, heads, attention_dropout, perceptron)
+            perceptron = nn.Sequential(*([] if mapped else [nn.Linear(width, width)]), *_norm(norm, width),
+                                       ACTIVATIONS[activation](), nn.Linear(width, out))
+        self.conv = _convolution(conv, width, out, edge_width, heads, attention_dropout, perceptron, mapped)
         self.after = nn.Sequential(*([] if last else [*_norm(norm, width), ACTIVATIONS[activation]()]))
 
     def forward(self, x: Tensor, nodes: Nodes) -> Tensor:
@@ -175,15 +181,20 @@ class LayerSettings(Settings):
             raise ValueError(f"{self.conv} has no attention; leave heads and attention_dropout out, or set conv: gat")
         return self
 
-    def layers(self, width: int, tokenizer: Tokenizer, read_out: bool) -> nn.ModuleList:
-        """`depth` layers of `width` channels. read_out: the last is without norm and activation."""
-        if width % self.heads:
-            raise RecipeError(f"{width} channels cannot be shared out among {self.heads} heads",
-                              "Choose another number of heads.")
+    def layers(self, width: int, tokenizer: Tokenizer, *, embedded: bool = False, out: int | None = None) -> nn.ModuleList:
+        """`depth` layers of `width` channels. embedded: the first has content for input. out: channels of the last, which then
+        is read out, without norm and activation.
+        """
+        for channels in (width, out or width):
+            if channels % self.heads:
+                raise RecipeError(f"{channels} channels cannot be shared out among {self.heads} heads",
+                                  "Choose another number of heads.")
         edges = (tokenizer.edge_kinds if tokenizer.edge_kinds > 1 else 0) + tokenizer.edge_values
+        last = self.depth - 1 if out else -1
         return nn.ModuleList(
             Layer(self.conv, width, edges, heads=self.heads, dropout=self.dropout, attention_dropout=self.attention_dropout,
-                  norm=self.norm, activation=self.activation, residual=self.residual, last=read_out and i == self.depth - 1)
+                  norm=self.norm, activation=self.activation, residual=self.residual, first=embedded and i == 0,
+                  last=i == last, out=out if i == last else None)
             for i in range(self.depth))
 
 
@@ -224,12 +235,12 @@ class MessagePassing(Encoder):
         self.dropout = settings.dropout
         self.embed = tokenizer.embedding(self.width)
         for module in self.embed.modules():
-            if isinstance(module, nn.Linear):  # as its layers' maps; a bias would outweigh features of rows that sum to 1
+            if isinstance(module, nn.Linear):  # the first layer's map, which has no bias before its sum over neighbours
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                module.register_parameter("bias", None)
         self.mask_token = nn.Parameter(torch.zeros(self.width))
         self.places = tokenizer.places(self.width) if "structure" in settings.sees else None
-        self.layers = settings.layers(self.width, tokenizer, read_out=False)
+        self.layers = settings.layers(self.width, tokenizer, embedded=True)
 
     def forward(self, stream: TokenStream, plan: Plan | None = None, *, want: frozenset[str] = frozenset()) -> Encoded:
         keep = None if plan is None else plan.keep

@@ -1,12 +1,13 @@
 """What a frozen encoder knows: nearest neighbours, linear, attentive and support vector classifiers, few shots, retrieval.
 
-What is tuned is tuned on validation, never on test.
+What is tuned is tuned on validation, or within the training part, never on test.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -18,9 +19,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import Field
 from scipy.special import softmax
+from sklearn.base import TransformerMixin
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics.pairwise import rbf_kernel
+from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from torch import Tensor, nn
 
@@ -39,6 +43,10 @@ class Split:
 
     embedding: Array
     target: Array
+
+    def only(self, index: Array) -> Split:
+        """Those of these places."""
+        return Split(self.embedding[index], self.target[index])
 
 
 @dataclass(frozen=True)
@@ -75,22 +83,62 @@ class Probed(Generic[Setting]):
     validation: dict[Setting, float]
 
 
-class KNN(Settings):
+class Shallow(Settings, ABC):
+    """A classifier on embeddings with one number to be chosen.
+
+    It is chosen on the validation split; where there is none, by stratified folds of the training cases, five or as many as the
+    rarest class has cases. A tie goes to the simpler model. The winner is fitted on the training split; validation cases are
+    never added.
+    """
+
+    def __call__(self, train: Split, validation: Split | None, test: Array, classes: int) -> Probed[float]:
+        pairs = [(train, validation)] if validation is not None else _folds(train)
+        tried = [self.scores(learnt, held, classes) for learnt, held in pairs]
+        share = [len(held.target) for _, held in pairs]
+        common = [c for c in tried[0] if all(c in scores for scores in tried)]  # a smaller part has fewer neighbours
+        scores = {c: float(np.average([of[c] for of in tried], weights=share)) for c in common}
+        best = _best(scores)
+        return Probed(self.predict(train, best, test, classes), best, scores)
+
+    @abstractmethod
+    def scores(self, train: Split, held: Split, classes: int) -> dict[float, float]:
+        """What is to be minimised on `held` of every candidate, the simpler first."""
+
+    @abstractmethod
+    def predict(self, train: Split, candidate: float, query: Array, classes: int) -> Array:
+        """Probabilities (n, classes)."""
+
+
+def _folds(train: Split, most: int = 5) -> list[tuple[Split, Split]]:
+    """(learnt, held) pairs in which each case is held once; of a class with one case alone, all cases are both."""
+    rarest = int(np.unique(train.target, return_counts=True)[1].min())
+    if rarest < 2:
+        return [(train, train)]
+    parts = StratifiedKFold(min(most, rarest), shuffle=True, random_state=0).split(train.embedding, train.target)
+    return [(train.only(learnt), train.only(held)) for learnt, held in parts]
+
+
+Scaling = Literal["standard", "unit", "none"]
+SCALERS: dict[Scaling, type[TransformerMixin]] = {"standard": StandardScaler, "unit": Normalizer, "none": FunctionTransformer}
+
+
+class KNN(Shallow):
     """Weighted nearest neighbours on the sphere (Wu et al. 2018, as in DINO).
 
     p(c) ∝ Σ over the k nearest by cosine of exp(cos/temperature)·[y = c]. k: candidates; those above the number of training
-    cases are cut to it. The best Brier score on validation wins, the larger k on a tie.
+    cases are cut to it. The best Brier score wins, the larger k on a tie.
     """
 
     k: tuple[int, ...] = (1, 5, 10, 20, 50, 100)
     temperature: float = 0.07
 
-    def __call__(self, train: Split, validation: Split, test: Array, classes: int) -> Probed[float]:
+    def scores(self, train: Split, held: Split, classes: int) -> dict[float, float]:
         ks = sorted({min(k, len(train.target)) for k in self.k}, reverse=True)
-        on_validation = self.votes(train, validation.embedding, ks, classes)
-        scores = {float(k): float(brier(validation.target, p)) for k, p in zip(ks, on_validation, strict=True)}
-        best = _best(scores)
-        return Probed(self.votes(train, test, [int(best)], classes)[0], best, scores)
+        return {float(k): float(brier(held.target, p)) for k, p in zip(ks, self.votes(train, held.embedding, ks, classes),
+                                                                      strict=True)}
+
+    def predict(self, train: Split, candidate: float, query: Array, classes: int) -> Array:
+        return self.votes(train, query, [int(candidate)], classes)[0]
 
     def votes(self, train: Split, query: Array, ks: list[int], classes: int) -> list[Array]:
         """Probabilities (n, classes) of the queries for each k."""
@@ -102,68 +150,74 @@ class KNN(Settings):
         return [vote[:, :k].sum(1) / weight[:, :k].sum(1, keepdims=True) for k in ks]
 
 
-class Linear(Settings):
-    """Multinomial logistic regression with an L2 penalty on embeddings standardised by the training split.
+class Linear(Shallow):
+    """Multinomial logistic regression with an L2 penalty.
 
-    c: candidates for scikit-learn's inverse penalty C. The best Brier score on validation wins, the stronger penalty on a tie.
-    The winner is the model fitted on the training split; validation cases are never added.
+    scale: embeddings standardised by the training split, each brought to length 1, or as they are. c: candidates for
+    scikit-learn's inverse penalty C. The best Brier score wins, the stronger penalty on a tie.
     """
 
+    scale: Scaling = "standard"
     c: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
     iterations: int = 2000
 
-    def __call__(self, train: Split, validation: Split, test: Array, classes: int) -> Probed[float]:
-        present = _several(train.target)
-        scale = StandardScaler().fit(train.embedding)
-        x = scale.transform(train.embedding)
+    def scores(self, train: Split, held: Split, classes: int) -> dict[float, float]:
+        model = self._model(train)  # goes on from the stronger penalty
+        found = {float(c): self._fitted(model, train, c, held.embedding, classes) for c in sorted(self.c)}
+        return {c: float(brier(held.target, p)) for c, p in found.items()}
 
-        def predict(model: LogisticRegression, embedding: Array) -> Array:
-            p = np.zeros((len(embedding), classes))
-            p[:, present] = model.predict_proba(scale.transform(embedding))
-            return p
+    def predict(self, train: Split, candidate: float, query: Array, classes: int) -> Array:
+        return self._fitted(self._model(train), train, candidate, query, classes)
 
-        solver = "newton-cholesky" if len(present) == 2 else "lbfgs"  # a few exact steps, where the Hessian is small
-        model = LogisticRegression(solver=solver, max_iter=self.iterations, warm_start=True)  # on from the stronger penalty
-        models = {float(c): copy.deepcopy(model.set_params(C=c).fit(x, train.target)) for c in sorted(self.c)}
-        scores = {c: float(brier(validation.target, predict(m, validation.embedding))) for c, m in models.items()}
-        best = _best(scores)
-        return Probed(predict(models[best], test), best, scores)
+    def _model(self, train: Split) -> Pipeline:
+        solver = "newton-cholesky" if len(_several(train.target)) == 2 else "lbfgs"  # few exact steps: the Hessian is small
+        model = LogisticRegression(solver=solver, max_iter=self.iterations, warm_start=True)
+        return make_pipeline(SCALERS[self.scale](), model)
+
+    def _fitted(self, model: Pipeline, train: Split, c: float, query: Array, classes: int) -> Array:
+        model.set_params(logisticregression__C=c).fit(train.embedding, train.target)
+        p = np.zeros((len(query), classes))
+        p[:, model.classes_] = model.predict_proba(query)
+        return p
 
 
-class SVM(Settings):
+class SVM(Shallow):
     """A support vector machine on embeddings, as clouds (Pang et al. 2022, Point-MAE) and graphs (Hou et al. 2022) are probed.
 
-    kernel: linear (one class against the rest) or rbf (one against one, γ = 1 / (D · variance)). c: candidates for the inverse
-    penalty C; the best accuracy on validation wins, the stronger penalty on a tie. standardise: embeddings by the training
-    split. Probabilities are the softmax of decision values: their order is the machine's, their size means nothing.
+    kernel: linear (one class against the rest) or rbf (one against one, γ = 1 / (D · variance)). scale: as in Linear. c:
+    candidates for the inverse penalty C; the best accuracy wins, the stronger penalty on a tie. Probabilities are the softmax
+    of decision values: their order is the machine's, their size means nothing.
     """
 
     kernel: Literal["linear", "rbf"] = "linear"
+    scale: Scaling = "standard"
     c: tuple[Annotated[float, Field(gt=0)], ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-    standardise: bool = True
     iterations: int = 20_000
 
-    def __call__(self, train: Split, validation: Split, test: Array, classes: int) -> Probed[float]:
-        models = {float(c): self.fit(train, c) for c in sorted(self.c)}
-        scores = {c: -float((self.predict(m, validation.embedding, classes).argmax(1) == validation.target).mean())
-                  for c, m in models.items()}
-        best = _best(scores)
-        return Probed(self.predict(models[best], test, classes), best, scores)
+    def scores(self, train: Split, held: Split, classes: int) -> dict[float, float]:
+        cs = sorted(map(float, self.c))
+        return {c: -float((p.argmax(1) == held.target).mean())
+                for c, p in zip(cs, self._probabilities(train, held.embedding, cs, classes), strict=True)}
 
-    def fit(self, train: Split, c: float) -> Pipeline:
+    def predict(self, train: Split, candidate: float, query: Array, classes: int) -> Array:
+        return next(self._probabilities(train, query, [candidate], classes))
+
+    def _probabilities(self, train: Split, query: Array, cs: Sequence[float], classes: int) -> Iterator[Array]:
+        """(n, classes) of each C."""
         _several(train.target)
-        machine = LinearSVC(C=c, max_iter=self.iterations, random_state=0) if self.kernel == "linear" else SVC(C=c)
-        scale = StandardScaler() if self.standardise else FunctionTransformer()
-        return make_pipeline(scale, machine).fit(train.embedding, train.target)
-
-    def predict(self, model: Pipeline, embedding: Array, classes: int) -> Array:
-        """Probabilities (n, classes)."""
-        value = np.asarray(model.decision_function(embedding))
-        if value.ndim == 1:  # of two classes
-            value = np.stack([-value, value], 1)
-        p = np.zeros((len(embedding), classes))
-        p[:, model.classes_] = softmax(value, 1)
-        return p
+        scaler = SCALERS[self.scale]().fit(train.embedding)
+        known, asked = (scaler.transform(x).astype(float) for x in (train.embedding, query))
+        machine: LinearSVC | SVC = LinearSVC(max_iter=self.iterations, random_state=0)
+        if self.kernel == "rbf":  # one table for all C: libsvm would make it anew for each, and slower
+            machine, gamma = SVC(kernel="precomputed"), 1 / (known.shape[1] * (known.var() or 1.0))
+            known, asked = rbf_kernel(known, gamma=gamma), rbf_kernel(asked, known, gamma=gamma)
+        for c in cs:
+            value = np.asarray(machine.set_params(C=c).fit(known, train.target).decision_function(asked))
+            if value.ndim == 1:  # of two classes
+                value = np.stack([-value, value], 1)
+            p = np.zeros((len(query), classes))
+            p[:, machine.classes_] = softmax(value, 1)
+            yield p
 
 
 class FewShot(Settings):
@@ -197,8 +251,8 @@ class FewShot(Settings):
         classes = rng.choice(able, ways, replace=False)
         support = np.concatenate([rng.choice(np.flatnonzero(train.target == c), shots, replace=False) for c in classes])
         query = np.concatenate([rng.permutation(np.flatnonzero(test.target == c))[:self.queries] for c in classes])
-        model = SVM(c=(self.c,)).fit(Split(train.embedding[support], train.target[support]), self.c)
-        return float((model.predict(test.embedding[query]) == test.target[query]).mean())
+        found = SVM().predict(train.only(support), self.c, test.embedding[query], int(max(classes)) + 1).argmax(1)
+        return float((found == test.target[query]).mean())
 
 
 class Attentive(Settings):

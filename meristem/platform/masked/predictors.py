@@ -213,7 +213,7 @@ class Dense(PredictorSettings):
 
 
 class GraphPredictor(Predictor):
-    """Encoded nodes, a learned token in the place of those it is not given, through message-passing layers.
+    """Encoded nodes, mapped, with a learned token in the place of those it is not given, through message-passing layers.
 
     It is given no hidden node as the encoder made it, or in each of several passes not those that the plan's `remask` names:
     each pass predicts all hidden nodes.
@@ -223,33 +223,29 @@ class GraphPredictor(Predictor):
                  everywhere: bool) -> None:
         super().__init__()
         self.everywhere, self.edges = everywhere, (tokenizer.edge_kinds, tokenizer.edge_values)
+        self.sizes = dict(sizes)
+        self.enter = nn.Linear(encoder.width, encoder.width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(encoder.width))
-        self.layers = settings.layers(encoder.width, tokenizer, read_out=True)
-        self.heads = nn.ModuleDict({name: nn.Linear(encoder.width, size) for name, size in sizes.items()})
-        for head in self.heads.values():
-            assert isinstance(head, nn.Linear)
-            nn.init.xavier_uniform_(head.weight)
-            nn.init.zeros_(head.bias)
+        self.layers = settings.layers(encoder.width, tokenizer, out=sum(sizes.values()))
 
     def forward(self, encoded: Encoded, stream: TokenStream, plan: Plan) -> dict[str, Prediction]:
-        nodes = Nodes(stream, *self.edges)
+        nodes, entered = Nodes(stream, *self.edges), self.enter(encoded.tokens)
         index = torch.arange(len(stream), device=plan.hidden.device).expand_as(plan.hidden)
         if not self.everywhere:
             most = int(plan.hidden.sum(1).max())
             index = (~plan.hidden).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
         decoded = []
         for gone in plan.hidden[None] if plan.remask is None else plan.remask:
-            x = nodes.flat(torch.where(gone[..., None], self.mask_token.to(encoded.tokens), encoded.tokens))
+            x = nodes.flat(torch.where(gone[..., None], self.mask_token.to(entered), entered))
             for layer in self.layers:
                 x = layer(x, nodes)
             decoded.append(gather(nodes.back(x), index))
-        x, index = torch.cat(decoded, 1), index.repeat(1, len(decoded))
-        return {name: Prediction(head(x), index) for name, head in self.heads.items()}
+        outputs, index = torch.cat(decoded, 1).split(list(self.sizes.values()), -1), index.repeat(1, len(decoded))
+        return {name: Prediction(x, index) for name, x in zip(self.sizes, outputs, strict=True)}
 
 
 class Graph(LayerSettings, PredictorSettings):
-    """Message passing among encoded nodes, hidden ones masked a second time (GraphMAE, Hou et al. 2022, section 3; its linear
-    map before the decoder is the one that its layer begins with)."""
+    """Message passing among encoded nodes, hidden ones masked a second time (GraphMAE, Hou et al. 2022, section 3)."""
 
     corruption = "replace"
     remasks = True

@@ -17,7 +17,7 @@ VECTORS = ("token", "cls", "query", "pos_embed", "position_bias_table", "blocks.
 
 
 def groups(assembly: Assembly, settings: TrainSettings) -> list[dict[str, object]]:
-    """Parameter groups for AdamW.
+    """Parameter groups of an optimiser.
 
     Weight decay on matrices and kernels only, not on tokens, queries and tables of positions. `scale` is a factor on the
     learning rate: layer_decay ** (layers above) inside the encoder, 1 elsewhere (Clark et al. 2020, eq. in §3). `part` is
@@ -44,9 +44,10 @@ def groups(assembly: Assembly, settings: TrainSettings) -> list[dict[str, object
             for (s, decays, part), params in table.items()]
 
 
-def optimiser(assembly: Assembly, settings: TrainSettings) -> torch.optim.AdamW:
+def optimiser(assembly: Assembly, settings: TrainSettings) -> torch.optim.Optimizer:
+    kind = torch.optim.Adam if settings.optimiser == "adam" else torch.optim.AdamW
     fused = next(assembly.parameters()).is_cuda and settings.precision != "fp16"  # fused, it would unscale before the clipping
-    return torch.optim.AdamW(groups(assembly, settings), lr=settings.lr, betas=settings.betas, fused=fused or None)
+    return kind(groups(assembly, settings), lr=settings.lr, betas=settings.betas, fused=fused or None)
 
 
 def _tooth(t: float, warmup: float, floor: float) -> float:
