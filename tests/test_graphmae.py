@@ -126,7 +126,7 @@ def test_one_forward_pass_is_torch_geometrics_layers_one_after_another() -> None
         first = {} if i else {"lin.weight": encoder.embed.linear.weight}
         x = F.prelu(attention(layer, x, 4, **first), layer.after[0].weight)
     x = x @ predictor.enter.weight.T
-    x[plan.hidden[0]] = predictor.mask_token
+    x[plan.hidden[0]] = 0
     x = attention(predictor.layers[0], x, 1)
     torch.testing.assert_close(prediction.value[0], x[prediction.index[0]])
     assert prediction.index[0].tolist() == plan.hidden[0].nonzero()[:, 0].tolist()
