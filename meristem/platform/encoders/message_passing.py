@@ -106,8 +106,8 @@ def _gather(conv: nn.Module, index: Tensor, size: Any = None, *, x: Tensor | tup
 
 
 def _begin(conv: Convolution, *weights: Tensor) -> None:
-    """Start values of the maps that a convolution begins with. gat: Glorot's with the gain of ReLU, maps and scores alike, as in
-    the code of GraphMAE (and DGL), without which its features of Cora were worse."""
+    """Start values of the maps that a convolution begins with. gat: Glorot's with the gain of ReLU, maps and scores alike, as
+    in the code of GraphMAE (and DGL), without which its features of Cora were worse."""
     for weight in weights:
         if conv == "gat":
             nn.init.xavier_normal_(weight, nn.init.calculate_gain("relu"))
