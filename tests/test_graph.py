@@ -172,6 +172,7 @@ def test_walks_go_on_elsewhere_where_a_component_ends() -> None:
     for size in (1, 7, 69):
         found = walked(pairs, 70, size, 0.2, Rng.of(0, 3))
         assert len(set(found.tolist())) == size and (np.diff(found) > 0).all()
+    assert all(k in walked(pairs, 70, size, 0.2, Rng.of(0, 3), about=k) for k in range(70))
     assert walked(np.zeros((2, 0), np.int32), 5, 4, 0.2, Rng.of(0, 0)).shape == (4,)
 
 

@@ -101,6 +101,21 @@ def test_a_window_holds_the_whole_neighbourhood_where_it_has_room() -> None:
     assert sorted(core) == list(range(20, 26))
 
 
+def test_a_training_window_of_a_larger_graph_is_about_a_node_that_teaches(made: Path, tmp_path: Path) -> None:
+    settings = recipe("node-classification", "views.x.size=[6]", "train.batch=4", "task.nodes.dropout=0")
+    data = opened(made, settings, tmp_path / "cache")
+    settings = settings.of(data.modality)
+    assembly = settings.assemble(CLASSES)
+    rows = settings.task.cases(data, "train")
+    learnt = objective(assembly).learn_from(data, rows)
+    assert {row.element for row in learnt} == set(range(TRAIN))
+    for batch in loader(data.cache, learnt, settings, steps=6, workers=0):
+        shown = batch.views["x"].index
+        assert shown.shape == (4, 6) and ((shown >= 0) & (shown < TRAIN)).any(1).all()
+    whole = recipe("node-classification").of(data.modality).assemble(CLASSES)
+    assert [row.element for row in objective(whole).learn_from(data, rows)] == [-1]
+
+
 def test_windows_reach_isolated_nodes() -> None:
     found = list(windows(10, 4, np.arange(10), {"pairs": np.empty((2, 0), int)}))
     assert sorted(k for _, core in found for k in core) == list(range(10))

@@ -100,12 +100,16 @@ class Draw:
 
 @dataclass(frozen=True)
 class Look:
-    """Which look is drawn: `number` of the view's `count`, at the sample whose place in the run's stream is `cursor`."""
+    """Which look is drawn: `number` of the view's `count`, at the sample whose place in the run's stream is `cursor`.
+
+    about: the element of the sample that the look should show, −1 where any will do.
+    """
 
     seed: int
     cursor: int
     number: int
     view: str
+    about: int = -1
 
     @cached_property
     def rng(self) -> Rng:

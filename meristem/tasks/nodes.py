@@ -33,6 +33,7 @@ class NodeObjective(LinearObjective):
     def __init__(self, assembly: Assembly, settings: Nodes, classes: int) -> None:
         super().__init__(assembly, settings, classes)
         self.first: dict[int, int] = {}  # of each graph's nodes in the table
+        (self.size,) = assembly.recipe.views["x"].size  # type: ignore[attr-defined]
         self.register_buffer("target", torch.empty(0, dtype=torch.int64), persistent=False)
 
     def learn_from(self, data: Data, rows: Sequence[Row]) -> list[Row]:
@@ -41,7 +42,9 @@ class NodeObjective(LinearObjective):
         self.first = dict(zip((row.index for row in graphs), np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
         self.target = torch.full((sum(sizes),), -1)
         self.target[[self.first[row.index] + row.element for row in rows]] = torch.tensor([row.labels["class"] for row in rows])
-        return graphs
+        fit = {row.index for row, n in zip(graphs, sizes, strict=True) if n <= self.size}
+        windows = [row for row in rows if row.index not in fit]  # of a larger graph, one about each node that teaches
+        return [*(row for row in graphs if row.index in fit), *windows]
 
     def forward(self, step: Step) -> dict[str, Loss]:
         view, encoded = step.batch.views["x"], step.encode("x")

@@ -14,8 +14,8 @@ from meristem.modalities.rng import Rng
 PATIENCE = 16  # steps of all walkers without a new node before they move
 
 
-def walked(pairs: np.ndarray, nodes: int, size: int, restart: float, rng: Rng) -> np.ndarray:
-    """(size,) ascending: the nodes that random walkers with restart meet first, all from one random node.
+def walked(pairs: np.ndarray, nodes: int, size: int, restart: float, rng: Rng, about: int = -1) -> np.ndarray:
+    """(size,) ascending: the nodes that random walkers with restart meet first, all from one node: `about`, or a random one.
 
     About √size walkers step together. Where they find nothing new for a while they move to a random node whose neighbours
     they have not all met, or, when there is none (the component is used up), to another random node. pairs: sorted by source.
@@ -27,6 +27,8 @@ def walked(pairs: np.ndarray, nodes: int, size: int, restart: float, rng: Rng) -
     count, idle, step = 0, PATIENCE, 0
     walkers = math.isqrt(size) + 1
     starts = rng.permutation("start", nodes)[0].numpy()
+    if about >= 0:
+        starts = np.append(about, starts)
     tried = 0
     at = home = starts[:1].repeat(walkers)
     while count < size:

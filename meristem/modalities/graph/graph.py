@@ -209,7 +209,7 @@ class Graph:
                             "Raise the view's `size`, or show a part: `window: walk`.")
         index = np.arange(n)
         if n > size:
-            index = drawing.walked(header.tables["pairs"], n, size, view.restart, look.rng.fork("walk"))
+            index = drawing.walked(header.tables["pairs"], n, size, view.restart, look.rng.fork("walk"), look.about)
         if view.drop_nodes:
             index = drawing.left(index, view.drop_nodes, look.rng.fork("nodes"))
         params: dict[str, Any] = {}

@@ -76,8 +76,8 @@ def loader(cache: Cache, rows: Sequence[Row], recipe: Recipe, *, fields: Sequenc
         raise RecipeError(f"view '{many[0]}' has more than {LOOKS} looks", f"Set views.{many[0]}.count to at most {LOOKS}.")
     names = sorted({name for r in usable for name in r.labels}) if labels is None else labels
     table = {name: torch.tensor([r.labels.get(name, IGNORED) for r in usable]) for name in names}
-    batches = _Batches(cache, [r.index for r in usable], table, recipe.modality, recipe.views, tuple(fields), train.seed,
-                       train.batch, rank, world)
+    batches = _Batches(cache, [(r.index, r.element) for r in usable], table, recipe.modality, recipe.views, tuple(fields),
+                       train.seed, train.batch, rank, world)
     return Loader(batches, start, steps, train.workers if workers is None else workers)
 
 
@@ -98,7 +98,7 @@ class _PinnedBatch(Batch):
 class _Batches(Dataset[Batch | DataError]):
     """Step -> this rank's batch, collated where it is made, or why it cannot be: a worker can raise built-in errors only."""
 
-    def __init__(self, cache: Cache, rows: Sequence[int], labels: Mapping[str, Tensor], modality: Modality,
+    def __init__(self, cache: Cache, rows: Sequence[tuple[int, int]], labels: Mapping[str, Tensor], modality: Modality,
                  views: Mapping[str, ViewSettings], fields: tuple[str, ...], seed: int, batch: int, rank: int,
                  world: int) -> None:
         self.cache, self.rows, self.labels, self.modality, self.views = cache, list(rows), labels, modality, views
@@ -115,7 +115,7 @@ class _Batches(Dataset[Batch | DataError]):
         first = step * self.batch + self.rank * self.share
         cursors = range(first, first + self.share)
         places = [self._place(c) for c in cursors]
-        items = Items(torch.tensor([self.rows[p] for p in places]), torch.tensor(cursors),
+        items = Items(torch.tensor([self.rows[p][0] for p in places]), torch.tensor(cursors),
                       {name: x[places] for name, x in self.labels.items()})
         return _PinnedBatch(items, {name: self._view(name, settings, places, cursors) for name, settings in self.views.items()})
 
@@ -126,21 +126,24 @@ class _Batches(Dataset[Batch | DataError]):
         return int(self._epoch[1][at])
 
     def _view(self, name: str, settings: ViewSettings, places: Sequence[int], cursors: range) -> View:
-        looks = [(self.rows[p], c, i, look) for i, (p, c) in enumerate(zip(places, cursors, strict=True))
+        looks = [(*self.rows[p], c, i, look) for i, (p, c) in enumerate(zip(places, cursors, strict=True))
                  for look in range(settings.count)]
         return self.collate(name, settings, looks)
 
-    def collate(self, name: str, settings: ViewSettings, looks: Sequence[tuple[int, int, int, int]],
+    def collate(self, name: str, settings: ViewSettings, looks: Sequence[tuple[int, int, int, int, int]],
                 given: Sequence[Draw] = ()) -> View:
-        """The view of some looks, each (manifest row, cursor, place in the batch, look). given: what each shows; else drawn."""
+        """The view of some looks, each (manifest row, its element or −1, cursor, place in the batch, look). given: what each
+        shows; else drawn.
+        """
         arrays, affines, spacings, params, weights, drawn, links = [], [], [], [], [], [], []
         fields: dict[str, list[Tensor]] = {field: [] for field in self.fields}
-        for (row, cursor), of_item in groupby(looks, key=lambda look: look[:2]):  # one reading serves all looks at a sample
+        for (row, element, cursor), of_item in groupby(looks, key=lambda look: look[:3]):  # one reading serves all looks
             header = self.cache.header(row)
             if tables := self.cache.tables(row):
                 header = replace(header, tables=tables)
-            draws = [given[look] if given else self.modality.draw(settings, header, Look(self.seed, cursor, look, name))
-                     for *_, look in of_item]
+            draws = [given[number] if given
+                     else self.modality.draw(settings, header, Look(self.seed, cursor, number, name, element))
+                     for *_, number in of_item]
             for draw, window in zip(draws, self._windows(row, draws), strict=True):
                 arrays.append(self.modality.load(window, draw, interpolate=True))
                 affines.append(torch.from_numpy(affine(header, draw)))
@@ -161,7 +164,7 @@ class _Batches(Dataset[Batch | DataError]):
         weight = None
         if any(w is not None for w in weights):
             weight = torch.stack([torch.ones(1, *shape) if w is None else w for w in weights])
-        return View(name, _stack(arrays), frame, torch.tensor([i for _, _, i, _ in looks]),
+        return View(name, _stack(arrays), frame, torch.tensor([i for *_, i, _ in looks]),
                     torch.tensor([look for *_, look in looks]),
                     {key: torch.stack([_number(p[key]) for p in params]) for key in params[0]},
                     {field: torch.stack(values) for field, values in fields.items()}, weight,
@@ -183,14 +186,15 @@ class _Batches(Dataset[Batch | DataError]):
 
 def whole(cache: Cache, rows: Sequence[Row], modality: Modality, options: ViewSettings) -> View:
     """The looks at each row in order, as evaluation needs them; options should draw nothing at random."""
-    batches = _Batches(cache, [r.index for r in rows], {}, modality, {"x": options}, (), 0, len(rows), 0, 1)
-    return batches.collate("x", options, [(r.index, i, i, look) for i, r in enumerate(rows) for look in range(options.count)])
+    batches = _Batches(cache, [], {}, modality, {"x": options}, (), 0, len(rows), 0, 1)
+    looks = [(r.index, r.element, i, i, look) for i, r in enumerate(rows) for look in range(options.count)]
+    return batches.collate("x", options, looks)
 
 
 def shown(cache: Cache, row: Row, modality: Modality, options: ViewSettings, draws: Sequence[Draw]) -> View:
     """Looks at one row that were decided elsewhere."""
-    batches = _Batches(cache, [row.index], {}, modality, {"x": options}, (), 0, 1, 0, 1)
-    return batches.collate("x", options, [(row.index, 0, 0, look) for look in range(len(draws))], draws)
+    batches = _Batches(cache, [], {}, modality, {"x": options}, (), 0, 1, 0, 1)
+    return batches.collate("x", options, [(row.index, row.element, 0, 0, look) for look in range(len(draws))], draws)
 
 
 def affine(header: Header, draw: Draw) -> np.ndarray:

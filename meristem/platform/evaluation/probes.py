@@ -35,6 +35,7 @@ from meristem.platform.pooling import AttentivePool, attend
 
 Array = NDArray[Any]
 Setting = TypeVar("Setting")
+AT_ONCE = 1024  # queries whose nearest neighbours are looked for
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,10 @@ class KNN(Shallow):
 
     def votes(self, train: Split, query: Array, ks: list[int], classes: int) -> list[Array]:
         """Probabilities (n, classes) of the queries for each k."""
+        parts = [self._votes(train, part, ks, classes) for part in _parts(query)]
+        return [np.concatenate(of) for of in zip(*parts, strict=True)]
+
+    def _votes(self, train: Split, query: Array, ks: list[int], classes: int) -> list[Array]:
         cosine = _unit(query) @ _unit(train.embedding).T
         nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :max(ks)]
         similarity = np.take_along_axis(cosine, nearest, 1)
@@ -354,11 +359,21 @@ def retrieve(gallery: Split, query: Split) -> dict[str, Array]:
     average precision over the whole gallery. Of equal cosines the earlier sample of the gallery comes first. A class that the
     gallery lacks cannot be found: 0.
     """
+    parts = [_retrieved(gallery, query.only(some)) for some in _parts(np.arange(len(query.target)))]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _retrieved(gallery: Split, query: Split) -> dict[str, Array]:
     cosine = _unit(query.embedding) @ _unit(gallery.embedding).T
     hit = gallery.target[np.argsort(-cosine, axis=1, kind="stable")] == query.target[:, None]
     precision = np.cumsum(hit, 1) / np.arange(1, hit.shape[1] + 1)
     scores = {f"R@{k}": hit[:, :k].any(1).astype(float) for k in RECALLS}
     return {**scores, "mAP": (precision * hit).sum(1) / np.maximum(hit.sum(1), 1)}
+
+
+def _parts(query: Array) -> list[Array]:
+    """Some queries at a time: a table of all of them by all they are compared with may not fit into memory."""
+    return [query[i:i + AT_ONCE] for i in range(0, len(query), AT_ONCE)]
 
 
 def _several(target: Array) -> Array:
