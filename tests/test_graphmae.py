@@ -132,6 +132,14 @@ def test_one_forward_pass_is_torch_geometrics_layers_one_after_another() -> None
     assert prediction.index[0].tolist() == plan.hidden[0].nonzero()[:, 0].tolist()
 
 
+@pytest.mark.parametrize("token", [False, True])
+def test_what_a_decoder_is_not_given_is_0_or_learned(token: bool) -> None:
+    assembly = make("graphmae-cora", f"objectives.features.masked.predictor.graph.token={token}").train()
+    total(assembly(batch(11), 0.0)).backward()
+    names = [name for name, p in assembly.named_parameters() if name.endswith("predictor.mask_token") and p.grad.any()]
+    assert len(names) == token
+
+
 def test_a_graphs_prediction_does_not_depend_on_its_batch_mates() -> None:
     for name in ("graphmae-mutag", "graphmae2"):
         assembly = make(name).eval()

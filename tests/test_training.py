@@ -40,6 +40,27 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize("optimiser", ["adam", "adamw"])
+def test_adams_penalty_is_in_the_gradient_and_adamws_is_not(optimiser: str) -> None:
+    """One step without a gradient of the loss: Adam's first is lr in the direction of the penalty, AdamW's lr · decay · weight."""
+    settings = recipes.load("volume/mae", [*TINY, f"train.optimiser={optimiser}", "train.weight_decay=0.1", "train.lr=0.01"])
+    assembly = Assembly(settings)
+    before = {name: p.detach().clone() for name, p in assembly.named_parameters()}
+    made = optim.optimiser(assembly, settings.train)
+    for p in assembly.parameters():
+        p.grad = torch.zeros_like(p)
+    made.step()
+    for name, p in assembly.named_parameters():
+        moved = before[name] - p.detach()
+        if p.ndim < 2 or name.endswith("token") or name.endswith("cls"):
+            assert not moved.any()
+        elif optimiser == "adam":
+            penalty = 0.1 * before[name]
+            torch.testing.assert_close(moved, 0.01 * penalty / (penalty.abs() + 1e-8), rtol=1e-4, atol=1e-7)
+        else:
+            torch.testing.assert_close(moved, 0.001 * before[name])
+
+
 def test_a_killed_run_resumes_to_the_same_bits(volume_folder: Path, tmp_path: Path) -> None:
     """2k steps = k, SIGTERM, k more: weights and averages alike, dropout included."""
     more = ("train.ema=0.9", "encoder.transformer.drop_path=0.2")
