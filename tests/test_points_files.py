@@ -201,6 +201,11 @@ def test_bin_columns(tmp_path: Path, table: dict[str, np.ndarray]) -> None:
     for name in ("kitti.bin", "nuscenes.pcd.bin"):
         holds(read(tmp_path / name, features=("intensity",)), table, "intensity")
     assert refused(tmp_path / "kitti.bin", columns=("x", "y", "z")) == "truncated"
+    six = np.random.default_rng(1).normal(size=(8, 6)).astype("<f4")  # x y z and a colour, as SUN RGB-D's
+    six.tofile(tmp_path / "rooms.bin")
+    assert refused(tmp_path / "rooms.bin") == "columns"
+    named = read(tmp_path / "rooms.bin", columns=("x", "y", "z", "red", "green", "blue"))
+    assert named.array.shape == (3, 8)
     (tmp_path / "cut.bin").write_bytes(four.tobytes()[:-3])
     assert refused(tmp_path / "cut.bin") == "truncated"
 
@@ -212,7 +217,7 @@ def test_semantic_kitti_labels_are_found_beside(tmp_path: Path) -> None:
             (tmp_path / "sequences" / sequence / folder).mkdir(parents=True)
         for i in range(2):
             here = tmp_path / "sequences" / sequence
-            rng.normal(size=(N, 4)).astype("<f4").tofile(here / "velodyne" / f"{i:06d}.bin")
+            rng.random((N, 4)).astype("<f4").tofile(here / "velodyne" / f"{i:06d}.bin")
             labels[sequence, i] = rng.integers(0, 260, N)
             (labels[sequence, i] | rng.integers(0, 100, N) << 16).astype("<u4").tofile(here / "labels" / f"{i:06d}.label")
     points = Points(PointsOptions(normalise="none"))
@@ -517,7 +522,7 @@ def test_what_is_guessed(tmp_path: Path) -> None:
     np.savez(made["medmnist"] / "pneumonia.npz", train_images=rng.integers(0, 9, (9, 8, 8)), train_labels=np.zeros((9, 1)))
     for i in range(10):
         np.savetxt(made["texts"] / f"{i}.txt", rng.normal(size=(9, 6)))
-        rng.normal(size=(9, 4)).astype("f4").tofile(made["scans"] / f"{i}.bin")
+        rng.random((9, 4)).astype("f4").tofile(made["scans"] / f"{i}.bin")
         np.savetxt(made["matrix"] / f"{i}.csv", rng.random((20, 20)), delimiter=",")
         Image.fromarray(rng.integers(0, 255, (9, 9), dtype=np.uint8)).save(made["photos"] / f"{i}.png")
     (made["photos"] / "README.txt").write_text("0.5 0.5 0.5\n")

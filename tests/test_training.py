@@ -42,7 +42,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("optimiser", ["adam", "adamw"])
 def test_adams_penalty_is_in_the_gradient_and_adamws_is_not(optimiser: str) -> None:
-    """One step without a gradient of the loss: Adam's first is lr in the direction of the penalty, AdamW's lr · decay · weight."""
+    """One step without a gradient of the loss: Adam's first is lr along the penalty, AdamW's lr · decay · weight."""
     settings = recipes.load("volume/mae", [*TINY, f"train.optimiser={optimiser}", "train.weight_decay=0.1", "train.lr=0.01"])
     assembly = Assembly(settings)
     before = {name: p.detach().clone() for name, p in assembly.named_parameters()}

@@ -55,7 +55,7 @@ def read_cloud(path: Path, options: PointsOptions) -> Cloud:
     if kind in ARRAYS:
         return _arrays(path, options.columns)
     if kind in BINARY:
-        return _binary(path, options.columns or BINARY[kind])
+        return _binary(path, options.columns, BINARY[kind])
     if kind in TEXTS:
         return of_table(*_text(path, options.columns))
     if kind in MESHES:
@@ -216,13 +216,17 @@ def _first(archive: Any, names: Sequence[str]) -> str | None:
     return next((n for n in names if n in archive.files), None)
 
 
-def _binary(path: Path, columns: Sequence[str]) -> Cloud:
-    values = np.fromfile(path, "<f4")
+def _binary(path: Path, named: Sequence[str], usual: Sequence[str]) -> Cloud:
+    values, columns = np.fromfile(path, "<f4"), named or usual
     size = path.stat().st_size
     if size % (4 * len(columns)):
         raise DataError("truncated", f"{size} bytes are no whole number of points of {len(columns)} float32 columns "
                         f"({', '.join(columns)})", "Name the files' columns by modality.points.columns, or copy it again.")
-    return of_table(values.reshape(-1, len(columns)), columns)
+    table = values.reshape(-1, len(columns))
+    if not named and len(table) and (least := float(np.nanmin(table[:, usual.index("intensity")]))) < 0:
+        raise DataError("columns", f"its points have no {', '.join(usual)}: an intensity of {least:g} would be among them",
+                        "Name the files' columns by modality.points.columns, e.g. [x, y, z, red, green, blue].")
+    return of_table(table, columns)
 
 
 def _text(path: Path, columns: Sequence[str]) -> tuple[np.ndarray, Sequence[str]]:
