@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import pickle
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -208,7 +209,9 @@ def test_the_page_of_nodes_compares_arms_and_says_it_is_transductive(made: Path,
     page = meristem.evaluate("graph/node-classification", made, tmp_path / "out", ["train.workers=0"],
                              inits=[str(tmp_path / "run")], labels=["6", "all"], seeds=2, protocols=["linear", "knn"],
                              cache=tmp_path / "cache", quiet=True)
-    assert "Transductive by nature" in page.read_text()
+    text = page.read_text()
+    assert "Transductive by nature" in text and "30 test nodes" in text
+    assert not re.search("test subject|labelled subject|over subjects|other patients", text)
     results = Results.load(tmp_path / "out" / "results.json")
     assert {c.arm for c in results.cells} == {"scratch", "pretraining"} and len(results.cells) == 2 * 2 * 2 * 2
     assert all(len(cell.cases) == TEST for cell in results.cells)

@@ -60,15 +60,20 @@ class TaskObjective(Objective):
 class TaskSettings(Settings):
     """The typed entry of a task in a recipe. fields: companions of a sample it trains on.
 
-    protocols: how encoders are compared by it, the usual one first; one that has no `finetune` trains on no labels. parts: its
-    cases are parts of samples (nodes of a graph), which are counted, drawn and resampled instead of these.
+    protocols: how encoders are compared by it, the usual one first; one that has no `finetune` trains on no labels. counted:
+    what is drawn, tested and resampled: subjects with all their samples, or parts of samples.
     """
 
     kind: ClassVar[Literal["segmentation", "classification", "propagation", "parts", "semantic"]]
     metric: ClassVar[str]
     protocols: ClassVar[tuple[str, ...]] = ("finetune",)
     fields: ClassVar[tuple[str, ...]] = ()
-    parts: ClassVar[bool] = False
+    counted: ClassVar[Literal["subjects", "nodes", "pairs"]] = "subjects"
+
+    @property
+    def parts(self) -> bool:
+        """Whether its cases are parts of samples."""
+        return self.counted != "subjects"
 
     @property
     def learns(self) -> bool:

@@ -105,7 +105,7 @@ def asked(data: Data, row: Row, splits: Sequence[str]) -> list[Row]:
 class Links(Classifying):
     """The pairs are those that `modality.graph.hold_out` takes out of every graph; the rest as in `Classifying`."""
 
-    parts = True
+    counted = "pairs"
     protocols: ClassVar[tuple[str, ...]] = ("finetune", "linear", "svm", "knn")
     metric: Literal["auroc", "auprc", "accuracy", "balanced_accuracy", "brier", "ece"] = "auroc"  # type: ignore[misc]
 

@@ -81,7 +81,7 @@ class Nodes(Classifying):
     The rest as in `Classifying`.
     """
 
-    parts = True
+    counted = "nodes"
     protocols: ClassVar[tuple[str, ...]] = ("finetune", "linear", "svm", "knn", "retrieval")
     split: tuple[Fraction, Fraction, Fraction] = (0.6, 0.2, 0.2)
 

@@ -140,7 +140,7 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
         for (budget, rows), (protocol, arm) in product(zip(labels, drawn[seed], strict=True), grid):
             file = _cell_file(directory, arm, protocol, budget, seed, recipe, data)
             subjects = len({row.subject for row in rows})
-            title = f"[{len(cells) + 1}/{total}] {arm.name}, {protocol}, {subjects} labelled subjects, seed {seed}"
+            title = f"[{len(cells) + 1}/{total}] {arm.name}, {protocol}, {subjects} labelled {recipe.task.counted}, seed {seed}"
             if file.exists():
                 cell = Cell.model_validate_json(file.read_text())
             elif seed and not learns and arm.init is not None:
@@ -236,7 +236,8 @@ def _results(recipe: TaskRecipe, data: Data, scope: Scope, contestants: Sequence
     return Results(task=recipe.name, kind=kind, metric=metric, classes=classes,
                    dataset=Dataset(name="the given data", manifest=data.manifest.hash, splits=splits,
                                    quarantined=len(data.cache.quarantine)),
-                   cells=tuple(cells), unit=scope.unit or "mm", tolerance=getattr(recipe.task, "tolerance", None),
+                   cells=tuple(cells), counted=recipe.task.counted, unit=scope.unit or "mm",
+                   tolerance=getattr(recipe.task, "tolerance", None),
                    pretraining=pretraining, leakage=leakage, versions=checkpoint.versions(), settings=settings,
                    cost={"device": device} | {f"pretraining of {a.name}": _cost(a.init) for a in contestants if a.init})
 

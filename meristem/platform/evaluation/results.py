@@ -108,7 +108,7 @@ class Results(Model):
     in the order of the probabilities; retrieval: `QUERIES` alone; parts: `SHAPES` alone; few-shot: its
     settings). unit: of distances (mm | px). tolerance: of the NSD.
     pretraining: arm -> excerpt of its card. leakage: arm -> audit. cost: anything worth printing, by name. settings: the
-    resolved recipes, by name.
+    resolved recipes, by name. counted: what is drawn for training, tested and resampled.
     """
 
     task: str
@@ -118,6 +118,7 @@ class Results(Model):
     dataset: Dataset
     cells: tuple[Cell, ...]
     higher: dict[str, bool] = metrics.HIGHER
+    counted: Literal["subjects", "nodes", "pairs"] = "subjects"
     unit: str = "mm"
     tolerance: FiniteFloat | None = None
     pretraining: dict[str, dict[str, Any]] = {}
@@ -156,7 +157,7 @@ class Results(Model):
     @property
     def tested(self) -> str:
         """What is resampled for the intervals."""
-        return "trials" if self.kind == "few-shot" else "test subjects"
+        return "trials" if self.kind == "few-shot" else f"test {self.counted}"
 
     @property
     def arms(self) -> list[str]:
@@ -402,7 +403,7 @@ def summarise(results: Results, replicates: int = REPLICATES, seed: int = 0) -> 
     warnings: list[str] = []
     rows: list[Row] = []
     for key, group in made.items():
-        where = _where(*key)
+        where = _where(results, *key)
         lost = max(len(c.cases) for c in cells[key]) - len(group.cases)
         if lost:
             warnings.append(f"{where}: {lost} cases were not tested for every seed and are left out.")
@@ -415,7 +416,7 @@ def summarise(results: Results, replicates: int = REPLICATES, seed: int = 0) -> 
             continue
         rivals = [key for key in cells if key[0] in results.baselines and key[1:] == (protocol, labels)]
         if all(key[0] == METADATA for key in rivals):
-            warnings.append(f"{_where(arm, protocol, labels)}: there is no arm from random weights to compare with.")
+            warnings.append(f"{_where(results, arm, protocol, labels)}: there is no arm from random weights to compare with.")
         for rival in rivals:
             found, said = compare(results, mine, cells[rival], replicates, seed)
             comparisons += found
@@ -428,8 +429,8 @@ def summarise(results: Results, replicates: int = REPLICATES, seed: int = 0) -> 
                    verdict=tuple(_verdict(results, comparisons)))
 
 
-def _where(arm: str, protocol: str, labels: Labels) -> str:
-    return f"{arm}, {protocol}, {'all labels' if labels == 'all' else f'{labels} labelled subjects'}"
+def _where(results: Results, arm: str, protocol: str, labels: Labels) -> str:
+    return f"{arm}, {protocol}, {'all labels' if labels == 'all' else f'{labels} labelled {results.counted}'}"
 
 
 def _shortcuts(results: Results, rows: Sequence[Row]) -> list[str]:
@@ -437,7 +438,7 @@ def _shortcuts(results: Results, rows: Sequence[Row]) -> list[str]:
     found = {r.protocol: r for r in sorted(rows, key=lambda r: _size(r.labels))  # with the most labels, where it reads best
              if r.arm == METADATA and r.metric == results.metric}
     name = metrics.LABELS.get(results.metric, results.metric)
-    return [f"{_where(METADATA, r.protocol, r.labels)}: what the files' headers say, without a pixel, reaches {name} "
+    return [f"{_where(results, METADATA, r.protocol, r.labels)}: what the files' headers say, without a pixel, reaches {name} "
             f"{r.mean.value:.3f} [{r.mean.low:.3f}, {r.mean.high:.3f}]; an arm that is no better may have learned how samples "
             "were acquired." for r in found.values()]
 
@@ -479,7 +480,7 @@ def compare(results: Results, mine: Sequence[Cell], theirs: Sequence[Cell], repl
             ) -> tuple[list[Comparison], list[str]]:
     """One arm's cells minus another's at one protocol and budget, in every metric; and what makes it less than fair."""
     a, b = mine[0], theirs[0]
-    where, warnings = f"{_where(a.arm, a.protocol, a.labels)} against {b.arm}", []
+    where, warnings = f"{_where(results, a.arm, a.protocol, a.labels)} against {b.arm}", []
     seeds = {c.seed for c in mine} & {c.seed for c in theirs}
     if len(seeds) < max(len(mine), len(theirs)):
         warnings.append(f"{where}: the arms were not run with the same seeds; the difference is over the {len(seeds)} shared.")
@@ -560,7 +561,7 @@ def _verdict(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
         first, *more = sorted((c for c in mine if c.baseline == rival), key=lambda c: _size(c.labels))
         by = f" by {PROTOCOLS.get(protocol, protocol)}" if protocol != "finetune" else ""
         counts = f"({first.seeds} seed{'s' * (first.seeds != 1)}, {first.subjects} {results.tested})"
-        where = f"{'all ' * (first.labels == 'all')}{first.labelled_subjects} labelled subjects"
+        where = f"{'all ' * (first.labels == 'all')}{first.labelled_subjects} labelled {results.counted}"
         where = f"At {where}" if first.labels else "Untrained,"
         text = f"{where} {arm} pretraining {_effect(results, first, rival)}{by} {counts}."
         parts = [f"t {'all ' * (c.labels == 'all')}{c.labelled_subjects} it {_effect(results, c)}" for c in more]
@@ -589,7 +590,7 @@ def join(old: Results, new: Results) -> Results | None:
     Cells that occur in both are kept once if they agree; if they disagree, the two are not joined.
     """
     def same(r: Results) -> tuple[object, ...]:
-        return r.task, r.kind, r.metric, r.classes, r.dataset, r.unit, r.tolerance
+        return r.task, r.kind, r.metric, r.classes, r.dataset, r.counted, r.unit, r.tolerance
 
     if same(old) != same(new):
         return None

@@ -122,15 +122,15 @@ def label_efficiency(results: Results, summary: Summary, protocol: str) -> Plot:
         ax.xaxis.set_major_locator(FixedLocator([n for n, _ in ticks]))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xticklabels([f"{n}\n(all)" if labels == "all" else str(n) for n, labels in ticks])
-        ax.set_xlabel("labelled subjects in training")
+        ax.set_xlabel(f"labelled {results.counted} in training")
         ax.set_ylabel(metric_label(results, metric))
         ax.legend()
 
     told = "; ".join(f"{r.arm} at {r.labelled_subjects}: {r.mean.value:.3f}" for r in rows)
     how = PROTOCOLS.get(protocol, protocol)
-    return draw(paint, f"{metric_label(results, metric)} against labelled subjects, {how}. {told}.",
-                f"{how.capitalize()}. Points: mean over subjects and seeds. Bars: 95 % interval over test subjects. Faint "
-                "dots: single seeds.", size=(4.6, 3.1))
+    return draw(paint, f"{metric_label(results, metric)} against labelled {results.counted}, {how}. {told}.",
+                f"{how.capitalize()}. Points: mean over {results.counted} and seeds. Bars: 95 % interval over test "
+                f"{results.counted}. Faint dots: single seeds.", size=(4.6, 3.1))
 
 
 def means(results: Results, summary: Summary, protocol: str) -> Plot:
@@ -236,15 +236,15 @@ def paired(results: Results, summary: Summary, protocol: str, labels: Labels) ->
             ax.axhspan(c.difference.low, c.difference.high, color=colours[c.arm], alpha=0.18, linewidth=0)
             ax.axhline(c.difference.value, color=colours[c.arm], linestyle="--", linewidth=1)
             ax.axhline(0, color="#374151", linewidth=0.8)
-            ax.set_xlabel("test subjects, in order of difference")
+            ax.set_xlabel(f"test {results.counted}, in order of difference")
             ax.set_ylabel(f"difference in {metric_label(results, results.metric)}")
             ax.set_title(f"{c.arm} − {c.baseline}")
             ax.set_xlim(0.2, len(d) + 0.8)
             ax.grid(axis="x", visible=False)
 
-        plots.append(draw(paint, f"Difference in {metric_label(results, results.metric)} of each test subject, {c.arm} minus "
-                          f"{c.baseline}: {gains} of {len(d)} subjects are better with pretraining; mean "
-                          f"{signed(c.difference.value)}, band its 95 % interval."))
+        plots.append(draw(paint, f"Difference in {metric_label(results, results.metric)} of each test {results.counted[:-1]}, "
+                          f"{c.arm} minus {c.baseline}: {gains} of {len(d)} {results.counted} are better with pretraining; "
+                          f"mean {signed(c.difference.value)}, band its 95 % interval."))
     return plots
 
 
@@ -377,7 +377,7 @@ def roc(results: Results, summary: Summary, protocol: str, labels: Labels, repli
                      for arm, (mean, _, _) in bands.items())
     return draw(paint, f"ROC curves: {told}.",
                 "Mean over seeds and, for several classes, over classes one against the rest. Band: pointwise 95 % interval "
-                "over test subjects. Legend: AUROC with its interval.")
+                f"over test {results.counted}. Legend: AUROC with its interval.")
 
 
 def _roc_band(group: Group, grid: Array, replicates: int) -> tuple[Array, Array, Array]:
@@ -432,8 +432,8 @@ def class_accuracies(results: Results, rows: Sequence[Row]) -> Plot:
     told = "; ".join(f"{arm} median {np.median(v):.3f}, {np.mean(v == 0):.0%} of classes never recognised"
                      for arm, v in known.items())
     return draw(paint, f"Accuracy within each of {len(order)} classes: {told}.",
-                "Bars: 95 % interval over test subjects." if named else "", size=(4.6, 1.1 + 0.22 * len(order)) if named
-                else (4.6, 3.1))
+                f"Bars: 95 % interval over test {results.counted}." if named else "",
+                size=(4.6, 1.1 + 0.22 * len(order)) if named else (4.6, 3.1))
 
 
 def confusion(results: Results, protocol: str, labels: Labels) -> list[Plot]:
@@ -658,7 +658,7 @@ def sheets(results: Results, strips: Sequence[Strip]) -> list[tuple[str, list[tu
                                   f"{heading.capitalize()}: {text}.", wide=True))
         if plots:
             n = next(c.labelled_subjects for c in results.cells if (c.arm, c.protocol, c.labels) == (arm, protocol, labels))
-            found.setdefault(f"{PROTOCOLS.get(protocol, protocol)}, {n} labelled subjects", []).append((arm, plots))
+            found.setdefault(f"{PROTOCOLS.get(protocol, protocol)}, {n} labelled {results.counted}", []).append((arm, plots))
     return list(found.items())
 
 

@@ -65,7 +65,7 @@ class Study:
     @property
     def at(self) -> str:
         n = next(c.labelled_subjects for c in self.results.cells if (c.protocol, c.labels) == (self.protocol, self.labels))
-        return PROTOCOLS.get(self.protocol, self.protocol) + (f", {n} labelled subjects" if self.budgeted else "")
+        return PROTOCOLS.get(self.protocol, self.protocol) + (f", {n} labelled {self.results.counted}" if self.budgeted else "")
 
     @property
     def doubts(self) -> list[str]:
@@ -101,7 +101,7 @@ class Study:
         for c in last.values():
             beaten = c.difference.low > 0 if self.results.higher[c.metric] else c.difference.high < 0
             told.append(f"{c.arm} {'beats' if beaten else 'does not beat'} it by {PROTOCOLS.get(c.protocol, c.protocol)} at "
-                        f"{c.labelled_subjects} labelled subjects ({interval(c.difference, sign=True)})")
+                        f"{c.labelled_subjects} labelled {self.results.counted} ({interval(c.difference, sign=True)})")
         return (f"The arm “{METADATA}” knows what the files' headers say (size, length, spacing) and no pixel, so what it "
                 f"reaches can be had without looking: {'; '.join(told) or 'no learned arm was compared with it'}.")
 
@@ -199,7 +199,7 @@ class Study:
         kind = self.results.kind
         trial = kind == "few-shot"
         dots = f"; every dot is one {'trial' if trial else 'test case'}, mean over seeds"
-        bars = f"; every bar is one {'trial' if trial else 'test subject'}"
+        bars = f"; every bar is one {'trial' if trial else f'test {self.results.counted[:-1]}'}"
         if kind == "classification":
             return dots if len(self.results.classes) <= PANELS else ""
         return bars if kind == "retrieval" else dots + bars
