@@ -132,6 +132,15 @@ def test_a_class_with_one_case_alone_can_still_be_chosen_for() -> None:
     assert got.chosen == 1 and (got.probabilities.argmax(1) == train.target).all()
 
 
+def test_linear_can_choose_by_accuracy() -> None:
+    train, validation, test = split(0, 45, signal=0.5), split(1, 60, signal=0.5), split(2, 10)
+    got = Linear(by="accuracy")(train, validation, test.embedding, 3)
+    for c, score in got.validation.items():
+        right = Linear(c=(c,))(train, validation, validation.embedding, 3).probabilities.argmax(1) == validation.target
+        assert -score == pytest.approx(right.mean(), abs=0.02)  # a sweep goes on from the stronger penalty
+    assert got.chosen == min(c for c, score in got.validation.items() if score == min(got.validation.values()))
+
+
 def test_rescaled_features_change_nothing_for_linear() -> None:
     train, validation, test = split(0, 40), split(1, 20), split(2, 10)
     stretch = np.geomspace(1e-3, 1e3, 8)

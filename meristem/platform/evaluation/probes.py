@@ -77,7 +77,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Probed(Generic[Setting]):
-    """probabilities: (n_test, classes). chosen: the setting picked. validation: Brier score of every candidate."""
+    """probabilities: (n_test, classes). chosen: the setting picked. validation: what was minimised, of every candidate."""
 
     probabilities: Array
     chosen: Setting
@@ -159,16 +159,19 @@ class Linear(Shallow):
     """Multinomial logistic regression with an L2 penalty.
 
     scale: embeddings standardised by the training split, each brought to length 1, or as they are. c: candidates for
-    scikit-learn's inverse penalty C. The best Brier score wins, the stronger penalty on a tie.
+    scikit-learn's inverse penalty C. by: the best Brier score wins, or the best accuracy; the stronger penalty on a tie.
     """
 
     scale: Scaling = "standard"
+    by: Literal["brier", "accuracy"] = "brier"
     c: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
     iterations: int = 2000
 
     def scores(self, train: Split, held: Split, classes: int) -> dict[float, float]:
         model = self._model(train)  # goes on from the stronger penalty
         found = {float(c): self._fitted(model, train, c, held.embedding, classes) for c in sorted(self.c)}
+        if self.by == "accuracy":
+            return {c: -_accuracy(held.target, p) for c, p in found.items()}
         return {c: float(brier(held.target, p)) for c, p in found.items()}
 
     def predict(self, train: Split, candidate: float, query: Array, classes: int) -> Array:
@@ -201,7 +204,7 @@ class SVM(Shallow):
 
     def scores(self, train: Split, held: Split, classes: int) -> dict[float, float]:
         cs = sorted(map(float, self.c))
-        return {c: -float((p.argmax(1) == held.target).mean())
+        return {c: -_accuracy(held.target, p)
                 for c, p in zip(cs, self._probabilities(train, held.embedding, cs, classes), strict=True)}
 
     def predict(self, train: Split, candidate: float, query: Array, classes: int) -> Array:
@@ -388,6 +391,10 @@ def _several(target: Array) -> Array:
 def _best(scores: dict[float, float]) -> float:
     """The key of the smallest value; of equals, the first."""
     return min(scores, key=scores.__getitem__)
+
+
+def _accuracy(target: Array, probabilities: Array) -> float:
+    return float((probabilities.argmax(1) == target).mean())
 
 
 def _unit(x: Array) -> Array:
