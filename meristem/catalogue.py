@@ -16,13 +16,14 @@ def names() -> list[str]:
 
 
 def rows() -> list[dict[str, str]]:
-    """name, status and source of each recipe, bases merged for these keys only."""
+    """name, status and source of each recipe, bases merged for these keys only; a status is nobody's but its own."""
     def look(name: str) -> dict[str, str]:
         data = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) or {}
         bases = data.get("extends", [])
         merged: dict[str, str] = {}
         for base in [bases] if isinstance(bases, str) else bases:
             merged |= look(base)
+        merged.pop("status", None)
         return merged | {k: str(data[k]) for k in ("status", "follows", "departs") if k in data}
 
     return [{"name": name, "status": "expressible", "follows": "", "departs": "", **look(name)} for name in names()]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from meristem.catalogue import names
+from meristem.catalogue import names, rows
 from meristem.errors import RecipeError
 from meristem.modalities.base import View
 from meristem.modalities.frame import Frame
@@ -105,6 +105,15 @@ def test_merge_lays_parts_and_keys() -> None:
     assert merge(masked, over)["objectives"]["loss"]["masked"]["target"] == {"content": {"eps": 1, "loss": "l1"}}
     assert merge(masked, {"objectives": {"loss": {"other": {}}}}) == {"objectives": {"loss": {"other": {}}}}
     assert base["train"] == {"lr": 1, "steps": 2}
+
+
+def test_a_status_is_not_inherited(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: image/mae\n")
+    assert load("image/mae").status == "tested" and load(path).status == "expressible"
+    listed = {row["name"]: row["status"] for row in rows()}
+    assert listed["graph/graphmae-cora"] == "verified" and listed["graph/graphmae2"] == "expressible"
+    assert all(listed[name] == read(name).get("status", "expressible") for name in listed)
 
 
 def test_a_file_extends_bases_in_order(tmp_path: Path) -> None:

@@ -248,6 +248,7 @@ def read(name: str | Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for base in bases:
         merged = merge(merged, read(base, (*within, path)))
+    merged.pop("status", None)  # what was shown of a base says nothing of what changes it
     return merge(merged, {"name": path.stem, **data})
 
 
