@@ -113,7 +113,7 @@ def test_a_status_is_not_inherited(tmp_path: Path) -> None:
     assert load("image/mae").status == "tested" and load(path).status == "expressible"
     listed = {row["name"]: row["status"] for row in rows()}
     assert listed["graph/graphmae-cora"] == "verified" and listed["graph/graphmae2"] == "expressible"
-    assert all(listed[name] == read(name).get("status", "expressible") for name in listed)
+    assert all(listed[name] == read(name)["status"] for name in listed)
 
 
 def test_a_file_extends_bases_in_order(tmp_path: Path) -> None:

@@ -248,8 +248,8 @@ def read(name: str | Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for base in bases:
         merged = merge(merged, read(base, (*within, path)))
-    merged.pop("status", None)  # what was shown of a base says nothing of what changes it
-    return merge(merged, {"name": path.stem, **data})
+    own = {"name": path.stem, "status": "expressible"}  # what was shown of a base says nothing of what changes it
+    return merge(merged, {**own, **data})
 
 
 def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
