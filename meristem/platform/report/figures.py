@@ -122,6 +122,8 @@ def label_efficiency(results: Results, summary: Summary, protocol: str) -> Plot:
         ax.xaxis.set_major_locator(FixedLocator([n for n, _ in ticks]))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xticklabels([f"{n}\n(all)" if labels == "all" else str(n) for n, labels in ticks])
+        if len(ticks) == 1:  # arms of one budget stand side by side
+            ax.set_xlim(ticks[0][0] / 1.6, ticks[0][0] * 1.6)
         ax.set_xlabel(f"labelled {results.counted} in training")
         ax.set_ylabel(metric_label(results, metric))
         ax.legend()
