@@ -10,8 +10,9 @@ MERISTEM_DATA ?= ../shared/data
 # pretrain on unlabelled scans, fine-tune on few and on all labels beside a scratch arm of equal budget, write one report
 demo: .venv/ready
 	@if [ "$(DATA)" = demo/phantoms ] && [ ! -d $(DATA) ]; then $(BIN)/python -m meristem.modalities.volume.phantom $(DATA); fi
-	@if [ ! -f $(OUT)/pretrained/metrics.json ]; then \
-	    $(BIN)/meristem pretrain volume/mae-unet --data $(DATA) --out $(OUT)/pretrained train.steps=250; fi
+	@if ! grep -q '"stopped_early": false' $(OUT)/pretrained/metrics.json 2>/dev/null; then \
+	    $(BIN)/meristem pretrain volume/mae-unet --data $(DATA) --out $(OUT)/pretrained train.steps=250 \
+	        $$([ -d $(OUT)/pretrained ] && echo --resume); fi
 	$(BIN)/meristem evaluate segmentation --data $(DATA) --init $(OUT)/pretrained --labels 5 --labels all --seeds 2 \
 	    --out $(OUT)/report train.steps=120
 

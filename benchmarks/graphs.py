@@ -33,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from runs import finished
 
 import meristem
 from meristem.modalities.base import Draw, Header, Look, View
@@ -111,7 +112,7 @@ def measure(name: str, encoder: str, root: Path, seeds: int, most: int | None, q
     for seed in range(seeds):
         laid = [*pretrained, f"train.seed={seed}"]
         runs.append(out / f"{name}-{encoder}-{seed}")
-        if not (runs[-1] / "metrics.json").is_file():
+        if not finished(runs[-1]):
             split = "1,0,0" if chosen.folded else "auto"
             meristem.pretrain(recipe, data, runs[-1], laid, split=split, cache=cache, resume=runs[-1].is_dir(), quiet=True)
     laid = [f"task.{_task(chosen)}.metric={chosen.metric}", "train.workers=0"]

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runs import finished
+
 import meristem
 from meristem.platform.evaluation.results import Results, compare, summarise
 
@@ -55,7 +57,7 @@ RECIPES = {"video": "video/videomae"}
 
 def pretrained(recipe: str, data: Any, out: Path, overrides: list[str], split: str) -> dict[str, Any]:
     """A finished run, made now or before: its metrics."""
-    if not (out / "metrics.json").is_file():
+    if not finished(out):
         meristem.pretrain(recipe, data, out, overrides, split=split, resume=out.exists())
     figures: dict[str, Any] = json.loads((out / "metrics.json").read_text())
     return figures
