@@ -72,8 +72,9 @@ def pretrain(recipe: str, data: Pathlike | Mapping[str, Pathlike], out: Pathlike
     nnU-Net dataset, a CSV, a list of paths and labels or a MedMNIST npz; for a joint recipe (`joint/mae`) such a place for each
     member that takes part; only rows of the training split are seen. overrides:
     `key.sub=value`. split: `auto` (the data's own, else 60/20/20 by patient; data without any label all trains), fractions
-    `0.6,0.2,0.2`, or `every:5:1`: fold 1 of 5 (0 to 4) tests, the next validates; folds share no subject. cache: where decoded
-    samples are kept (None: the user's cache). resume: go on from the newest checkpoint in `out`, exactly.
+    `0.6,0.2,0.2`, `every:5:1`: fold 1 of 5 (0 to 4) tests, the next validates; folds share no subject; or `fold:1` of those
+    that the data declares (`fold:1:only`: none validates). cache: where decoded samples are kept (None: the user's cache).
+    resume: go on from the newest checkpoint in `out`, exactly.
     Returns the weights and figures; writes recipe.yaml, metrics.jsonl, metrics.json, quarantine.csv and checkpoints.
     Under torchrun every process calls it alike. Raises MeristemError.
     """

@@ -28,8 +28,8 @@ DataOption = Annotated[Path, typer.Option("--data", help=DATA)]
 OutOption = Annotated[Path, typer.Option("--out", help="Directory for the results.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Recipe overrides, key.sub=value.", show_default=False)]
 SplitOption = Annotated[str, typer.Option(
-    "--split", help="auto (the data's own, else 60/20/20 by patient), fractions such as 0.6,0.2,0.2, or every:5:1 (of five "
-                    "folds, 0 to 4, the one to test on).")]
+    "--split", help="auto (the data's own, else 60/20/20 by patient), fractions such as 0.6,0.2,0.2, every:5:1 (of five "
+                    "folds, 0 to 4, the one to test on), or fold:1 (of the data's own; fold:1:only validates on none).")]
 CacheOption = Annotated[Path | None, typer.Option("--cache", help="Where decoded samples are kept.", show_default="user cache")]
 Task = Annotated[str, typer.Argument(help="segmentation, classification, propagation or keypoints; or a recipe "
                                           "(video/classification) or YAML file, which says what kind of data it is where the "
