@@ -45,8 +45,8 @@ def batches(clouds: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ig
     cache = Cache.build(Manifest.discover(clouds, points), points, tmp_path_factory.mktemp("cache"))
 
     def make(view: PointsViewOptions, rows: Sequence[int] = (0, 1, 2), seed: int = 3) -> View:
-        made = _Batches(cache, rows, {}, points, {"x": view}, ("mask",), seed, len(rows), 0, 1)
-        return made.collate("x", view, [(row, row, i, look) for i, row in enumerate(rows) for look in range(view.count)])
+        made = _Batches(cache, [], {}, points, {"x": view}, ("mask",), seed, len(rows), 0, 1)
+        return made.collate("x", view, [(row, -1, row, i, look) for i, row in enumerate(rows) for look in range(view.count)])
 
     return make
 

@@ -187,14 +187,14 @@ class _Batches(Dataset[Batch | DataError]):
 def whole(cache: Cache, rows: Sequence[Row], modality: Modality, options: ViewSettings) -> View:
     """The looks at each row in order, as evaluation needs them; options should draw nothing at random."""
     batches = _Batches(cache, [], {}, modality, {"x": options}, (), 0, len(rows), 0, 1)
-    looks = [(r.index, r.element, i, i, look) for i, r in enumerate(rows) for look in range(options.count)]
+    looks = [(r.index, -1, i, i, look) for i, r in enumerate(rows) for look in range(options.count)]
     return batches.collate("x", options, looks)
 
 
 def shown(cache: Cache, row: Row, modality: Modality, options: ViewSettings, draws: Sequence[Draw]) -> View:
     """Looks at one row that were decided elsewhere."""
     batches = _Batches(cache, [], {}, modality, {"x": options}, (), 0, 1, 0, 1)
-    return batches.collate("x", options, [(row.index, row.element, 0, 0, look) for look in range(len(draws))], draws)
+    return batches.collate("x", options, [(row.index, -1, 0, 0, look) for look in range(len(draws))], draws)
 
 
 def affine(header: Header, draw: Draw) -> np.ndarray:
