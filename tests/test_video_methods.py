@@ -50,7 +50,7 @@ def assemble(method: str, *more: str) -> Assembly:
 
 def draw(assembly: Assembly, step: int = 0) -> Batch:
     recipe, cache = assembly.recipe, Clips()
-    batches = _Batches(cache, list(range(12)), {}, recipe.modality, recipe.views, (), 0, 6, 0, 1)  # type: ignore[arg-type]
+    batches = _Batches(cache, [(row, -1) for row in range(12)], {}, recipe.modality, recipe.views, (), 0, 6, 0, 1)  # type: ignore[arg-type]
     return assembly.prepare(batches[step])
 
 
