@@ -252,6 +252,19 @@ def test_batch_mates_change_nothing(data: Data, more: dict[str, float]) -> None:
     assert stream.valid.sum(1).tolist() == [(row >= 0).sum() for row in among.index]
 
 
+def test_features_of_a_node_can_have_one_size_and_structure_keeps_its_own(data: Data) -> None:
+    plain = shown(data, [1, 2], options(24))
+    modality = Graph(data.modality.options.model_copy(update={"normalise": "node"}))
+    plain.array[0, :3, 5] = 0  # a node without features stays so
+    sized = modality.augment(replace(plain, array=plain.array.clone()), options(24)).array
+    there = plain.weight[:, 0] > 0  # type: ignore[index]
+    there[0, 5] = False
+    features, before = sized[:, :3].transpose(1, 2), plain.array[:, :3].transpose(1, 2)
+    torch.testing.assert_close(features[there].square().mean(-1), torch.ones(int(there.sum())))
+    torch.testing.assert_close(torch.nn.functional.normalize(features, dim=-1), torch.nn.functional.normalize(before, dim=-1))
+    assert not features[~there].any() and torch.equal(sized[:, 3:], plain.array[:, 3:])
+
+
 def test_dropped_nodes_keep_their_numbers_and_features(data: Data) -> None:
     plain, dropped = shown(data, [1], options(24)), shown(data, [1], options(24, drop_nodes=0.25))
     assert dropped.index is not None and dropped.array.shape[2] == 18

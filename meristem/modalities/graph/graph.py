@@ -237,6 +237,10 @@ class Graph:
     def augment(self, view: View, settings: ViewSettings) -> View:
         assert isinstance(settings, GraphViewOptions)
         view.array = view.array.float()
+        if self.options.normalise == "node":
+            features, structure = view.array[:, :self.channels], view.array[:, self.channels:]
+            size = features.square().mean(1, keepdim=True).sqrt()
+            view.array = torch.cat([features / torch.where(size > 0, size, 1.0), structure], 1)
         if settings.drop_features or settings.mask_nodes:
             view.array = drawing.blanked(view.array, self.channels, view.params["feature_key"], settings.drop_features,
                                          settings.mask_nodes)
