@@ -263,6 +263,8 @@ def test_features_of_a_node_can_have_one_size_and_structure_keeps_its_own(data: 
     torch.testing.assert_close(features[there].square().mean(-1), torch.ones(int(there.sum())))
     torch.testing.assert_close(torch.nn.functional.normalize(features, dim=-1), torch.nn.functional.normalize(before, dim=-1))
     assert not features[~there].any() and torch.equal(sized[:, 3:], plain.array[:, 3:])
+    alone = Graph(modality.options.model_copy(update={"channels": 1}))
+    assert torch.equal(alone.augment(replace(plain), options(24)).array, plain.array)
 
 
 def test_dropped_nodes_keep_their_numbers_and_features(data: Data) -> None:

@@ -237,7 +237,7 @@ class Graph:
     def augment(self, view: View, settings: ViewSettings) -> View:
         assert isinstance(settings, GraphViewOptions)
         view.array = view.array.float()
-        if self.options.normalise == "node":
+        if self.options.normalise == "node" and self.channels > 1:
             features, structure = view.array[:, :self.channels], view.array[:, self.channels:]
             size = features.square().mean(1, keepdim=True).sqrt()
             view.array = torch.cat([features / torch.where(size > 0, size, 1.0), structure], 1)

@@ -21,8 +21,8 @@ class GraphOptions(Settings):
     all higher ones share a channel. channels: numbers per node; edge_kinds: of edges; tags, kinds: their names, in the order of
     their channels and numbers; weights: whether edges have one, which encoders then see as a share of the graph's heaviest;
     these five, null: as the data has, settled on opening it, over all samples. normalise: `node` brings each node's features to
-    a root mean square of 1, as a transformer wants bags of words, whose numbers are small beside encodings of structure; of a
-    single feature it leaves the sign.
+    a root mean square of 1, as a transformer wants bags of words, whose numbers are small beside encodings of structure; a
+    single feature stays as it is.
     walk: steps of the random-walk encoding; laplacian: eigenvectors of the Laplacian encoding; 0: none; both are structure, not
     content. encode_up_to: nodes of the largest graph that is encoded.
     threshold: only edges of at least this weight, without its sign; density: only this share of all pairs, the heaviest.
