@@ -82,6 +82,25 @@ def test_a_killed_run_resumes_to_the_same_bits(volume_folder: Path, tmp_path: Pa
     assert same(whole, run(volume_folder, tmp_path / "cut", *more, resume=True))
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_request_to_the_whole_process_group_stops_a_run_cleanly(volume_folder: Path, tmp_path: Path, name: str) -> None:
+    """Ctrl-C and a scheduler reach the workers too; they must not die of it before the loop has saved."""
+    kill = f"'kill', '-{name.removeprefix('SIG')}', '--', f'-{{os.getpgrp()}}'"  # another process: a parent's ends a worker
+    script = ("import os, pathlib, subprocess, time, meristem\n"
+              "from meristem.platform.training import loop\n"
+              "step = loop.Reporter.advance\n"
+              "def advance(self, n):\n"
+              "    step(self, n)\n"
+              f"    if n == 4: subprocess.Popen([{kill}]); time.sleep(1)\n"
+              "loop.Reporter.advance = advance\n"
+              f"meristem.pretrain('volume/mae', {str(volume_folder)!r}, {str(tmp_path / 'cut')!r}, "
+              f"{[*TINY, 'train.steps=50', 'train.workers=1']!r}, quiet=True, "
+              f"cache=pathlib.Path({str(volume_folder.parent / 'cache')!r}))\n")
+    ended = subprocess.run([sys.executable, "-c", script], start_new_session=True, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert checkpoint.read_card(tmp_path / "cut")["step"] == 4
+
+
 def test_another_seed_gives_other_weights(volume_folder: Path, tmp_path: Path) -> None:
     assert not same(run(volume_folder, tmp_path / "a", steps=2), run(volume_folder, tmp_path / "b", "train.seed=1", steps=2))
 

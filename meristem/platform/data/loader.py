@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -42,6 +43,7 @@ class Loader:
         # a generator of its own: DataLoader would draw a seed from the global one, and a resumed run would differ
         stream = iter(DataLoader(self._batches, batch_size=None, sampler=range(self._start, self._steps),
                                  num_workers=self._workers, collate_fn=_same, generator=torch.Generator(),
+                                 worker_init_fn=_leave_signals_to_the_loop,
                                  pin_memory=torch.cuda.is_available(), prefetch_factor=4 if self._workers else None))
         while True:
             asked = time.perf_counter()
@@ -79,6 +81,13 @@ def loader(cache: Cache, rows: Sequence[Row], recipe: Recipe, *, fields: Sequenc
     batches = _Batches(cache, [(r.index, r.element) for r in usable], table, recipe.modality, recipe.views, tuple(fields),
                        train.seed, train.batch, rank, world)
     return Loader(batches, start, steps, train.workers if workers is None else workers)
+
+
+def _leave_signals_to_the_loop(worker: int) -> None:
+    """A request to stop that reaches the whole process group, as Ctrl-C's, is the training loop's to answer."""
+    for name in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))  # a second one ends the worker
 
 
 class _PinnedBatch(Batch):
