@@ -213,7 +213,7 @@ class Dense(PredictorSettings):
 
 
 class GraphPredictor(Predictor):
-    """Encoded nodes, mapped, with nothing in the place of those it is not given, through message-passing layers.
+    """Encoded nodes, mapped, with 0 or a learned token in the place of those it is not given, through message-passing layers.
 
     It is given no hidden node as the encoder made it, or in each of several passes not those that the plan's `remask` names:
     each pass predicts all hidden nodes.
