@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from meristem.errors import RecipeError
 from meristem.modalities.frame import Frame
+from meristem.modalities.objects import Objects
 from meristem.modalities.rng import Rng
 from meristem.modalities.stream import Edges, TokenStream
 
@@ -306,6 +307,21 @@ class Modality(Protocol):
 
     def write(self, prediction: np.ndarray, header: Header, path: Path) -> Path:
         """Write a label map (*S) of the stored lattice on the grid of the source file. Returns the file written."""
+        ...
+
+
+@runtime_checkable
+class Placing(Protocol):
+    """A modality whose samples may have annotated objects."""
+
+    def placed(self, objects: Objects, header: Header) -> Objects:
+        """Objects as files have them, in the source coordinates of their sample. Raises DataError (box) for one that cannot be
+        in it.
+        """
+        ...
+
+    def annotated(self, box: np.ndarray, header: Header) -> np.ndarray:
+        """The inverse, of boxes: (K, n) in source coordinates, as files have them."""
         ...
 
 

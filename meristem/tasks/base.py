@@ -61,14 +61,16 @@ class TaskSettings(Settings):
     """The typed entry of a task in a recipe. fields: companions of a sample it trains on.
 
     protocols: how encoders are compared by it, the usual one first; one that has no `finetune` trains on no labels. counted:
-    what is drawn, tested and resampled: subjects with all their samples, or parts of samples.
+    what is drawn, tested and resampled: subjects with all their samples, or parts of samples. scoring: of detections, as
+    `Results.scoring`.
     """
 
-    kind: ClassVar[Literal["segmentation", "classification", "propagation", "parts", "semantic"]]
+    kind: ClassVar[Literal["segmentation", "classification", "propagation", "parts", "semantic", "detection"]]
     metric: ClassVar[str]
     protocols: ClassVar[tuple[str, ...]] = ("finetune",)
     fields: ClassVar[tuple[str, ...]] = ()
     counted: ClassVar[Literal["subjects", "nodes", "pairs"]] = "subjects"
+    scoring: ClassVar[str] = ""
 
     @property
     def parts(self) -> bool:

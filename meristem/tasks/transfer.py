@@ -236,7 +236,8 @@ def _results(recipe: TaskRecipe, data: Data, scope: Scope, contestants: Sequence
     return Results(task=recipe.name, kind=kind, metric=metric, classes=classes,
                    dataset=Dataset(name="the given data", manifest=data.manifest.hash, splits=splits,
                                    quarantined=len(data.cache.quarantine)),
-                   cells=tuple(cells), counted=recipe.task.counted, unit=scope.unit or "mm",
+                   cells=tuple(cells), counted=recipe.task.counted, scoring=recipe.task.scoring,
+                   overlaps=dict(getattr(recipe.task, "overlaps", {})), unit=scope.unit or "mm",
                    tolerance=getattr(recipe.task, "tolerance", None),
                    pretraining=pretraining, leakage=leakage, versions=checkpoint.versions(), settings=settings,
                    cost={"device": device} | {f"pretraining of {a.name}": _cost(a.init) for a in contestants if a.init})

@@ -20,8 +20,10 @@ from meristem.modalities.image.raster import Raster, dtype_limits
 from meristem.modalities.image.storage import to_integers
 from meristem.modalities.lattice import Lattice, LatticeOptions, LatticeViewOptions, anchors
 from meristem.modalities.lattice.labels import nearest, to_classes, to_values
+from meristem.modalities.objects import Objects
 
 IMAGENET = {1: ((0.449,), (0.226,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}  # one channel: the three's mean
+SLACK = 1.0  # pixels by which a box may stick out, as those of tools that count from 1 do
 ENCODING = ("slope", "intercept", "limits", "inverted", "spacing")
 
 
@@ -187,6 +189,31 @@ class Image(Lattice):
         smooth = F.interpolate(values, size, mode="bilinear", antialias=True)[0].numpy()
         resized = (smooth if array.dtype.kind == "f" else np.rint(smooth)).astype(array.dtype)
         return resized, {name: nearest(mask, size) for name, mask in masks.items()}
+
+    def placed(self, objects: Objects, header: Header) -> Objects:
+        """Pixels from the picture's corner to the positions' unit, where the first pixel's centre is 0. Raises DataError."""
+        size = np.array(header.source["shape"], float)
+        low, high = np.split(objects.box, 2, axis=1)
+        out = (low < -SLACK) | (high > size + SLACK)
+        if out.any():
+            at = int(np.flatnonzero(out.any(1))[0])
+            top, left, bottom, right = objects.box[at]
+            raise DataError("box", f"box {at + 1}, from ({left:g}, {top:g}) to ({right:g}, {bottom:g}), reaches outside the "
+                            f"image of {size[1]:g}×{size[0]:g} pixels",
+                            "Correct it; was the image turned or resized after it was annotated?")
+        pixel = self._pixel(header)
+        corner = [(np.clip(x, 0, size) - 0.5) * pixel for x in (low, high)]
+        return replace(objects, box=np.concatenate(corner, 1))
+
+    def annotated(self, box: np.ndarray, header: Header) -> np.ndarray:
+        """(K, 4) in source coordinates, as annotations have them: pixels of the source picture from its corner."""
+        pixel = self._pixel(header)
+        return np.clip(box / np.tile(pixel, 2) + 0.5, 0, np.tile(header.source["shape"], 2))
+
+    @staticmethod
+    def _pixel(header: Header) -> np.ndarray:
+        """(2,) size of a pixel of the source file, in the positions' unit."""
+        return np.array(header.spacing) * np.array(header.shape[1:]) / np.array(header.source["shape"])
 
     def write(self, prediction: np.ndarray, header: Header, path: Path) -> Path:
         """A grey PNG of the source's size with the recipe's mask values; the suffix becomes .png.

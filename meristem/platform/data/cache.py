@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,8 @@ class Cache:
 
     def __init__(self, directory: Path, entries: Mapping[int, Entry], modality: Modality,
                  sources: Mapping[int, Sequence[Path]] = {}, quarantine: Sequence[Problem] = (), reused: int = 0) -> None:
-        self.directory, self.entries, self.quarantine, self.reused = directory, dict(entries), tuple(quarantine), reused
+        self.directory, self.entries, self.reused = directory, dict(entries), reused
+        self.quarantine: tuple[Problem, ...] = tuple(quarantine)
         self._modality, self._sources = modality, dict(sources)
         self._handles: OrderedDict[tuple[int, str], Any] = OrderedDict()
 
@@ -181,6 +182,12 @@ class Cache:
     def header(self, row: int) -> Header:
         """Without tables."""
         return self.entries[row].header
+
+    def aim(self, row: int, anchors: tuple[tuple[int, ...], ...]) -> None:
+        """Let crops of a row that must hold something labelled be drawn about these stored positions."""
+        if anchors:
+            entry = self.entries[row]
+            self.entries[row] = replace(entry, header=replace(entry.header, anchors=anchors))
 
     def tables(self, row: int) -> dict[str, np.ndarray]:
         """What is stored beside the lattice, by name; not copied where it is mapped into memory."""

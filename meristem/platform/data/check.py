@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from meristem.modalities.base import Draw, Modality
+from meristem.errors import DataError
+from meristem.modalities.base import Draw, Modality, Placing
 from meristem.platform.data.cache import Progress, contents, decode, distinct
 from meristem.platform.data.manifest import Manifest, Problem, Row
 
@@ -60,6 +61,7 @@ class Report:
     suspects: list[Suspect] = field(default_factory=list)
     splits: dict[str, int] = field(default_factory=dict)
     classes: dict[str, int] = field(default_factory=dict)
+    objects: dict[str, int] = field(default_factory=dict)
     shape: dict[str, list[float]] = field(default_factory=dict)
     spacing: dict[str, list[float]] = field(default_factory=dict)
     intensity: dict[str, list[float]] = field(default_factory=dict)
@@ -90,6 +92,7 @@ class Report:
                    for k, v in self.labels.items()),
                  *([("foreground", _span(self.foreground))] if self.foreground else []),
                  *(("class " + k, str(n)) for k, n in self.classes.items()),
+                 *(("objects " + k, str(n)) for k, n in self.objects.items()),
                  *(("split " + k, str(n)) for k, n in self.splits.items())]
         width = max(20, *(len(name) + 2 for name, _ in lines))
         for name, text in lines:
@@ -126,6 +129,8 @@ def check(path: str | Path, modality: Modality, *, workers: int = 0, progress: P
     report.splits = dict(Counter(r.split or "open" for r in used))
     classes = Counter(r.labels["class"] for r in used if "class" in r.labels)
     report.classes = {manifest.class_names[c]: n for c, n in sorted(classes.items())}
+    objects = Counter(label for r in used if r.objects is not None for label in r.objects.label.tolist())
+    report.objects = {manifest.object_names[c]: n for c, n in sorted(objects.items())}
     if figures:
         _sum_up(report, figures, [a.name for a in modality.axes], manifest.mask_names)
     return report
@@ -157,6 +162,11 @@ class _Reading(Dataset[Any]):
         if isinstance(sample, Problem):
             return sample
         h = sample.header
+        try:
+            if row.objects is not None and isinstance(self.modality, Placing):
+                self.modality.placed(row.objects, h)
+        except DataError as error:
+            return Problem(row.case, error.reason, error.what, error.remedy, row.local)
         array = sample.array
         if array is None:  # it stayed in its files: the middle along the first axis tells enough
             size = (1, *h.shape[2:])

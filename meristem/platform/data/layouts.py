@@ -15,6 +15,7 @@ import numpy as np
 
 from meristem.errors import DataError
 from meristem.modalities.base import Element, Modality, member_files, natural, split_element
+from meristem.modalities.objects import Objects
 
 IMAGES = ("images", "jpegimages", "frames", "rgb", "velodyne", "points")
 PARTNERS = {**dict.fromkeys(("labels", "masks", "annotations"), IMAGES), "labelstr": ("imagestr",), "labelsts": ("imagests",),
@@ -85,6 +86,7 @@ class Found:
     split: str = ""
     fold: int = -1
     meta: dict[str, float | str] = field(default_factory=dict)
+    objects: Objects | None = None
 
 
 class Search:
@@ -101,6 +103,7 @@ class Search:
         self.ranked = False  # a list says whose the samples are
         self.class_names: tuple[str, ...] = ()
         self.mask_names: tuple[str, ...] = ()
+        self.object_names: tuple[str, ...] = ()
         self.channel_names: tuple[str, ...] = ()
 
     def suffix(self, name: str) -> str:
@@ -175,7 +178,7 @@ class Search:
         subjects = self._subjects(list(images), bool(classes), patients)
         parts = self._parts(root) if classes else {}
         for image in images:
-            label, split = classes.get(image), _split_of(image)
+            label, split = classes.get(image), split_of(image)
             if (inside := several[image]) is not None:
                 self.within(root / image, image.as_posix(), inside, label=label, split=split)
                 continue
@@ -369,5 +372,11 @@ def splits_of(path: Path) -> list[str]:
         return []
 
 
-def _split_of(path: Path) -> str:
+def split_of(path: Path) -> str:
     return next((SPLITS[p.lower()] for p in path.parts[:-1] if p.lower() in SPLITS), "")
+
+
+def split_named(name: str) -> str:
+    """train, val or test, of a file or folder that is called so, or starts so (`val2017`); else ''."""
+    found = re.match("train|val|test", re.sub("^instances_", "", name.lower()))
+    return found[0] if found else ""

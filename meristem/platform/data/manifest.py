@@ -18,7 +18,9 @@ from typing import Any
 
 from meristem.errors import DataError, MeristemError
 from meristem.modalities.base import Modality, member_files, split_element
+from meristem.modalities.objects import Objects
 from meristem.platform.data import lists
+from meristem.platform.data.annotated import format_of
 from meristem.platform.data.layouts import Search, relative, splits_of
 from meristem.platform.data.lists import number
 
@@ -33,6 +35,7 @@ class Row:
     identify a person, so they are in no table. rank: place of the subject among all by true name, where a table names it.
     fold: of a declared cross-validation, the one that tests it; −1 where none is declared. element: number of the part of the
     sample that is meant (a node), where a task counts parts; −1: all of it. other: that of the second of a pair of parts.
+    objects: that are annotated in it, none perhaps; None where nobody looked.
     """
 
     index: int
@@ -48,10 +51,11 @@ class Row:
     fold: int = -1
     element: int = -1
     other: int = -1
+    objects: Objects | None = field(default=None, repr=False, compare=False)
 
     @property
     def labelled(self) -> bool:
-        return bool(self.fields or self.labels)
+        return bool(self.fields or self.labels) or self.objects is not None
 
     @property
     def suffix(self) -> str:
@@ -81,9 +85,10 @@ class Manifest:
     """The samples of a data set.
 
     class_names: of the rows' `class` label, by index. mask_names: of the mask's values, by value ('' where unknown).
-    channel_names: as the data set declares them. layout: which one was recognised. problems: what was found but cannot be a
-    row. hash: of relative names, sizes, labels and declared splits, the same wherever the data lies. key_id: of the key behind
-    the pseudonyms; those of two manifests can only be compared when it is the same.
+    object_names: of the classes of annotated objects. channel_names: as the data set declares them.
+    layout: which one was recognised. problems: what was found but cannot be a row. hash: of relative names, sizes, labels,
+    objects and declared splits, the same wherever the data lies. key_id: of the key behind the pseudonyms; those of two
+    manifests can only be compared when it is the same.
     """
 
     rows: tuple[Row, ...]
@@ -92,6 +97,7 @@ class Manifest:
     key_id: str
     class_names: tuple[str, ...] = ()
     mask_names: tuple[str, ...] = ()
+    object_names: tuple[str, ...] = ()
     channel_names: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
 
@@ -100,7 +106,7 @@ class Manifest:
 
     @classmethod
     def discover(cls, path: str | Path, modality: Modality) -> Manifest:
-        """The samples in a folder, a file, an MSD or nnU-Net `dataset.json`, a CSV, a list or a MedMNIST npz.
+        """The samples in a folder, a file, an MSD or nnU-Net `dataset.json`, annotated boxes, a CSV, a list or a MedMNIST npz.
 
         Raises DataError when nothing is found or the description of the data is wrong.
         """
@@ -113,6 +119,8 @@ class Manifest:
         if inside is not None:
             search.layout = "file of several samples"
             search.within(path.resolve(), path.name, inside)
+        elif format_ := format_of(search, path):
+            root = format_.read(search, path.resolve())
         elif path.is_file() and lists.is_list(search, path):
             root = lists.read(search, {path.resolve(): ""})
         elif path.name == "dataset.json" or (path / "dataset.json").is_file():
@@ -197,14 +205,23 @@ def _manifest(search: Search, root: Path) -> Manifest:
                 sizes[file] = f"{sum(inside)} in {len(inside)}" if inside else str(file.stat().st_size)
             local.append(sizes[file])
         labels = {} if f.label is None else {"class": index[f.label]}
-        lines.append([*local, f.label or "", f.split, f.subject])
+        lines.append([*local, f.label or "", f.split, f.subject, *_digested(f.objects)])
         rows.append(Row(i, pseudonym("case", local[0], key), pseudonym("sub", f.subject, key), f.paths, f.local,
-                        {"mask": f.mask} if f.mask else {}, labels, f.split, f.meta, ranks.get(f.subject, 0), f.fold))
-    digest = hashlib.sha256(json.dumps([lines, names, search.mask_names]).encode()).hexdigest()[:16]
+                        {"mask": f.mask} if f.mask else {}, labels, f.split, f.meta, ranks.get(f.subject, 0), f.fold,
+                        objects=f.objects))
+    digest = hashlib.sha256(json.dumps([lines, names, search.mask_names, *search.object_names]).encode()).hexdigest()[:16]
     problems = tuple(Problem(pseudonym("case", local, key), reason, message, remedy, local)
                      for reason, local, message, remedy in search.lost)
     return Manifest(tuple(rows), search.layout, digest, pseudonym("key", "id", key), names, search.mask_names,
-                    search.channel_names, problems)
+                    search.object_names, search.channel_names, problems)
+
+
+def _digested(objects: Objects | None) -> list[str]:
+    """What a manifest's hash knows of a sample's objects."""
+    if objects is None:
+        return []
+    parts = [x.tobytes() for x in (objects.box, objects.label, objects.ignore, objects.level)]
+    return [hashlib.sha256(b"".join([*parts, *(mask.key() for mask in objects.masks)])).hexdigest()]
 
 
 def _class_order(name: str) -> tuple[int, float, str]:

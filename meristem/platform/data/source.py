@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from meristem.modalities.base import Modality
+from meristem.errors import DataError
+from meristem.modalities.base import Header, Modality, Placing
+from meristem.modalities.objects import Objects
 from meristem.platform.data.cache import Cache
-from meristem.platform.data.manifest import Manifest, Row
+from meristem.platform.data.manifest import Manifest, Problem, Row
 from meristem.platform.data.splits import divide
 
 
@@ -51,7 +54,7 @@ def open_data(path: Path, modality: Modality, split: str = "auto", cache: Path |
     manifest = Manifest.discover(path, modality)
     modality = modality.fitted([p for row in manifest.rows for p in row.paths])
     if not labels:
-        manifest = replace(manifest, rows=tuple(replace(row, fields={}, labels={}) for row in manifest.rows))
+        manifest = replace(manifest, rows=tuple(replace(row, fields={}, labels={}, objects=None) for row in manifest.rows))
     if quiet or not sys.stderr.isatty():
         store = Cache.build(manifest, modality, cache, workers=0)
     else:
@@ -61,6 +64,7 @@ def open_data(path: Path, modality: Modality, split: str = "auto", cache: Path |
             store = Cache.build(manifest, modality, cache, lambda done, total: bar.update(task, completed=done, total=total))
     inside = {r.index: {n: r.paths[0] for n in store.fields(r.index)} for r in manifest.rows if labels and r.index in store}
     manifest = replace(manifest, rows=tuple(replace(r, fields={**inside.get(r.index, {}), **r.fields}) for r in manifest.rows))
+    manifest = _placed(manifest, store, modality)
     usable = {i: store.volume(i) for i in store.rows if "mask" in store.fields(i)}
     if labels:
         bare = split == "auto" and not any(row.labelled or row.split for row in manifest.rows)
@@ -71,3 +75,32 @@ def open_data(path: Path, modality: Modality, split: str = "auto", cache: Path |
               f"({', '.join(reasons)}): quarantine.csv in the run directory. `meristem data check` names them.",
               file=sys.stderr)
     return Data(manifest, store, modality)
+
+
+def _placed(manifest: Manifest, store: Cache, modality: Modality) -> Manifest:
+    """The rows with their objects in source coordinates; those that cannot be there are counted among the quarantined."""
+    rows = []
+    for row in manifest.rows:
+        if row.objects is not None and row.index in store:
+            header = store.header(row.index)
+            try:
+                if not isinstance(modality, Placing):
+                    raise DataError("box", f"boxes mean nothing to the modality {modality.name}")
+                row = replace(row, objects=modality.placed(row.objects, header))
+                store.aim(row.index, _middles(row.objects, header))
+            except DataError as error:
+                store.quarantine += (Problem(row.case, error.reason, error.what, error.remedy, row.local),)
+                row = replace(row, objects=None)
+        rows.append(row)
+    return replace(manifest, rows=tuple(rows))
+
+
+def _middles(objects: Objects | None, header: Header) -> tuple[tuple[int, ...], ...]:
+    """The stored elements in the middle of objects that lie on a lattice, for crops that must hold some."""
+    dims = len(header.shape) - 1
+    if objects is None or objects.box.shape[1] != 2 * dims or len(header.affine) != dims + 1:
+        return ()
+    low, high = np.split(objects.box[~objects.ignore], 2, axis=1)
+    middle = np.concatenate([(low + high) / 2, np.ones((len(low), 1))], 1)
+    index = np.rint(middle @ np.linalg.inv(np.array(header.affine)).T)[:, :-1]
+    return tuple(map(tuple, np.clip(index, 0, np.array(header.shape[1:]) - 1).astype(int).tolist()))

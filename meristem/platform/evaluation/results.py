@@ -46,10 +46,26 @@ class Budget(Model):
     seconds: FiniteFloat
 
 
-class Case(Model):
-    """One tested case under pseudonyms: either `metrics` (name -> class -> value) or `target` and `probabilities`.
+class Boxes(Model):
+    """Objects of one case. box: (K, n) as in `modalities.objects`, in the stored sample's own axes and unit. label: class of
+    each, by number in `Results.classes`. score: of each that was found. ignore, level: of true ones, as there. size: area or
+    volume of each true one, of its mask where it has one.
+    """
 
-    metrics: those of `metrics.RATIOS` are given as the counts they are made of. category: of a shape with parts.
+    box: tuple[tuple[FiniteFloat, ...], ...]
+    label: tuple[int, ...]
+    score: tuple[FiniteFloat, ...] = ()
+    ignore: tuple[bool, ...] = ()
+    level: tuple[int, ...] = ()
+    size: tuple[FiniteFloat, ...] = ()
+
+
+class Case(Model):
+    """One tested case under pseudonyms: `metrics` (name -> class -> value), or `target` and `probabilities`, or `truth` and
+    `found`.
+
+    metrics: those of `metrics.RATIOS` are given as the counts they are made of. category: of a shape with parts. overlap: of
+    the masks of what was found (rows) and what is true, where both have masks.
     """
 
     case: str
@@ -58,11 +74,16 @@ class Case(Model):
     metrics: dict[str, dict[str, FiniteFloat]] = {}
     target: int | None = None
     probabilities: tuple[FiniteFloat, ...] = ()
+    truth: Boxes | None = None
+    found: Boxes | None = None
+    overlap: tuple[tuple[FiniteFloat, ...], ...] = ()
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
-        if bool(self.metrics) == bool(self.probabilities) or bool(self.probabilities) != (self.target is not None):
-            raise ValueError("a case has either metrics, or target and probabilities")
+        if bool(self.probabilities) != (self.target is not None) or (self.truth is None) != (self.found is None):
+            raise ValueError("target and probabilities go together, and so do truth and found")
+        if bool(self.metrics) + bool(self.probabilities) + (self.truth is not None) != 1:
+            raise ValueError("a case has metrics, or target and probabilities, or truth and found")
         return self
 
 
@@ -108,17 +129,20 @@ class Results(Model):
     in the order of the probabilities; retrieval: `QUERIES` alone; parts: `SHAPES` alone; few-shot: its
     settings). unit: of distances (mm | px). tolerance: of the NSD.
     pretraining: arm -> excerpt of its card. leakage: arm -> audit. cost: anything worth printing, by name. settings: the
-    resolved recipes, by name. counted: what is drawn for training, tested and resampled.
+    resolved recipes, by name. counted: what is drawn for training, tested and resampled. scoring: how detections are scored;
+    overlaps: class -> IoU from which on one is right, where classes differ in that.
     """
 
     task: str
-    kind: Literal["segmentation", "classification", "retrieval", "propagation", "parts", "semantic", "few-shot"]
+    kind: Literal["segmentation", "classification", "retrieval", "propagation", "parts", "semantic", "few-shot", "detection"]
     metric: str
     classes: tuple[str, ...]
     dataset: Dataset
     cells: tuple[Cell, ...]
     higher: dict[str, bool] = metrics.HIGHER
     counted: Literal["subjects", "nodes", "pairs"] = "subjects"
+    scoring: str = ""
+    overlaps: dict[str, FiniteFloat] = {}
     unit: str = "mm"
     tolerance: FiniteFloat | None = None
     pretraining: dict[str, dict[str, Any]] = {}

@@ -1,0 +1,28 @@
+"""What every format of boxes checks before a sample is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from meristem.errors import DataError
+
+
+def checked(box: Sequence[Sequence[float]], names: Sequence[str]) -> np.ndarray:
+    """(K, 2·D) boxes of objects with these names. Raises DataError (box) for one that is not finite or has no extent."""
+    table = np.array(box, float).reshape(len(names), -1) if len(names) else np.zeros((0, 4))
+    if not np.isfinite(table).all():
+        at = int(np.flatnonzero(~np.isfinite(table).all(1))[0])
+        raise DataError("box", f"box {at + 1} ({names[at]}) is not made of finite numbers", "Correct or remove it.")
+    low, high = np.split(table, 2, axis=1)
+    flat = (high <= low).any(1)
+    if flat.any():
+        at = int(np.flatnonzero(flat)[0])
+        raise DataError("box", f"box {at + 1} ({names[at]}) has zero area: {shown(table[at])}", "Correct or remove it.")
+    return table
+
+
+def shown(box: np.ndarray) -> str:
+    low, high = np.split(np.asarray(box), 2)
+    return " to ".join("(" + ", ".join(f"{x:g}" for x in corner) + ")" for corner in (low, high))
