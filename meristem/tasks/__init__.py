@@ -2,6 +2,7 @@
 
 from meristem.tasks.base import TASKS, TaskObjective, TaskRecipe, TaskSettings
 from meristem.tasks.classification import Classification
+from meristem.tasks.detection import Detection
 from meristem.tasks.links import Links
 from meristem.tasks.nodes import Nodes
 from meristem.tasks.parts import PartSegmentation, SemanticSegmentation
@@ -9,6 +10,6 @@ from meristem.tasks.propagation import Keypoints, Propagation
 from meristem.tasks.segmentation import Segmentation
 
 TASKS.update(segmentation=Segmentation, classification=Classification, propagation=Propagation, keypoints=Keypoints,
-             parts=PartSegmentation, semantic=SemanticSegmentation, nodes=Nodes, links=Links)
+             parts=PartSegmentation, semantic=SemanticSegmentation, nodes=Nodes, links=Links, detection=Detection)
 
 __all__ = ["TASKS", "TaskObjective", "TaskRecipe", "TaskSettings"]

@@ -1,1 +1,8 @@
 """Heads that find boxes in feature maps."""
+
+from meristem.tasks.detectors.base import DETECTORS, Boxed, Detector, DetectorSettings
+from meristem.tasks.detectors.torchvision import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+
+DETECTORS.update({"faster-rcnn": FasterRCNN, "mask-rcnn": MaskRCNN, "retinanet": RetinaNet, "fcos": FCOS})
+
+__all__ = ["DETECTORS", "Boxed", "Detector", "DetectorSettings"]

@@ -123,7 +123,8 @@ def _read(search: Search, root: Path, file: Path, about: Mapping[str, Any], spli
         subject = next((str(image[key]) for key in SUBJECT if image.get(key)), "")
         search.ranked |= bool(subject)
         objects = _objects(search, local, image, of_image[image["id"]], number)
-        search.add((place,), local, subject, split=split, objects=objects)
+        search.add((place,), local, subject, split=split, objects=objects,
+                   meta={"image_id": image["id"]})
     known = {image["id"] for image in about["images"]}
     for lost in sorted(map(str, of_image.keys() - known)):
         search.lost.append(("box", f"{file.name} image {lost}", "has annotations but is not among the images",
