@@ -90,7 +90,7 @@ def read(search: Search, path: Path) -> Path:
     for file in files:
         try:
             about = json.loads(file.read_text(encoding="utf-8-sig"))
-            _read(search, root, file, about, split_named(file.stem) or split_named(file.parent.name) if len(files) > 1 else "")
+            _read(search, root, file, about, len(files) > 1)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError("unreadable", f"{file.name} is not a COCO file: {type(error).__name__} {error}",
                             "It wants images (id, file_name), annotations (image_id, category_id, bbox), categories.") from None
@@ -98,7 +98,9 @@ def read(search: Search, path: Path) -> Path:
     return root
 
 
-def _read(search: Search, root: Path, file: Path, about: Mapping[str, Any], split: str) -> None:
+def _read(search: Search, root: Path, file: Path, about: Mapping[str, Any], several: bool) -> None:
+    """several: whether the file is one of some, each of a split."""
+    split = split_named(file.stem) or split_named(file.parent.name)
     names = tuple(str(c["name"]) for c in sorted(about["categories"], key=lambda c: c["id"]))
     if search.object_names and names != search.object_names:
         raise DataError("class", f"{file.name} has the categories {', '.join(names)}, another file "
@@ -123,7 +125,7 @@ def _read(search: Search, root: Path, file: Path, about: Mapping[str, Any], spli
         subject = next((str(image[key]) for key in SUBJECT if image.get(key)), "")
         search.ranked |= bool(subject)
         objects = _objects(search, local, image, of_image[image["id"]], number)
-        search.add((place,), local, subject, split=split, objects=objects,
+        search.add((place,), local, subject, split=split if several else "", objects=objects,
                    meta={"image_id": image["id"]})
     known = {image["id"] for image in about["images"]}
     for lost in sorted(map(str, of_image.keys() - known)):

@@ -47,7 +47,7 @@ def read(search: Search, path: Path) -> Path:
         try:
             trees[image] = _annotated(file)
         except DataError as error:
-            search.lost.append((error.reason, local, error.what, error.remedy))
+            search.lost.append((error.reason, relative(image, path), error.what, error.remedy))
     search.object_names = tuple(listed or sorted({name for objects in trees.values() for name, *_ in objects}))
     number = {name: i for i, name in enumerate(search.object_names)}
     for image in images.values():
