@@ -28,6 +28,7 @@ from meristem.platform.slots import Slot
 from meristem.platform.step import Step
 from meristem.tasks.base import Keep, Scope, TaskObjective, TaskRecipe, TaskSettings
 from meristem.tasks.detectors import DETECTORS, Boxed, DetectorSettings
+from meristem.tasks.detectors.fusion import Fusion, fuse
 from meristem.tasks.detectors.pyramid import pyramid
 
 WINDOWS = 4  # predicted at once
@@ -83,7 +84,8 @@ class DetectionObjective(TaskObjective):
                 maps = self.pyramid(assembly.encoder(stream.seen(recipe.encoder.sees), want=self.pyramid.want), stream)
                 each = self.detector.detect(maps, view_size)
             found += [_moved(x, start, size, view_size, header.shape[1:]) for x, start in zip(each, some, strict=True)]
-        return _together(found, self.settings)
+        place = torch.tensor([(*start, *(a + n for a, n in zip(start, size, strict=True))) for start in starts], device=device)
+        return fuse(found, place, self.settings.fuse, self.settings.fusion, self.settings.most)
 
     def test(self, assembly: Assembly, data: Data, rows: Sequence[Row], scope: Scope, keep: Keep | None = None) -> list[Case]:
         """Boxes in the stored lattice's own axes and unit, true and found."""
@@ -158,7 +160,7 @@ def in_view(objects: Objects, frame: Frame, inverse: Tensor, visible: float) -> 
     points = torch.from_numpy(corners(objects.box)).to(device, torch.float64)
     exact = Frame(frame.affine.double(), frame.shape, frame.spacing, frame.unit)
     index, _ = exact.from_source(points.reshape(1, -1, dims))
-    index = index.reshape(len(objects), -1, dims) + 0.5
+    index = index.reshape(len(objects), 2**dims, dims) + 0.5
     size = torch.tensor(frame.shape, device=device, dtype=torch.float64)
     low, high = (index.amin(1), index.amax(1)) if len(objects) else (index[:, :0].sum(1),) * 2
     inside = low.clamp_min(0).minimum(size), high.clamp_min(0).minimum(size)
@@ -213,18 +215,6 @@ def _moved(found: Boxed, start: Sequence[int], size: Sequence[int], view: Sequen
     return Boxed(box, found.label, found.score, masks)
 
 
-def _together(found: Sequence[Boxed], settings: Detection) -> Boxed:
-    """Of all windows, the best of each object."""
-    from torchvision.ops import batched_nms
-
-    box, label = torch.cat([x.box for x in found]), torch.cat([x.label for x in found])
-    score = torch.cat([x.score for x in found if x.score is not None])
-    masks = torch.cat([x.masks for x in found if x.masks is not None]) if found[0].masks is not None else None
-    keep = batched_nms(box, score, label, settings.fuse) if len(found) > 1 else score.argsort(descending=True)
-    keep = keep[:settings.most]
-    return Boxed(box[keep], label[keep], score[keep], None if masks is None else masks[keep])
-
-
 def _mask_overlap(found: Boxed, objects: Objects, shape: Sequence[int]) -> tuple[tuple[float, ...], ...]:
     """IoU of the masks of what was found (rows) and what is true; () where either has none."""
     if found.masks is None or not objects.masks:
@@ -240,8 +230,8 @@ def _mask_overlap(found: Boxed, objects: Objects, shape: Sequence[int]) -> tuple
 
 class Detection(TaskSettings):
     """levels: of the feature pyramid, width: its channels. visible: share of an object that a view must show of it to teach it.
-    overlap: of neighbouring windows at prediction; fuse: IoU from which on boxes of two windows are one object; most: of a
-    whole sample. by: the metric that arms are compared by; null: the usual one.
+    overlap: of neighbouring windows at prediction; fuse: IoU from which on boxes of two windows are one object, and fusion how
+    they become one; most: of a whole sample. by: the metric that arms are compared by; null: the usual one.
     """
 
     kind = "detection"
@@ -251,6 +241,7 @@ class Detection(TaskSettings):
     visible: Annotated[float, Field(ge=0, le=1)] = 0.4
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
     fuse: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    fusion: Fusion = "nms"
     most: Count = 100
     by: Literal["ap", "ap50", "map", "ap10", "froc"] | None = None
     fields: ClassVar[tuple[str, ...]] = ()

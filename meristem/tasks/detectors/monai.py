@@ -90,9 +90,12 @@ class MonaiDetector(Detector):
         return out
 
     def losses(self, maps: list[Tensor], size: tuple[int, ...], truth: Sequence[Boxed]) -> dict[str, Loss]:
+        n = len(truth)
+        if not all(bool(x.isfinite().all()) for x in maps):  # MONAI would raise; training skips such a step and counts it
+            lost = torch.stack([x.float().sum() for x in maps]).sum() * torch.nan
+            return {"classes": Loss(lost, n), "boxes": Loss(lost, n)}
         self.model.train()
         found = self._run(maps, size, [{"boxes": t.box.float(), "labels": t.label} for t in truth])
-        n = len(truth)
         none = torch.stack([p.sum() for p in self.model.network.regress.parameters()]).sum() * 0  # where there is no object
         return {"classes": Loss(found["classes"] * n, n), "boxes": Loss((found["boxes"].to(none) + none) * n, n)}
 
