@@ -113,7 +113,8 @@ def cells(seed: int, tmp_path: Path) -> tuple[Any, Any, Objects]:
         (root / folder).mkdir(parents=True)
         Pillow.fromarray(array).save(root / folder / "a.png")
     recipe = load("image/mae", ["views.x.size=[24,32]", "views.x.zoom=[0.7,1.4]", "views.x.flip=[0.5,0.5]", "train.batch=8",
-                                "views.x.area=[0.3,1.0]", "views.x.affine={rotate: 0.0, zoom: [0.8, 1.2], shift: 3.0}"])
+                                "views.x.margin=8", "views.x.window=crop",
+                                "views.x.affine={rotate: 0.0, zoom: [0.8, 1.2], shift: 3.0}"])
     data = open_data(root, recipe.modality, "1,0,0", tmp_path / "cache", quiet=True)
     return recipe, data, Objects(np.array(boxes), np.arange(3), masks=tuple(rasters))
 
