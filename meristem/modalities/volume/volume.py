@@ -14,7 +14,10 @@ from scipy.ndimage import affine_transform
 from meristem.errors import DataError
 from meristem.modalities.base import Axis, Header, Sample
 from meristem.modalities.lattice import Lattice, LatticeOptions, LatticeViewOptions, anchors
+from meristem.modalities.objects import Objects
 from meristem.modalities.volume.nifti import as_labels, decode, open_nifti, placement, same_grid, save
+
+SLACK = 0.05  # of a voxel, by which rounded numbers may lie outside
 
 
 class VolumeOptions(LatticeOptions):
@@ -222,6 +225,24 @@ class Volume(Lattice):
         stored = np.ones(prediction.shape[1:], np.uint8)
         inside = affine_transform(stored, move, output_shape=shape, order=0, mode="grid-constant")
         return labels * inside
+
+    def placed(self, objects: Objects, header: Header) -> Objects:
+        """World millimetres are the source coordinates. Raises DataError for a box whose centre lies outside of the volume."""
+        middle = objects.box.reshape(-1, 2, 3).mean(1)
+        inverse = np.linalg.inv(np.array(header.affine))
+        index = middle @ inverse[:3, :3].T + inverse[:3, 3]
+        out = (index < -0.5 - SLACK) | (index > np.array(header.shape[1:]) - 0.5 + SLACK)
+        if out.any():
+            at = int(np.flatnonzero(out.any(1))[0])
+            raise DataError("box", f"the centre of box {at + 1}, ({', '.join(f'{x:.1f}' for x in middle[at])}) mm in RAS, lies "
+                            f"outside of the volume as it is read, {' × '.join(map(str, header.shape[1:]))} voxels",
+                            'Are the boxes in the system that the file says? "coordinates": "LPS" or "RAS" beside the lists, LPS '
+                            "where it says nothing. With modality.volume.crop_foreground, raise crop_margin.")
+        return objects
+
+    def annotated(self, box: np.ndarray, header: Header) -> np.ndarray:
+        """(K, 6) in source coordinates, as annotations have them: RAS millimetres."""
+        return box
 
     def write(self, prediction: np.ndarray, header: Header, path: Path) -> Path:
         """`restore`, then a NIfTI of uint8 or int16 labels with the source's affine. Returns the file written."""
