@@ -22,7 +22,7 @@ from meristem.platform.data.loader import loader
 from meristem.platform.data.source import open_data
 from meristem.platform.recipe import load
 from meristem.tasks.base import objective
-from meristem.tasks.detection import DetectionObjective, in_view, source, stored, together, windows
+from meristem.tasks.detection import Detection, DetectionObjective, in_view, source, stored, together, windows
 from meristem.tasks.detectors import Boxed
 from meristem.tasks.finetune import resolve
 from meristem.tasks.inspection import noise
@@ -214,3 +214,17 @@ def test_a_pyramid_stands_on_any_encoder(encoder: str, levels: int) -> None:
     for x, stride in zip(maps, task.pyramid.strides, strict=True):
         assert x.shape[1] == 32 and all(abs(n / s - m) < 1 for n, s, m in zip(size, stride, x.shape[2:], strict=True))
     assert all(p.grad is not None for p in task.parameters() if p.requires_grad)
+
+
+def test_masks_give_objects_where_nobody_drew_boxes(tmp_path: Path) -> None:
+    """Each connected part of a value is an object of its class; all are found again by heart, with names from the data."""
+    _, data, objects = cells(0, tmp_path)
+    recipe = resolve("detection", "image", ["task.detection.objects=components"])
+    assert isinstance(recipe.task, Detection)
+    row, = recipe.task.cases(data, "train")
+    found = recipe.task.truth(data, row)
+    assert recipe.task.scope(data).scored == ("class 1", "class 2", "class 3")
+    assert found.label.tolist() == [0, 1, 2] and np.allclose(found.box, objects.box)
+    assert all((a.cells == b.cells).all() and a.start == b.start for a, b in zip(found.masks, objects.masks, strict=True))
+    each = recipe.task.model_copy(update={"objects": "values"})
+    assert each.truth(data, row).label.tolist() == [0, 0, 0] and each.scope(data).scored == ("object",)

@@ -28,7 +28,9 @@ from meristem.platform.slots import Slot
 from meristem.platform.step import Step
 from meristem.tasks.base import Keep, Scope, TaskObjective, TaskRecipe, TaskSettings
 from meristem.tasks.detectors import DETECTORS, Boxed, DetectorSettings
+from meristem.tasks.detectors.instances import of_mask
 from meristem.tasks.detectors.pyramid import pyramid
+from meristem.tasks.segmentation import label_values
 
 WINDOWS = 4  # predicted at once
 EDGE = 2.0  # steps from the border of a window within which a box may have been cut by it
@@ -265,13 +267,17 @@ def _mask_overlap(found: Boxed, objects: Objects, shape: Sequence[int]) -> tuple
 
 
 class Detection(TaskSettings):
-    """levels: of the feature pyramid, width: its channels. visible: share of an object that a view must show of it to teach it.
+    """objects: `annotated` ones of the data's boxes; or of its masks `components`, each connected part of a value an object of
+    that class, or `values`, each value one object; with at least `smallest` elements.
+    levels: of the feature pyramid, width: its channels. visible: share of an object that a view must show of it to teach it.
     overlap: of neighbouring windows at prediction; fuse: IoU from which on boxes of two windows are one object; most: of a
     whole sample. by: the metric that arms are compared by; null: the usual one.
     """
 
     kind = "detection"
     detector: Annotated[DetectorSettings, Slot("detector", DETECTORS)]
+    objects: Literal["annotated", "components", "values"] = "annotated"
+    smallest: Count = 1
     levels: Annotated[int, Field(ge=2)] = 3
     width: Annotated[int, Field(ge=32, multiple_of=32)] = 64
     visible: Annotated[float, Field(ge=0, le=1)] = 0.4
@@ -307,18 +313,28 @@ class Detection(TaskSettings):
         return problems
 
     def labelled(self, rows: Sequence[Row]) -> list[Row]:
+        if self.objects != "annotated":
+            return [row for row in rows if "mask" in row.fields]
         return [row for row in rows if row.objects is not None]
 
     def truth(self, data: Data, row: Row) -> Objects:
         """What is annotated in a sample, in source coordinates."""
+        if self.objects != "annotated":
+            return of_mask(data.cache.field(row.index, "mask"), data.cache.header(row.index), self.objects, self.smallest)
         assert row.objects is not None
         return row.objects
 
     def scope(self, data: Data) -> Scope:
+        if self.objects == "values":
+            return Scope({0: "object"}, ("object",), data.modality.axes[0].unit)
+        if self.objects == "components":
+            names = tuple(name for value, name in label_values(data, self.labelled(data.rows())).items() if value > 0)
+            return Scope(dict(enumerate(names)), names, data.modality.axes[0].unit)
         names = data.manifest.object_names
         if not names or not any(row.objects is not None and len(row.objects) for row in data.rows()):
             raise DataError("label", "no sample has annotated objects",
-                            "Give a COCO JSON, Pascal VOC XMLs beside the images, or masks of the objects.")
+                            "Give a COCO JSON, Pascal VOC XMLs or MONAI's JSON of boxes; or masks of the objects, and set "
+                            "task.detection.objects=components.")
         return Scope(dict(enumerate(names)), names, data.modality.axes[0].unit)
 
     def build(self, assembly: Assembly, classes: int) -> DetectionObjective:
