@@ -228,3 +228,12 @@ def test_masks_give_objects_where_nobody_drew_boxes(tmp_path: Path) -> None:
     assert all((a.cells == b.cells).all() and a.start == b.start for a, b in zip(found.masks, objects.masks, strict=True))
     each = recipe.task.model_copy(update={"objects": "values"})
     assert each.truth(data, row).label.tolist() == [0, 0, 0] and each.scope(data).scored == ("object",)
+
+
+@pytest.mark.parametrize("detector", ["fcos", "retinanet", "faster-rcnn"])
+def test_an_image_without_objects_teaches_too(detector: str) -> None:
+    recipe = resolve("detection", "image", [*SMALL, f"task.detection.detector={detector}"])
+    assembly = recipe.assemble(2)
+    loss = total(assembly(noise(recipe), 0.0))
+    loss.backward()
+    assert torch.isfinite(loss) and any(p.grad is not None and p.grad.abs().sum() > 0 for p in assembly.encoder.parameters())

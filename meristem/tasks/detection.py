@@ -162,9 +162,9 @@ def in_view(objects: Objects, frame: Frame, inverse: Tensor, visible: float) -> 
     points = torch.from_numpy(corners(objects.box)).to(device, torch.float64)
     exact = Frame(frame.affine.double(), frame.shape, frame.spacing, frame.unit)
     index, _ = exact.from_source(points.reshape(1, -1, dims))
-    index = index.reshape(len(objects), -1, dims) + 0.5
+    index = index.reshape(len(objects), 2**dims, dims) + 0.5
     size = torch.tensor(frame.shape, device=device, dtype=torch.float64)
-    low, high = (index.amin(1), index.amax(1)) if len(objects) else (index[:, :0].sum(1),) * 2
+    low, high = index.amin(1), index.amax(1)
     inside = low.clamp_min(0).minimum(size), high.clamp_min(0).minimum(size)
     share = ((inside[1] - inside[0]) / (high - low)).prod(1)
     kept = (share >= max(visible, 1e-6)) & (inside[1] - inside[0] > 0.1).all(1)
