@@ -5,7 +5,7 @@ DATA ?= demo/phantoms
 OUT ?= demo/$(notdir $(DATA))
 MERISTEM_DATA ?= ../shared/data
 
-.PHONY: demo test bench bench-graphs
+.PHONY: demo test bench bench-graphs bench-detection
 
 # pretrain on unlabelled scans, fine-tune on few and on all labels beside a scratch arm of equal budget, write one report
 demo: .venv/ready
@@ -32,6 +32,10 @@ bench: .venv/ready
 # each graph set beside random weights and the published figure: hours on a CPU; ARGS="--quick --sets mutag" for less
 bench-graphs: .venv/ready
 	$(BIN)/python benchmarks/graphs.py --memory --data $(MERISTEM_DATA) $(ARGS)
+
+# a detector of blood cells, pretrained and from random weights, at 10 % and at all labels: ARGS="--quick" for a tenth of it
+bench-detection: .venv/ready
+	$(BIN)/python benchmarks/cells.py --data $(MERISTEM_DATA)/bccd/BCCD $(ARGS)
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

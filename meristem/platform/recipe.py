@@ -28,7 +28,8 @@ from meristem.platform.relational.objective import Hops, Links, Property
 from meristem.platform.schedules import Scalar
 from meristem.platform.slots import Slot, validated
 
-PARTS = ("modality", "encoder", "predictor", "target", "loss", "task", "sample")  # keys that hold a part, `name: {arguments}`
+# keys that hold a part, `name: {arguments}`
+PARTS = ("modality", "encoder", "predictor", "target", "loss", "task", "sample", "detector")
 NAMED = {"views": "names", "readouts": "names", "masking": "parts", "heads": "parts", "objectives": "parts"}  # the user's names
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -28,8 +28,10 @@ from meristem.platform.slots import Slot
 from meristem.platform.step import Step
 from meristem.tasks.base import Keep, Scope, TaskObjective, TaskRecipe, TaskSettings
 from meristem.tasks.detectors import DETECTORS, Boxed, DetectorSettings
-from meristem.tasks.detectors.fusion import Fusion, fuse
+from meristem.tasks.detectors.fusion import Fusion, together
+from meristem.tasks.detectors.instances import of_mask
 from meristem.tasks.detectors.pyramid import pyramid
+from meristem.tasks.segmentation import label_values
 
 WINDOWS = 4  # predicted at once
 Count = Annotated[int, Field(ge=1)]
@@ -84,8 +86,8 @@ class DetectionObjective(TaskObjective):
                 maps = self.pyramid(assembly.encoder(stream.seen(recipe.encoder.sees), want=self.pyramid.want), stream)
                 each = self.detector.detect(maps, view_size)
             found += [_moved(x, start, size, view_size, header.shape[1:]) for x, start in zip(each, some, strict=True)]
-        place = torch.tensor([(*start, *(a + n for a, n in zip(start, size, strict=True))) for start in starts], device=device)
-        return fuse(found, place, self.settings.fuse, self.settings.fusion, self.settings.most)
+        return together(found, starts, size, header.shape[1:], self.settings.fuse, self.settings.most,
+                        self.settings.fusion)
 
     def test(self, assembly: Assembly, data: Data, rows: Sequence[Row], scope: Scope, keep: Keep | None = None) -> list[Case]:
         """Boxes in the stored lattice's own axes and unit, true and found."""
@@ -162,7 +164,7 @@ def in_view(objects: Objects, frame: Frame, inverse: Tensor, visible: float) -> 
     index, _ = exact.from_source(points.reshape(1, -1, dims))
     index = index.reshape(len(objects), 2**dims, dims) + 0.5
     size = torch.tensor(frame.shape, device=device, dtype=torch.float64)
-    low, high = (index.amin(1), index.amax(1)) if len(objects) else (index[:, :0].sum(1),) * 2
+    low, high = index.amin(1), index.amax(1)
     inside = low.clamp_min(0).minimum(size), high.clamp_min(0).minimum(size)
     share = ((inside[1] - inside[0]) / (high - low)).prod(1)
     kept = (share >= max(visible, 1e-6)) & (inside[1] - inside[0] > 0.1).all(1)
@@ -229,13 +231,17 @@ def _mask_overlap(found: Boxed, objects: Objects, shape: Sequence[int]) -> tuple
 
 
 class Detection(TaskSettings):
-    """levels: of the feature pyramid, width: its channels. visible: share of an object that a view must show of it to teach it.
+    """objects: `annotated` ones of the data's boxes; or of its masks `components`, each connected part of a value an object of
+    that class, or `values`, each value one object; with at least `smallest` elements.
+    levels: of the feature pyramid, width: its channels. visible: share of an object that a view must show of it to teach it.
     overlap: of neighbouring windows at prediction; fuse: IoU from which on boxes of two windows are one object, and fusion how
     they become one; most: of a whole sample. by: the metric that arms are compared by; null: the usual one.
     """
 
     kind = "detection"
     detector: Annotated[DetectorSettings, Slot("detector", DETECTORS)]
+    objects: Literal["annotated", "components", "values"] = "annotated"
+    smallest: Count = 1
     levels: Annotated[int, Field(ge=2)] = 3
     width: Annotated[int, Field(ge=32, multiple_of=32)] = 64
     visible: Annotated[float, Field(ge=0, le=1)] = 0.4
@@ -272,18 +278,28 @@ class Detection(TaskSettings):
         return problems
 
     def labelled(self, rows: Sequence[Row]) -> list[Row]:
+        if self.objects != "annotated":
+            return [row for row in rows if "mask" in row.fields]
         return [row for row in rows if row.objects is not None]
 
     def truth(self, data: Data, row: Row) -> Objects:
         """What is annotated in a sample, in source coordinates."""
+        if self.objects != "annotated":
+            return of_mask(data.cache.field(row.index, "mask"), data.cache.header(row.index), self.objects, self.smallest)
         assert row.objects is not None
         return row.objects
 
     def scope(self, data: Data) -> Scope:
+        if self.objects == "values":
+            return Scope({0: "object"}, ("object",), data.modality.axes[0].unit)
+        if self.objects == "components":
+            names = tuple(name for value, name in label_values(data, self.labelled(data.rows())).items() if value > 0)
+            return Scope(dict(enumerate(names)), names, data.modality.axes[0].unit)
         names = data.manifest.object_names
         if not names or not any(row.objects is not None and len(row.objects) for row in data.rows()):
             raise DataError("label", "no sample has annotated objects",
-                            "Give a COCO JSON, Pascal VOC XMLs beside the images, or masks of the objects.")
+                            "Give a COCO JSON, Pascal VOC XMLs or MONAI's JSON of boxes; or masks of the objects, and set "
+                            "task.detection.objects=components.")
         return Scope(dict(enumerate(names)), names, data.modality.axes[0].unit)
 
     def build(self, assembly: Assembly, classes: int) -> DetectionObjective:

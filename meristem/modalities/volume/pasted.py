@@ -2,8 +2,8 @@
 
 Each structure (all positive labels of a scan together) is cut out with a few voxels of its surroundings, brought to the
 brightness of the tissue that is made there, and blended into it, one to four in a volume and in some none, besides blobs of the
-same brightness, noise and blending that are not sought: it is told by shape and texture, not by brightness. Volumes are stored in
-every orientation. Structures of one scan are pasted into volumes of one split only.
+same brightness, noise and blending that are not sought: it is told by shape and texture, not by brightness. Volumes are
+stored in every orientation. Structures of one scan are pasted into volumes of one split only.
 
 What is found here says that a detector learns, that boxes, windows and millimetres are right, and how arms compare. It says
 nothing of a clinical task: the place of a structure means nothing, its seams can be told, and its surroundings are made.
@@ -60,7 +60,8 @@ def write_pasted(source: Path, directory: Path, count: int = 40, seed: int = 0, 
     return listing
 
 
-def pasted(pool: Sequence[tuple[Path, Path]], seed: int, number: int, shape: Sequence[int]) -> tuple[nib.Nifti1Image, np.ndarray]:
+def pasted(pool: Sequence[tuple[Path, Path]], seed: int, number: int, shape: Sequence[int]
+           ) -> tuple[nib.Nifti1Image, np.ndarray]:
     """One volume, and the boxes (K, 6) of its structures: lower and upper corners in RAS millimetres."""
     rng, shape = np.random.default_rng((seed, number)), tuple(shape)
     folds = smooth(rng, shape, 9) + 0.4 * smooth(rng, shape, 17)
@@ -97,7 +98,7 @@ def pasted(pool: Sequence[tuple[Path, Path]], seed: int, number: int, shape: Seq
 
 def _structure(pool: Sequence[tuple[Path, Path]], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of one scan in RAS, mirrored or not: intensities and the structure (*S) with its margin; voxel size (3,) in mm."""
-    paths = pool[rng.integers(len(pool))]
+    paths = pool[int(rng.integers(len(pool)))]
     scan, label = (nib.as_closest_canonical(nib.load(path)) for path in paths)
     mask = np.asarray(label.dataobj) > 0
     if not mask.any():
@@ -114,7 +115,7 @@ def _structure(pool: Sequence[tuple[Path, Path]], rng: np.random.Generator) -> t
 
 def _blob(values: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Something of the structure's brightness and size that it is not: a turned ellipsoid of smooth noise around its mean."""
-    side = max(int(round(np.cbrt(mask.sum()) * 1.2)), 6) + 2 * MARGIN
+    side = max(round(np.cbrt(mask.sum()) * 1.2), 6) + 2 * MARGIN
     grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, side),) * 3, indexing="ij"))
     turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
     reach = rng.uniform(0.5, 0.9, 3) * (side - 2 * MARGIN) / side

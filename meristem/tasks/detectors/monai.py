@@ -105,11 +105,13 @@ class MonaiDetector(Detector):
 
 
 class MonaiRetinaNet(PostSettings, DetectorSettings):
-    """RetinaNet (Lin et al. 2017) of MONAI's detection parts, as in its LUNA16 tutorial and in Baumgartner et al. 2021, nnDetection.
+    """RetinaNet (Lin et al. 2017) of MONAI's detection parts, as in its LUNA16 tutorial and in nnDetection (Baumgartner et al.
+    2021).
 
-    anchors: their shapes, in strides of each map. candidates: places per map that may learn an object (ATSS, Zhang et al. 2020).
-    negatives: `hard` learns from `sampled` anchors of a view, at most `positive` of them objects, the others drawn from the
-    `pool` times as many that look most like one; `all` from all anchors by the focal loss. regression: what boxes learn by.
+    anchors: their shapes, in strides of each map. candidates: places of each map that may learn an object (ATSS, Zhang et al.
+    2020). negatives: `hard` learns from `sampled` anchors of a view, at most the share `positive` of them objects, the others
+    drawn from the `pool` times as many that look most like one; `all` from all anchors by the focal loss. regression: what
+    boxes learn by.
     """
 
     dims: ClassVar[int] = 3

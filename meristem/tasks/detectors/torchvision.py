@@ -59,6 +59,8 @@ class TorchvisionDetector(Detector):
     def _run(self, maps: list[Tensor], size: tuple[int, ...], targets: list[dict[str, Tensor]] | None) -> Any:
         backbone = self.model.backbone
         assert isinstance(backbone, _Given)
+        transform: Any = self.model.transform
+        transform.min_size, transform.max_size = (min(size),), max(size)  # so that it resizes nothing
         images = list(maps[0].new_zeros(1, 1, dtype=torch.float32).expand(len(maps[0]), 1, *size))
         with torch.autocast(maps[0].device.type, enabled=False):
             backbone.maps = [x.float() for x in maps]
