@@ -110,8 +110,9 @@ class MonaiRetinaNet(PostSettings, DetectorSettings):
 
     anchors: their shapes, in strides of each map. candidates: places of each map that may learn an object (ATSS, Zhang et al.
     2020). negatives: `hard` learns from `sampled` anchors of a view, at most the share `positive` of them objects, the others
-    drawn from the `pool` times as many that look most like one; `all` from all anchors by the focal loss. regression: what
-    boxes learn by.
+    drawn from the `pool` times as many that look most like one; `all` from all anchors by the focal loss. regression: boxes
+    learn by the smooth L1 distance of their codes, or by the generalised IoU, under which some grew over the whole view and
+    stayed so.
     """
 
     dims: ClassVar[int] = 3
@@ -123,7 +124,7 @@ class MonaiRetinaNet(PostSettings, DetectorSettings):
     sampled: Annotated[int, Field(ge=2)] = 64
     positive: Annotated[float, Field(gt=0, lt=1)] = 0.3
     pool: Annotated[float, Field(ge=1)] = 20.0
-    regression: Literal["giou", "l1"] = "giou"
+    regression: Literal["l1", "giou"] = "l1"
 
     def build(self, width: int, strides: Sequence[tuple[int, ...]], classes: int) -> Detector:
         from monai.apps.detection.networks.retinanet_detector import RetinaNetDetector
