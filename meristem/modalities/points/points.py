@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from meristem.errors import DataError
 from meristem.modalities.base import Axis, Draw, Element, Header, Links, Look, Sample, Settings, View, ViewSettings
 from meristem.modalities.frame import Frame
+from meristem.modalities.objects import Objects
 from meristem.modalities.points import drawing, files
 from meristem.modalities.points.cloud import Cloud, channels
 from meristem.modalities.points.options import WIDTHS, PointsOptions, PointsViewOptions
@@ -160,6 +162,24 @@ class Points:
         frame = Frame(torch.eye(4).expand(rows, -1, -1), (n,), torch.ones(rows, 3), tuple(a.unit for a in self.axes))
         return View("example", array, frame.to(device), torch.arange(rows, device=device), torch.zeros_like(rng.key),
                     fields={"mask": rng.integers("mask", 2, n)}, index=torch.arange(n, device=device).expand(rows, -1))
+
+    def placed(self, objects: Objects, header: Header) -> Objects:
+        """Upright boxes in the file's unit to metres from the sample's origin. Raises DataError."""
+        if objects.box.shape[1] != 7:
+            raise DataError("box", f"boxes of {objects.box.shape[1]} numbers are no boxes among points",
+                            "Give centre, length, width, height and heading.")
+        return replace(objects, box=objects.box * self._metres() - self._origin(header))
+
+    def annotated(self, box: np.ndarray, header: Header) -> np.ndarray:
+        """(K, 7) in source coordinates, as annotations have them: in the file's unit."""
+        return (box + self._origin(header)) / self._metres()
+
+    def _metres(self) -> np.ndarray:
+        return np.array([self.options.unit] * 6 + [1.0])
+
+    @staticmethod
+    def _origin(header: Header) -> np.ndarray:
+        return np.array([*header.source["origin"], 0.0, 0.0, 0.0, 0.0])
 
     def write(self, prediction: np.ndarray, header: Header, path: Path) -> Path:
         """Labels (N,) of the stored points as .npy, one for every point of the file in its order; −1 where none is stored."""
