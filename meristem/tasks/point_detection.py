@@ -92,24 +92,26 @@ class PointDetectionObjective(TaskObjective):
         return cases
 
     def write(self, assembly: Assembly, data: Data, rows: Sequence[Row], scope: Scope, out: Path) -> list[Path]:
-        """Of KITTI's frames a label file each, with scores (`kitti.text`); of all others one `boxes.json` (`scenes`)."""
+        """Of KITTI's frames with a calibration a label file each (`kitti.text`); of all others one `boxes.json` (`scenes`)."""
         assembly.eval()
         assert isinstance(data.modality, Placing)
-        written, described = [], []
+        written: list[Path] = []
+        described = []
         for row, place in zip(rows, places(rows, data), strict=True):
             found = self.predict(assembly, data, row)
             box = data.modality.annotated(found.box.double().numpy(), data.cache.header(row.index))
             names, score = [scope.values[label] for label in found.label.tolist()], found.score.tolist()
-            if data.manifest.layout != kitti.LAYOUT:
+            known = kitti.calibration(row.paths[0]) if data.manifest.layout == kitti.LAYOUT else None
+            if known is None:
                 described.append(scenes.described(row.local, box, names, score))
                 continue
             path = (out / place).with_suffix(".txt")
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(kitti.text(box, names, score, kitti.calibration(row.paths[0])))
+            path.write_text(kitti.text(box, names, score, known))
             written.append(path)
         if described:
-            written = [out / scenes.NAME]
-            written[0].write_text(json.dumps({"classes": list(scope.values.values()), "scenes": described}, indent=1))
+            written.append(out / scenes.NAME)
+            written[-1].write_text(json.dumps({"classes": list(scope.values.values()), "scenes": described}, indent=1))
         return written
 
 

@@ -59,7 +59,7 @@ class Points:
         cloud = files.read_cloud(paths[0], self.options)
         n = len(cloud)
         companions = self._companions(cloud, fields)
-        cloud, good = self._finite(cloud)
+        cloud, good = self._usable(cloud)
         if len(cloud) < FEWEST:
             raise DataError("empty" if not n else "few", f"holds {len(cloud)} points that can be used", f"At least {FEWEST}.")
         xyz = cloud.xyz * self.options.unit
@@ -103,15 +103,17 @@ class Points:
                 found[name] = files.part_numbers(path, found[name])
         return found
 
-    def _finite(self, cloud: Cloud) -> tuple[Cloud, np.ndarray]:
-        """Without the points that are not finite, where they may go; (N,) bool which stay."""
+    def _usable(self, cloud: Cloud) -> tuple[Cloud, np.ndarray]:
+        """Without the points that are not finite, where they may go, and those outside the sector; (N,) bool which stay."""
         parts = [cloud.xyz, *(cloud.features[f] for f in self.options.features if f in cloud.features)]
         good = np.logical_and.reduce([np.isfinite(p).all(1) for p in parts])
-        if good.all():
-            return cloud, good
-        if self.options.nonfinite == "refuse":
+        if not good.all() and self.options.nonfinite == "refuse":
             raise DataError("nan", f"{(~good).sum()} of {len(good)} points are NaN or infinite",
                             "Export the file again, or set modality.points.nonfinite=drop to leave them out.")
+        if self.options.sector is not None:
+            good &= np.abs(np.arctan2(cloud.xyz[:, 1], cloud.xyz[:, 0])) <= np.radians(self.options.sector)
+        if good.all():
+            return cloud, good
         return Cloud(cloud.xyz[good], {f: x[good] for f, x in cloud.features.items()}, None, cloud.sampled), good
 
     def statistics(self, array: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,11 +1,13 @@
 """KITTI's 3D objects: clouds in `velodyne`, a text of objects in `label_2` and one of matrices in `calib` for each of them.
 
 The three lie in the folder itself or in `training`; what lies in `testing` has no labels and tests. `ImageSets/{train,val,
-test}.txt` list numbers of frames (`test.txt` those of `testing`, where there is one). A label is a line of 15 numbers and a
-name: class, truncation, occlusion, alpha, left, top, right, bottom in the image, height, width, length, x, y, z of the middle
-of the bottom in the rectified camera, and the turn about its y axis; a 16th is a score (Geiger et al. 2012, devkit).
-`classes.txt`, where there is one, names the classes that are sought, one a line. Of KITTI's others, vans are then ignored
-beside cars and sitting people beside pedestrians, as its benchmark does, and the rest is no object.
+test}.txt` list numbers of frames (`test.txt` those of `testing`, where there is one); where no labels of test frames are known,
+as KITTI's are not, the frames of `val.txt` test.
+
+A label is a line of a name and 14 numbers: class, truncation, occlusion, alpha, left, top, right, bottom in the image, height,
+width, length, x, y, z of the middle of the bottom in the rectified camera, and the turn about its y axis; a fifteenth is a
+score (Geiger et al. 2012, devkit). `classes.txt`, where there is one, names the classes that are sought, one a line. Of KITTI's
+others, vans are then ignored beside cars and sitting people beside pedestrians, as its benchmark does; the rest is no object.
 """
 
 from __future__ import annotations
@@ -89,14 +91,14 @@ def read(search: Search, path: Path) -> Path:
     wanted = next((names for base in (path, *bases) if (names := _lines(base / LISTED))), [])
     occur = {label.name for found in labels.values() for label in found if label.solid} - {DONT_CARE}
     search.object_names = tuple(wanted or sorted(occur, key=lambda name: ([*CLASSES, name].index(name), name)))
-    splits = {name: set(found) for place in (path, *bases) for name in ("train", "val", "test")
-              if (found := _lines(place / "ImageSets" / f"{name}.txt"))}
+    listed = {stem: name for name in ("train", "val", "test") if not (apart and name == "test")
+              for place in (path, *bases) for stem in _lines(place / "ImageSets" / f"{name}.txt")}
+    splits = {f: "test" if split_of(Path(relative(f, path))) == "test" else listed.get(f.stem, "") for f in frames}
+    blind = not any(split == "test" and frame in labels for frame, split in splits.items())
     for frame in frames:
-        local = relative(frame, path)
-        split = "test" if apart and split_of(Path(local)) == "test" else \
-            next((name for name, listed in splits.items() if frame.stem in listed and not (apart and name == "test")), "")
-        search.add((frame,), local, "", split=split, objects=_objects(search, frame, local, labels[frame], bool(wanted))
-                   if frame in labels else None)
+        local, split = relative(frame, path), splits[frame]
+        search.add((frame,), local, "", split="test" if blind and split == "val" else split,
+                   objects=_objects(search, frame, local, labels[frame], bool(wanted)) if frame in labels else None)
     search.name_subjects()
     return path
 
@@ -124,11 +126,11 @@ def _labels(file: Path) -> list[Label]:
     return found
 
 
-def calibration(frame: Path) -> Calibration:
-    """Of a cloud in `velodyne`, from `calib` beside that. Raises DataError (calibration)."""
+def calibration(frame: Path) -> Calibration | None:
+    """Of a cloud in `velodyne`, from `calib` beside that; None where that has no file. Raises DataError (calibration)."""
     file = frame.parent.parent / "calib" / f"{frame.stem}.txt"
     if not file.is_file():
-        raise DataError("calibration", "has no file in `calib`: where its objects are cannot be told", "Add it.")
+        return None
     found = {}
     for line in _lines(file):
         name, _, numbers = line.partition(":")
@@ -161,7 +163,10 @@ def _objects(search: Search, frame: Path, local: str, labels: Sequence[Label], w
                 kept.append((x, number[NEIGHBOURS[x.name]], True))
             elif x.name == DONT_CARE:
                 kept += [(x, label, True) for label in number.values()]
-        box = to_lidar(np.array([x.numbers for x, *_ in kept]), calibration(frame)).tolist() if kept else []
+        known = calibration(frame)
+        if known is None and kept:
+            raise DataError("calibration", "has no file in `calib`, so where its objects are cannot be told", "Add the file.")
+        box = to_lidar(np.array([x.numbers for x, *_ in kept]), known).tolist() if known and kept else []
         box = upright(box, [x.name for x, *_ in kept])
     except DataError as error:
         search.lost.append((error.reason, local, error.what, error.remedy))
