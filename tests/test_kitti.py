@@ -15,6 +15,7 @@ from meristem.errors import DataError
 from meristem.modalities.base import modality_class
 from meristem.platform import boxes
 from meristem.platform.data.annotated import kitti
+from meristem.platform.data.guess import guess_modality
 from meristem.platform.data.manifest import Manifest
 from meristem.platform.data.source import open_data
 
@@ -169,6 +170,13 @@ def test_lists_divide_and_validation_tests_where_the_test_is_blind(tmp_path: Pat
     (tmp_path / "training" / "ImageSets" / "test.txt").write_text("4\n")
     own = {row.local: row.split for row in discovered(tmp_path / "training").rows}
     assert own["velodyne/3.bin"] == "val" and own["velodyne/4.bin"] == "test"
+
+
+def test_annotations_of_clouds_say_that_the_data_are_clouds(tmp_path: Path) -> None:
+    """Though there are more texts than clouds, and texts may be graphs."""
+    write_frame(tmp_path / "street", "1", street(0)[0], [line("Car", CAMERA[0])])
+    room(tmp_path / "room", [{"file": "1.npz", "boxes": [BOX], "labels": ["chair"]}])
+    assert guess_modality(tmp_path / "street") == guess_modality(tmp_path / "room") == "points"
 
 
 def test_a_sector_leaves_out_what_no_camera_sees(tmp_path: Path) -> None:

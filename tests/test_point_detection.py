@@ -266,6 +266,8 @@ def test_a_recipe_can_be_looked_at_without_data() -> None:
 
 @pytest.mark.parametrize(("changes", "said"), [
     (["views.x.axis=any", "views.x.rotate=20"], "boxes stay upright only in views that turn about z"),
+    (["modality.points.normalise=sphere"], "every cloud is scaled to a sphere of its own"),
+    (["task.detection3d.head.centres.high=[70, -40]"], "there is no ground between low"),
     (["task.detection3d.head=centers"], "no head called 'centers'; did you mean centres")])
 def test_what_cannot_work_is_refused_before_a_file_is_read(changes: list[str], said: str) -> None:
     with pytest.raises(RecipeError, match=said):

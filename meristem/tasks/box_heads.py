@@ -9,7 +9,7 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
@@ -155,7 +155,7 @@ class QueryBoxes(BoxHead):
 class Centres(BoxHeadSettings):
     """For LiDAR: peaks of a heat map on the ground (Yin et al. 2021, CenterPoint, section 4).
 
-    low, high: corner to corner of the ground that is searched, x and y. cell: of its grid. width: channels of its
+    low, high: corner to corner of the ground that is searched, x and y of a view. cell: of its grid. width: channels of its
     convolutions, depth: how many. found: most boxes of a view. spread: least radius of a peak in training, in cells.
     boxes: weight of their loss.
     """
@@ -168,6 +168,12 @@ class Centres(BoxHeadSettings):
     found: Count = 100
     spread: Annotated[float, Field(gt=0)] = 1.0
     boxes: float = 0.25
+
+    @model_validator(mode="after")
+    def _has_ground(self) -> Centres:
+        if any(high <= low for low, high in zip(self.low, self.high, strict=True)):
+            raise ValueError(f"there is no ground between low {list(self.low)} and high {list(self.high)}")
+        return self
 
     def build(self, width: int, classes: int) -> CentreBoxes:
         return CentreBoxes(self, width, classes)
@@ -183,7 +189,7 @@ class CentreBoxes(BoxHead):
     def __init__(self, settings: Centres, width: int, classes: int) -> None:
         super().__init__()
         self.settings, self.classes = settings, classes
-        self.size = tuple(max(math.ceil((h - a) / settings.cell), 1) for a, h in zip(settings.low, settings.high, strict=True))
+        self.size = tuple(math.ceil((h - a) / settings.cell) for a, h in zip(settings.low, settings.high, strict=True))
         self.token, self.point = nn.Linear(width, settings.width), nn.Linear(6, settings.width)
         layers: list[nn.Module] = []
         for _ in range(settings.depth):

@@ -27,7 +27,7 @@ from meristem.platform.recipe import Count, Share
 from meristem.platform.slots import Slot
 from meristem.platform.step import Step
 from meristem.tasks.base import Keep, Scope, TaskObjective, TaskRecipe, TaskSettings
-from meristem.tasks.box_heads import HEADS, BoxHeadSettings, Found, Truth
+from meristem.tasks.box_heads import HEADS, BoxHeadSettings, Centres, Found, Truth
 from meristem.tasks.embedding import plain
 from meristem.tasks.segmentation import places
 
@@ -144,9 +144,13 @@ class PointDetection(TaskSettings):
     def check(self, recipe: TaskRecipe) -> list[str]:
         if recipe.modality.name != "points":
             return [f"upright boxes are found among points; the modality is {recipe.modality.name}"]
+        problems = []
         if recipe.views["x"].rotate and recipe.views["x"].axis != "z":  # type: ignore[attr-defined]
-            return ["boxes stay upright only in views that turn about z: set views.x.axis=z"]
-        return []
+            problems.append("boxes stay upright only in views that turn about z: set views.x.axis=z")
+        if isinstance(self.head, Centres) and recipe.modality.options.normalise == "sphere":
+            problems.append("centres are sought on a ground in metres, and every cloud is scaled to a sphere of its own: set "
+                            "modality.points.normalise=none, in pretraining too")
+        return problems
 
     def labelled(self, rows: Sequence[Row]) -> list[Row]:
         return [row for row in rows if row.objects is not None]
