@@ -8,8 +8,10 @@ from meristem.tasks.nodes import Nodes
 from meristem.tasks.parts import PartSegmentation, SemanticSegmentation
 from meristem.tasks.propagation import Keypoints, Propagation
 from meristem.tasks.segmentation import Segmentation
+from meristem.tasks.temporal import Temporal
 
 TASKS.update(segmentation=Segmentation, classification=Classification, propagation=Propagation, keypoints=Keypoints,
-             parts=PartSegmentation, semantic=SemanticSegmentation, nodes=Nodes, links=Links, detection=Detection)
+             parts=PartSegmentation, semantic=SemanticSegmentation, nodes=Nodes, links=Links, detection=Detection,
+             temporal=Temporal)
 
 __all__ = ["TASKS", "TaskObjective", "TaskRecipe", "TaskSettings"]
