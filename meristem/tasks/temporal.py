@@ -19,6 +19,7 @@ from meristem.errors import DataError
 from meristem.modalities.base import Header, Look, Placing, View
 from meristem.modalities.frame import Frame
 from meristem.modalities.objects import Objects
+from meristem.modalities.video.options import Rate, VideoViewOptions
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.loader import shown
 from meristem.platform.data.manifest import Row
@@ -93,14 +94,20 @@ class TemporalObjective(TaskObjective):
 
     @torch.no_grad()
     def predict(self, assembly: Assembly, data: Data, row: Row) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Segments (K, 2) in seconds of a whole video, their classes and scores, best first."""
+        """Segments (K, 2) in seconds of a whole video, their classes and scores, best first.
+
+        A window answers for segments whose middle is nearer to its own than to any other's: what its border cuts is another's.
+        """
         recipe, device = assembly.recipe, next(assembly.parameters()).device
         header, options = data.cache.header(row.index), recipe.views["x"].plain()
+        assert isinstance(options, VideoViewOptions)
         count = _windows(options, header, self.settings.overlap)
         options = options.model_copy(update={"clips": count, "count": count, "grid": (count, 1)})
         draws = [recipe.modality.draw(options, header, Look(0, 0, number, "x")) for number in range(count)]
         fast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
-        spans, labels, scores = [np.zeros((0, 2))], [np.zeros(0, np.int64)], [np.zeros(0)]
+        spans, labels, scores = [], [], []
+        middles: list[float] = []  # of the windows
+        window: list[np.ndarray] = []  # that each segment was found in
         for first in range(0, count, WINDOWS):
             view = shown(data.cache, row, recipe.modality, options, draws[first:first + WINDOWS]).to(device)
             view = recipe.modality.augment(view, options)
@@ -109,14 +116,18 @@ class TemporalObjective(TaskObjective):
                 each = decode(self.head(x, valid), PER_WINDOW)
             for i, found in enumerate(each):
                 assert found.score is not None
-                spans.append(to_source(found.span, view.frame.select(slice(i, i + 1)), x.shape[1]))
+                frame = view.frame.select(slice(i, i + 1))
+                middles.append(float(to_source(torch.tensor([[0.0, x.shape[1] - 1.0]]), frame, x.shape[1]).mean()))
+                window.append(np.full(len(found.label), len(window)))
+                spans.append(to_source(found.span, frame, x.shape[1]))
                 labels.append(found.label.cpu().numpy())
                 scores.append(found.score.cpu().double().numpy())
         assert isinstance(data.modality, Placing)
-        span = data.modality.annotated(np.concatenate(spans), header)
-        some = span[:, 1] > span[:, 0]
-        return suppress(span[some], np.concatenate(labels)[some], np.concatenate(scores)[some], self.settings.sigma,
-                        self.settings.most)
+        span, label, score = np.concatenate(spans), np.concatenate(labels), np.concatenate(scores)
+        mine = np.abs(span.mean(1)[:, None] - np.array(middles)).argmin(1) == np.concatenate(window)
+        span = data.modality.annotated(span, header)
+        some = mine & (span[:, 1] > span[:, 0])
+        return suppress(span[some], label[some], score[some], self.settings.sigma, self.settings.most)
 
     def test(self, assembly: Assembly, data: Data, rows: Sequence[Row], scope: Scope, keep: Keep | None = None) -> list[Case]:
         """Segments in seconds, true and found."""
@@ -147,11 +158,11 @@ class TemporalObjective(TaskObjective):
         return [path]
 
 
-def _windows(options: object, header: Header, overlap: float) -> int:
+def _windows(options: VideoViewOptions, header: Header, overlap: float) -> int:
     """How many looks, evenly spread, cover a video with neighbours sharing at least `overlap` of their length."""
-    sample, frames = options.sample, options.size[0]  # type: ignore[attr-defined]
-    step = 1 / sample.fps if hasattr(sample, "fps") else sample.stride * header.spacing[0]
-    window, whole = frames * step, header.shape[1] * header.spacing[0]
+    assert options.sample != "uniform"
+    step = 1 / options.sample.fps if isinstance(options.sample, Rate) else options.sample.stride * header.spacing[0]
+    window, whole = options.size[0] * step, header.shape[1] * header.spacing[0]
     return 1 if whole <= window else math.ceil((whole - window) / (window * (1 - overlap)) - 1e-6) + 1
 
 
@@ -169,8 +180,9 @@ def to_source(span: Tensor, frame: Frame, steps: int) -> np.ndarray:
 
 
 def in_view(objects: Objects, frame: Frame, steps: int, visible: float) -> tuple[Segments, Tensor]:
-    """What teaches in a view, the only row of `frame`, in steps of a sequence of so many along it; and the spans (M, 2) in which
-    nothing is asked: actions to ignore, and those of which the view shows less than the share `visible`. All are cut to it.
+    """What teaches in a view, the only row of `frame`, in steps of a sequence of so many along it; and the spans (M, 2) in
+    which nothing is asked: actions to ignore, and those of which the view shows less than the share `visible`. All are cut to
+    it.
     """
     a, b = _line(frame, steps)
     whole = np.sort((objects.box - b) / a, 1)
@@ -185,9 +197,9 @@ def in_view(objects: Objects, frame: Frame, steps: int, visible: float) -> tuple
 
 
 class Temporal(TaskSettings):
-    """clip: frames that the encoder reads at once, as many as in pretraining; null: the whole view. width, levels: of the head's
-    pyramid, each level half as long as the one before. visible: share of an action that a view must show of it to teach it.
-    overlap: of neighbouring windows at prediction. sigma: of soft suppression. most: segments of a video.
+    """clip: frames that the encoder reads at once, as many as in pretraining; null: the whole view. width, levels: of the
+    pyramid of the head, each level half as long as the one before. visible: share of an action that a view must show of it to
+    teach it. overlap: of neighbouring windows at prediction. sigma: of soft suppression. most: segments of a video.
     """
 
     kind = "detection"
@@ -202,18 +214,19 @@ class Temporal(TaskSettings):
     most: Count = 200
 
     def check(self, recipe: TaskRecipe) -> list[str]:
-        if [axis.unit for axis in recipe.modality.axes[:1]] != ["s"]:
-            return [f"temporal is for videos; {recipe.modality.name} has no axis of time"]
         view, problems = recipe.views["x"], []
-        frames, tubelet = view.size[0], recipe.modality.options.patch[0]  # type: ignore[attr-defined]
-        if view.sample == "uniform":  # type: ignore[attr-defined]
+        if not isinstance(view, VideoViewOptions):
+            return [f"temporal is for videos; {recipe.modality.name} has no axis of time"]
+        frames, tubelet = view.size[0], recipe.modality.options.patch[0]
+        if view.sample == "uniform":
             problems.append("views.x.sample: uniform shows the whole video, however long; use a rate, {fps: 8}")
-        if view.short != "pad":  # type: ignore[attr-defined]
+        if view.short != "pad":
             problems.append("views.x.short: what a video shows again has no time of its own; use pad")
-        if view.order or view.residual:  # type: ignore[attr-defined]
+        if view.order or view.residual:
             problems.append("views.x: order and residual are for pretexts; leave them out")
         if self.clip and (frames % self.clip or self.clip % tubelet):
-            problems.append(f"clip: {self.clip} frames must divide the view's {frames} and be a multiple of the patch's {tubelet}")
+            problems.append(f"clip: {self.clip} frames must divide the view's {frames} and be a multiple of the patch's "
+                            f"{tubelet}")
         return problems
 
     def labelled(self, rows: Sequence[Row]) -> list[Row]:

@@ -22,7 +22,7 @@ FAINT = 1e-3  # score below which nothing was found
 
 @dataclass(frozen=True)
 class Segments:
-    """Of one sequence: span (K, 2) first and last moment, in its steps; label (K,) int64 class; score (K,) of what was found."""
+    """Of one sequence: span (K, 2) start and end, in its steps; label (K,) int64 class; score (K,) of what was found."""
 
     span: Tensor
     label: Tensor
@@ -127,7 +127,7 @@ def targets(place: Tensor, stride: int, span: Tensor, low: float, high: float) -
 
 
 def losses(levels: Sequence[Level], truth: Sequence[Segments], silent: Sequence[Tensor]) -> dict[str, Loss]:
-    """Focal loss of the classes (Lin et al. 2017) and `distance_loss`, both over the number of points that answer for an action.
+    """Focal loss of the classes (Lin et al. 2017) and `distance_loss`, both over the points that answer for an action.
 
     truth: of each sequence. silent: spans (M, 2) of each in which no point need say that there is nothing.
     """

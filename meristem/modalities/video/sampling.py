@@ -91,7 +91,7 @@ def _place(view: VideoViewOptions, look: Look) -> float:
 
 
 def _room(look: Look, latest: float, span: float, shown: np.ndarray) -> tuple[float, float]:
-    """The earliest and latest start, of a look that spans so much: any, or those from which on it shows the frame it is about."""
+    """The earliest and latest start, of a look that spans so much: any, or such that it shows the frame it is about."""
     if look.about < 0:
         return 0.0, latest
     at = float(shown[look.about])

@@ -181,7 +181,8 @@ class Video(Lattice):
         if out.any():
             at = int(np.flatnonzero(out)[0])
             start, end = objects.box[at]
-            raise DataError("box", f"segment {at + 1}, from {start:g} to {end:g} s, lies outside the {last:g} s that were decoded",
+            raise DataError("box", f"segment {at + 1}, from {start:g} to {end:g} s, lies outside the {last:g} s that were "
+                            "decoded",
                             "Correct it; was the video cut after it was annotated?")
         seconds, steps = _clock(header)
         return replace(objects, box=np.interp(objects.box, seconds, steps))

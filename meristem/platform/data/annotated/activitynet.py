@@ -116,7 +116,8 @@ def _segment(i: int, annotation: Mapping[str, Any], number: Mapping[str, int], d
     name = str(annotation.get("label"))
     if name not in number:
         known = ", ".join(list(number)[:8]) + (", …" if len(number) > 8 else "")
-        raise DataError("class", f"segment {i} has the unknown label {name}", f"Known: {known}. Add it to the classes, or remove it.")
+        raise DataError("class", f"segment {i} has the unknown label {name}",
+                        f"Known: {known}. Add it to the classes, or remove it.")
     try:
         start, end = (float(x) for x in annotation["segment"])
     except (KeyError, TypeError, ValueError):
