@@ -17,10 +17,11 @@ from meristem.errors import RecipeError
 from meristem.modalities.base import Header, Look, modality_class
 from meristem.modalities.frame import Frame
 from meristem.modalities.objects import Objects
+from meristem.modalities.video.untrimmed import write_untrimmed
 from meristem.platform.data.loader import whole
 from meristem.platform.data.manifest import Manifest
 from meristem.platform.data.source import open_data
-from meristem.tasks.finetune import resolve
+from meristem.tasks.finetune import resolve, tune
 from meristem.tasks.temporal import in_view, to_source
 from meristem.tasks.temporal_head import Level, Segments, TemporalHead, decode, distance_loss, losses, suppress, targets
 
@@ -290,3 +291,47 @@ def test_segments_of_one_video_are_learned_by_heart(tmp_path: Path) -> None:
     results = json.loads(files[0].read_text())["results"]
     assert list(results) == ["street"] and {r["label"] for r in results["street"][:4]} == {"flash", "sweep"}
     assert results["street"][0]["segment"] == pytest.approx(case["found"]["box"][0], abs=1e-3)
+
+
+def test_a_probe_leaves_the_encoder_as_it_was(tmp_path: Path) -> None:
+    untrimmed(tmp_path / "street.mp4")
+    listed(tmp_path, street=entry())
+    recipe = resolve("temporal", "video", [*SMALL, "train.steps=2", "train.batch=2", "probe=true"])
+    data = open_data(tmp_path, recipe.modality, cache=tmp_path / "cache", quiet=True)
+    tuned = tune(recipe, data, recipe.task.cases(data, "train"), recipe.task.scope(data), None, "probe", quiet=True)
+    torch.manual_seed(recipe.train.seed)
+    before, after = recipe.assemble(2), tuned.outcome.assembly
+    same = {name: torch.equal(a, b) for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True)}
+    assert all(same[name] for name in same if name.startswith("encoder."))
+    assert not all(same[name] for name in same if name.startswith("objectives."))
+
+
+# ---- made films
+
+
+def test_made_films_hold_each_action_at_its_seconds_and_share_no_source(tmp_path: Path) -> None:
+    """Clips whose red tells the action and whose blue tells the source."""
+    rows, blue = [], {"s0": 0, "s1": 80, "s2": 160, "s3": 240}
+    for source, b in blue.items():
+        for label, red in (("act", 220), ("none", 30)):
+            rows.append(f"{label}-{source}.mp4,{label},{source}")
+            with av.open(str(tmp_path / f"{label}-{source}.mp4"), "w") as container:
+                stream = container.add_stream("libx264", 24)
+                stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+                for _ in range(36):
+                    pixels = np.full((48, 64, 3), (red, 60, b), np.uint8)
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+                container.mux(stream.encode())
+    (tmp_path / "clips.csv").write_text("\n".join(["file,label,source", *rows]))
+    listing = write_untrimmed(tmp_path, tmp_path / "films", 4, background="none", rate=12, side=32, test=0.5)
+    met: dict[str, set[int]] = {"training": set(), "testing": set()}
+    for name, about in json.loads(listing.read_text())["database"].items():
+        with av.open(str(listing.parent / "videos" / f"{name}.mp4")) as container:
+            film = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)]).mean((1, 2))
+        assert len(film) == round(12 * about["duration"]) and 2 <= len(about["annotations"]) <= 4
+        inside = np.zeros(len(film), bool)
+        for annotation in about["annotations"]:
+            inside[slice(*(round(12 * t) for t in annotation["segment"]))] = True
+        np.testing.assert_array_equal(film[:, 0] > 125, inside)
+        met[about["subset"]] |= set((film[:, 2] / 80).round().astype(int).tolist())
+    assert met["training"] and met["testing"] and not met["training"] & met["testing"]
