@@ -12,7 +12,6 @@ import numpy as np
 
 from meristem.errors import DataError
 from meristem.modalities.objects import Objects
-from meristem.platform.data.annotated.boxes import shown
 from meristem.platform.data.layouts import SPLITS, Search, relative, split_of, walk
 
 HEAD = 1 << 20  # bytes in which a file that is none is told
@@ -125,9 +124,9 @@ def _segment(i: int, annotation: Mapping[str, Any], number: Mapping[str, int], d
     if not np.isfinite((start, end)).all():
         raise DataError("box", f"segment {i} ({name}) is not made of finite numbers", REMEDY)
     if end <= start:
-        raise DataError("box", f"segment {i} ({name}) ends before it starts: {shown(np.array([start, end]))} s", REMEDY)
+        raise DataError("box", f"segment {i} ({name}) ends before it starts: {start:g} to {end:g} s", REMEDY)
     last = np.inf if duration is None else duration
     if start < -OVERRUN or end > last + OVERRUN or start >= last:
-        raise DataError("box", f"segment {i} ({name}), {shown(np.array([start, end]))} s, lies outside the video's {last:g} s",
+        raise DataError("box", f"segment {i} ({name}), {start:g} to {end:g} s, lies outside the video's {last:g} s",
                         "Correct the segment or the duration.")
     return max(start, 0.0), min(end, float(last))
