@@ -28,13 +28,12 @@ from meristem.platform.slots import Slot
 from meristem.platform.step import Step
 from meristem.tasks.base import Keep, Scope, TaskObjective, TaskRecipe, TaskSettings
 from meristem.tasks.detectors import DETECTORS, Boxed, DetectorSettings
+from meristem.tasks.detectors.fusion import Fusion, together
 from meristem.tasks.detectors.instances import of_mask
 from meristem.tasks.detectors.pyramid import pyramid
 from meristem.tasks.segmentation import label_values
 
 WINDOWS = 4  # predicted at once
-EDGE = 2.0  # steps from the border of a window within which a box may have been cut by it
-MOSTLY = 0.7  # of a cut box: the other one that covers so much of it is of the same object
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -87,7 +86,8 @@ class DetectionObjective(TaskObjective):
                 maps = self.pyramid(assembly.encoder(stream.seen(recipe.encoder.sees), want=self.pyramid.want), stream)
                 each = self.detector.detect(maps, view_size)
             found += [_moved(x, start, size, view_size, header.shape[1:]) for x, start in zip(each, some, strict=True)]
-        return together(found, starts, size, header.shape[1:], self.settings.fuse, self.settings.most)
+        return together(found, starts, size, header.shape[1:], self.settings.fuse, self.settings.most,
+                        self.settings.fusion)
 
     def test(self, assembly: Assembly, data: Data, rows: Sequence[Row], scope: Scope, keep: Keep | None = None) -> list[Case]:
         """Boxes in the stored lattice's own axes and unit, true and found."""
@@ -217,42 +217,6 @@ def _moved(found: Boxed, start: Sequence[int], size: Sequence[int], view: Sequen
     return Boxed(box, found.label, found.score, masks)
 
 
-def covered(a: Tensor, b: Tensor) -> Tensor:
-    """(M, N) share of each box a (M, 2·D) that each box b (N, 2·D) covers."""
-    dims = a.shape[1] // 2
-    low, high = torch.maximum(a[:, None, :dims], b[None, :, :dims]), torch.minimum(a[:, None, dims:], b[None, :, dims:])
-    whole = (a[:, dims:] - a[:, :dims]).prod(1)
-    return (high - low).clamp_min(0).prod(-1) / whole.clamp_min(1e-9)[:, None]
-
-
-def together(found: Sequence[Boxed], starts: Sequence[Sequence[int]], size: Sequence[int], shape: Sequence[int], iou: float,
-             most: int) -> Boxed:
-    """Of all windows, that start there on a lattice of that shape, the best box of each object.
-
-    A box that its window's inner border cuts gives way to one of another window that covers most of it. Of what is left, of
-    boxes of one class with an IoU over `iou` the best stays.
-    """
-    from torchvision.ops import batched_nms
-
-    box, label = torch.cat([x.box for x in found]), torch.cat([x.label for x in found])
-    score = torch.cat([x.score for x in found if x.score is not None])
-    masks = torch.cat([x.masks for x in found if x.masks is not None]) if found[0].masks is not None else None
-    if len(found) > 1:
-        window = torch.cat([torch.full_like(x.label, i) for i, x in enumerate(found)])
-        low = torch.tensor(starts, device=box.device)[window]
-        high = low + torch.tensor(tuple(size), device=box.device)
-        inner = torch.cat([low > 0, high < torch.tensor(tuple(shape), device=box.device)], 1)
-        cut = (inner & ((box - torch.cat([low, high], 1)).abs() <= EDGE)).any(1)
-        other = (label[:, None] == label) & (window[:, None] != window) & ~cut
-        left = ~cut | ~(other & (covered(box, box) > MOSTLY)).any(1)
-        kept = left.nonzero()[:, 0]
-        keep = kept[batched_nms(box[kept], score[kept], label[kept], iou)]
-    else:
-        keep = score.argsort(descending=True)
-    keep = keep[:most]
-    return Boxed(box[keep], label[keep], score[keep], None if masks is None else masks[keep])
-
-
 def _mask_overlap(found: Boxed, objects: Objects, shape: Sequence[int]) -> tuple[tuple[float, ...], ...]:
     """IoU of the masks of what was found (rows) and what is true; () where either has none."""
     if found.masks is None or not objects.masks:
@@ -270,8 +234,8 @@ class Detection(TaskSettings):
     """objects: `annotated` ones of the data's boxes; or of its masks `components`, each connected part of a value an object of
     that class, or `values`, each value one object; with at least `smallest` elements.
     levels: of the feature pyramid, width: its channels. visible: share of an object that a view must show of it to teach it.
-    overlap: of neighbouring windows at prediction; fuse: IoU from which on boxes of two windows are one object; most: of a
-    whole sample. by: the metric that arms are compared by; null: the usual one.
+    overlap: of neighbouring windows at prediction; fuse: IoU from which on boxes of two windows are one object, and fusion how
+    they become one; most: of a whole sample. by: the metric that arms are compared by; null: the usual one.
     """
 
     kind = "detection"
@@ -283,6 +247,7 @@ class Detection(TaskSettings):
     visible: Annotated[float, Field(ge=0, le=1)] = 0.4
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
     fuse: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    fusion: Fusion = "nms"
     most: Count = 100
     by: Literal["ap", "ap50", "map", "ap10", "froc"] | None = None
     fields: ClassVar[tuple[str, ...]] = ()

@@ -43,21 +43,21 @@ def phantom(seed: int, subject: int, shape: Sequence[int] = (40, 52, 36)) -> tup
     rng = np.random.default_rng((seed, subject))
     shape = tuple(shape)
     place = np.stack(np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in shape), indexing="ij"))
-    mask = _structure(place + 0.05 * _smooth(rng, (3, *shape), 4), rng)
+    mask = _structure(place + 0.05 * smooth(rng, (3, *shape), 4), rng)
 
-    folds = _smooth(rng, shape, 7) + 0.4 * _smooth(rng, shape, 13)
+    folds = smooth(rng, shape, 7) + 0.4 * smooth(rng, shape, 13)
     tissue = np.where(folds > rng.normal(0.1, 0.15), WHITE, GREY)
-    tissue = np.where(_smooth(rng, shape, 7) > rng.normal(1.5, 0.1), FLUID, tissue)
+    tissue = np.where(smooth(rng, shape, 7) > rng.normal(1.5, 0.1), FLUID, tissue)
     away = distance_transform_edt(mask == 0)
-    sheath = rng.uniform(1.0, 2.5) * (_smooth(rng, shape, 4) + rng.normal(0.5, 0.2))  # voxels thick; none where negative
+    sheath = rng.uniform(1.0, 2.5) * (smooth(rng, shape, 4) + rng.normal(0.5, 0.2))  # voxels thick; none where negative
     tissue = np.where(away <= sheath, WHITE, tissue)
     own = GREY + rng.normal(0, 0.03)
     tissue = np.where(mask > 0, own + (mask == 2) * rng.normal(0.04, 0.02), tissue)
     tissue = np.where((place**2).sum(0) < rng.uniform(2.2, 2.9), tissue, 0.05)
 
     image = gaussian_filter(tissue.astype(np.float32), rng.uniform(0.5, 0.8))  # partial volume
-    image += 0.04 * _smooth(rng, shape, 14)
-    image *= np.exp(rng.uniform(0.05, 0.15) * _smooth(rng, shape, 1))
+    image += 0.04 * smooth(rng, shape, 14)
+    image *= np.exp(rng.uniform(0.05, 0.15) * smooth(rng, shape, 1))
     image = (image + rng.normal(0, rng.uniform(0.03, 0.07), shape)).clip(0).astype(np.float32)
 
     affine = np.eye(4)
@@ -81,7 +81,7 @@ def _structure(place: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.where(tube, np.where(along > border, 1, 2), 0).astype(np.uint8)
 
 
-def _smooth(rng: np.random.Generator, shape: tuple[int, ...], cells: int) -> np.ndarray:
+def smooth(rng: np.random.Generator, shape: tuple[int, ...], cells: int) -> np.ndarray:
     """A smooth random field of zero mean and unit variance with about `cells` bumps along each of the last three axes."""
     field = rng.normal(size=(*shape[:-3], *[cells + 3] * 3)).astype(np.float32)
     for n in shape[-3:]:

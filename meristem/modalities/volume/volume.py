@@ -236,8 +236,8 @@ class Volume(Lattice):
             at = int(np.flatnonzero(out.any(1))[0])
             raise DataError("box", f"the centre of box {at + 1}, ({', '.join(f'{x:.1f}' for x in middle[at])}) mm in RAS, lies "
                             f"outside of the volume as it is read, {' × '.join(map(str, header.shape[1:]))} voxels",
-                            'Are the boxes in the system that the file says? "coordinates": "LPS" or "RAS" beside the lists, LPS '
-                            "where it says nothing. With modality.volume.crop_foreground, raise crop_margin.")
+                            'Are the boxes in the system that the file says? "coordinates": "LPS" or "RAS" beside the lists, '
+                            "LPS where it says nothing. With modality.volume.crop_foreground, raise crop_margin.")
         return objects
 
     def annotated(self, box: np.ndarray, header: Header) -> np.ndarray:

@@ -19,8 +19,19 @@ Found = tuple[Row, Header, np.ndarray, Boxed]
 
 
 def save(found: Sequence[Found], scope: Scope, path: Path) -> Path:
-    path.write_text(json.dumps(coco(found, scope)))
+    path.write_text(json.dumps((coco if len(found[0][1].shape) == 3 else monai)(found, scope)))
     return path
+
+
+def monai(found: Sequence[Found], scope: Scope) -> dict[str, Any]:
+    """Volumes as MONAI's lists have them: world millimetres, RAS, corners; each under its case's pseudonym, with scores."""
+    volumes = []
+    for row, _, box, boxed in found:
+        assert boxed.score is not None
+        volumes.append({"image": row.case, "box": box.round(3).tolist(), "label": boxed.label.tolist(),
+                        "score": [round(s, 5) for s in boxed.score.tolist()]})
+    return {"box_mode": "xyzxyz", "coordinates": "RAS", "labels": {str(value): name for value, name in scope.values.items()},
+            "test": volumes}
 
 
 def coco(found: Sequence[Found], scope: Scope) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from meristem.modalities.base import Header
 from meristem.modalities.objects import Objects, Raster
 
 
-def of_mask(mask: np.ndarray, header: Header, how: Literal["components", "values"] = "components", smallest: int = 1) -> Objects:
+def of_mask(mask: np.ndarray, header: Header, how: Literal["components", "values"] = "components", smallest: int = 1
+            ) -> Objects:
     """The objects of a label map (*S) of the stored lattice, in source coordinates, with their masks.
 
     how: `components`, each connected part of one positive value is an object of class value − 1, elements that touch at a

@@ -90,9 +90,12 @@ class MonaiDetector(Detector):
         return out
 
     def losses(self, maps: list[Tensor], size: tuple[int, ...], truth: Sequence[Boxed]) -> dict[str, Loss]:
+        n = len(truth)
+        if not all(bool(x.isfinite().all()) for x in maps):  # MONAI would raise; training skips such a step and counts it
+            lost = torch.stack([x.float().sum() for x in maps]).sum() * torch.nan
+            return {"classes": Loss(lost, n), "boxes": Loss(lost, n)}
         self.model.train()
         found = self._run(maps, size, [{"boxes": t.box.float(), "labels": t.label} for t in truth])
-        n = len(truth)
         none = torch.stack([p.sum() for p in self.model.network.regress.parameters()]).sum() * 0  # where there is no object
         return {"classes": Loss(found["classes"] * n, n), "boxes": Loss((found["boxes"].to(none) + none) * n, n)}
 
@@ -102,11 +105,13 @@ class MonaiDetector(Detector):
 
 
 class MonaiRetinaNet(PostSettings, DetectorSettings):
-    """RetinaNet (Lin et al. 2017) of MONAI's detection parts, as in its LUNA16 tutorial and in Baumgartner et al. 2021, nnDetection.
+    """RetinaNet (Lin et al. 2017) of MONAI's detection parts, as in its LUNA16 tutorial and in nnDetection (Baumgartner et al.
+    2021).
 
-    anchors: their shapes, in strides of each map. candidates: places per map that may learn an object (ATSS, Zhang et al. 2020).
-    negatives: `hard` learns from `sampled` anchors of a view, at most `positive` of them objects, the others drawn from the
-    `pool` times as many that look most like one; `all` from all anchors by the focal loss. regression: what boxes learn by.
+    anchors: their shapes, in strides of each map. candidates: places of each map that may learn an object (ATSS, Zhang et al.
+    2020). negatives: `hard` learns from `sampled` anchors of a view, at most the share `positive` of them objects, the others
+    drawn from the `pool` times as many that look most like one; `all` from all anchors by the focal loss. regression: what
+    boxes learn by.
     """
 
     dims: ClassVar[int] = 3

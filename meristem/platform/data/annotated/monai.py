@@ -3,7 +3,8 @@
     {"training": [{"image": "a.nii.gz", "box": [[x, y, z, w, h, d], …], "label": [0, …]}, …], "validation": […], "test": […]}
 
 Boxes are world millimetres. Beside the lists it may say `box_mode`: cccwhd (centre and sizes, if it does not say) or xyzxyz
-(corners); `coordinates`: LPS (if it does not say) or RAS; `labels`: {"0": "nodule", …}. A sample without `box` was not looked at.
+(corners); `coordinates`: LPS (if it does not say) or RAS; `labels`: {"0": "nodule", …}. A sample without `box` was not looked
+at.
 """
 
 from __future__ import annotations

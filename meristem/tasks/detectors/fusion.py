@@ -1,0 +1,118 @@
+"""One box for each object that several windows show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from meristem.tasks.detectors.base import Boxed
+
+Fusion = Literal["nms", "cluster"]
+EDGE = 2.0  # steps from the border of a window within which a box may have been cut by it
+MOSTLY = 0.7  # of a cut box: the other one that covers so much of it is of the same object
+RIM = 0.1  # weight of a box whose middle lies on the border of its window
+
+
+def together(found: Sequence[Boxed], starts: Sequence[Sequence[int]], size: Sequence[int], shape: Sequence[int], iou: float,
+             most: int, how: Fusion = "nms") -> Boxed:
+    """What windows of `size`, that start there on a lattice of that shape, found in it: the best `most` objects, each once.
+
+    A box that its window's inner border cuts gives way to one of another window that covers most of it. Of what is left, boxes
+    of one class with an IoU over `iou` become one:
+      nms      the best stays;
+      cluster  its corners are the means, weighted by score × how central each box is in its window; its score is the mean
+               weighted by how central, for which windows that show the middle of the best but found nothing there count as 0
+               (Baumgartner et al. 2021, nnDetection, weighted box clustering). The mask is that of the best.
+    """
+    box, label = torch.cat([x.box for x in found]), torch.cat([x.label for x in found])
+    score = torch.cat([x.score for x in found if x.score is not None])
+    masks = torch.cat([x.masks for x in found if x.masks is not None]) if found[0].masks is not None else None
+    if len(found) == 1:
+        keep = score.argsort(descending=True)
+    else:
+        number = torch.cat([torch.full_like(x.label, i) for i, x in enumerate(found)])
+        low = torch.tensor(starts, device=box.device)
+        window = torch.cat([low, low + torch.tensor(tuple(size), device=box.device)], 1)
+        low, high = window[number].chunk(2, 1)
+        inner = torch.cat([low > 0, high < torch.tensor(tuple(shape), device=box.device)], 1)
+        cut = (inner & ((box - window[number]).abs() <= EDGE)).any(1)
+        other = (label[:, None] == label) & (number[:, None] != number) & ~cut
+        left = (~cut | ~(other & (covered(box, box) > MOSTLY)).any(1)).nonzero()[:, 0]
+        if how == "nms":
+            keep = left[suppress(box[left], score[left], label[left], iou)]
+        else:
+            best, box_, score_ = cluster(box[left], score[left], label[left], number[left], window, iou)
+            keep = left[best]
+            box, score = box.index_copy(0, keep, box_), score.index_copy(0, keep, score_)
+    keep = keep[:most]
+    return Boxed(box[keep], label[keep], score[keep], None if masks is None else masks[keep])
+
+
+def cluster(box: Tensor, score: Tensor, label: Tensor, number: Tensor, window: Tensor, threshold: float
+            ) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted clusters of boxes (K, 2·D) of the windows `number` (K,): the best of each, its box and score, best first.
+
+    window: (W, 2·D) where windows lie.
+    """
+    window = window.to(box)
+    middle = box.unflatten(1, (2, -1)).mean(1)
+    weight = central(middle, window[number]).clamp_min(RIM)
+    every = torch.arange(len(window), device=box.device)
+    left, best, boxes, scores = score.argsort(descending=True, stable=True), [], [], []
+    while len(left):
+        own = (label[left] == label[left[0]]) & (overlap(box[left[:1]], box[left])[0] > threshold)
+        own[0] = True
+        some, left = left[own], left[~own]
+        shares = score[some] * weight[some]
+        silent = central(middle[some[:1]], window) * torch.isin(every, number[some], invert=True)
+        best.append(some[0])
+        boxes.append((box[some] * shares[:, None]).sum(0) / shares.sum())
+        scores.append(shares.sum() / (weight[some].sum() + silent.sum()))
+    if not best:
+        return left, box, score
+    fused = torch.stack(scores)
+    order = fused.argsort(descending=True, stable=True)
+    return torch.stack(best)[order], torch.stack(boxes)[order], fused[order]
+
+
+def suppress(box: Tensor, score: Tensor, label: Tensor, threshold: float) -> Tensor:
+    """Numbers of the boxes (K, 2·D) that no better one of their class overlaps by more than `threshold`, best first."""
+    if box.shape[1] == 4:
+        from torchvision.ops import batched_nms
+
+        return batched_nms(box, score, label, threshold)
+    from monai.data.box_utils import batched_nms as batched_nms_3d
+
+    return batched_nms_3d(box, score, label, threshold)
+
+
+def central(point: Tensor, window: Tensor) -> Tensor:
+    """(K,) how central points (K, D) are in windows (K, 2·D): 1 in the inner half, `RIM` at the border, 0 outside."""
+    low, high = window.unflatten(1, (2, -1)).unbind(1)
+    away = ((point - (low + high) / 2).abs() / ((high - low) / 2)).amax(1)
+    return torch.where(away > 1, 0.0, (2 * (1 - away)).clamp(RIM, 1))
+
+
+def overlap(a: Tensor, b: Tensor) -> Tensor:
+    """(M, N) intersection over union of boxes (M, 2·D) and (N, 2·D)."""
+    common, size = _common(a, b), _size(b)
+    return common / (_size(a)[:, None] + size - common)
+
+
+def covered(a: Tensor, b: Tensor) -> Tensor:
+    """(M, N) share of each box a (M, 2·D) that each box b (N, 2·D) covers."""
+    return _common(a, b) / _size(a).clamp_min(1e-9)[:, None]
+
+
+def _common(a: Tensor, b: Tensor) -> Tensor:
+    dims = a.shape[1] // 2
+    low, high = torch.maximum(a[:, None, :dims], b[None, :, :dims]), torch.minimum(a[:, None, dims:], b[None, :, dims:])
+    return (high - low).clamp_min(0).prod(-1)
+
+
+def _size(box: Tensor) -> Tensor:
+    low, high = box.chunk(2, 1)
+    return (high - low).prod(1)
