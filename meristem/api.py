@@ -114,7 +114,7 @@ def finetune(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
              resume: bool = False, quiet: bool = False) -> tuning.Tuned:
     """Grow a task head on an encoder, and score it on the labelled samples of the test split.
 
-    task: `segmentation` or `classification`, or a recipe name (`video/classification`) or YAML file: these say of which
+    task: `segmentation`, `classification` or `detection`, or a recipe name or YAML file: these say of which
     modality the data is; else the run of `init` does, where it reads any of the data, else the files. init: a pretraining run,
     whose modality and encoder settings are taken over, or `scratch`. labels: labelled subjects to use, as a count, a fraction
     or `all`. train_on: splits to learn from; validation subjects join once nothing is tuned on them any more. The rest as in
@@ -168,7 +168,8 @@ def predict(checkpoint_: Pathlike, data: Pathlike, out: Pathlike, *, quiet: bool
     """Predict every readable sample; a file that cannot be read is named in quarantine.csv and counted.
 
     checkpoint_: a fine-tuned run. Segmentation writes a label file per sample on its source grid, under its own name (in
-    sub-folders where names repeat); classification writes predictions.csv. Labels in `data` are not looked at.
+    sub-folders where names repeat); classification writes predictions.csv; detection writes predictions.json, as annotations
+    of such data are (COCO of images). Labels in `data` are not looked at.
     Returns the files written. Raises MeristemError.
     """
     assembly, settings, scope = transfer.reload(Path(checkpoint_))

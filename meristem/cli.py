@@ -23,7 +23,8 @@ recipes_app = typer.Typer(no_args_is_help=True, help="The built-in recipes.")
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
 
-DATA = "A folder, an MSD or nnU-Net dataset, a CSV, a list of paths and labels, a MedMNIST .npz, or one file."
+DATA = ("A folder, an MSD or nnU-Net dataset, boxes (COCO, Pascal VOC, MONAI, KITTI, ActivityNet), a CSV, a list of paths and "
+        "labels, a MedMNIST .npz, or one file.")
 DataOption = Annotated[Path, typer.Option("--data", help=DATA)]
 OutOption = Annotated[Path, typer.Option("--out", help="Directory for the results.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Recipe overrides, key.sub=value.", show_default=False)]
@@ -31,7 +32,7 @@ SplitOption = Annotated[str, typer.Option(
     "--split", help="auto (the data's own, else 60/20/20 by patient), fractions such as 0.6,0.2,0.2, every:5:1 (of five "
                     "folds, 0 to 4, the one to test on), or fold:1 (of the data's own; fold:1:only validates on none).")]
 CacheOption = Annotated[Path | None, typer.Option("--cache", help="Where decoded samples are kept.", show_default="user cache")]
-Task = Annotated[str, typer.Argument(help="segmentation, classification, propagation or keypoints; or a recipe "
+Task = Annotated[str, typer.Argument(help="segmentation, classification, detection, propagation or keypoints; or a recipe "
                                           "(video/classification) or YAML file, which says what kind of data it is where the "
                                           "files do not.")]
 Run = Annotated[Path, typer.Option("--checkpoint", help="A run directory.")]
@@ -104,7 +105,7 @@ def report(directories: Annotated[list[Path], typer.Argument(help="Directories t
 
 @app.command()
 def predict(checkpoint: Run, data: DataOption, out: OutOption, quiet: Quiet = False) -> None:
-    """Predict every sample of a folder; label maps come back on the source grid."""
+    """Predict every sample of a folder; label maps come back on the source grid, boxes in its coordinates."""
     from meristem import api
     api.predict(checkpoint, data, out, quiet=quiet)
 

@@ -18,6 +18,7 @@ from sklearn.metrics import (
 )
 
 from meristem.platform.evaluation import metrics
+from meristem.platform.evaluation.detection import SCORINGS
 
 CLASSES = {1: "anterior", 2: "posterior"}
 
@@ -204,7 +205,7 @@ def test_every_metric_has_a_direction_and_a_label() -> None:
     tracked = metrics.tracking(np.eye(4)[None].repeat(3, 0), np.eye(4)[None].repeat(3, 0), [1])
     names = {*metrics.SET_METRICS, "dice", "hd95", "nsd", *tracked, "mAP", *(f"R@{k}" for k in metrics.RECALLS),
              *(f"PCK@{a}" for a in metrics.ALPHAS), *metrics.RATIOS, *metrics.BY_CATEGORY, "instance_miou", "point_accuracy",
-             "few-shot"}
+             "few-shot", *(name for scoring in SCORINGS.values() for name in scoring)}
     assert names == set(metrics.HIGHER) == set(metrics.LABELS)
 
 

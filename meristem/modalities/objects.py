@@ -26,7 +26,7 @@ class Objects:
 
     box: (K, n) float64. Along the D axes of a lattice n = 2·D, the lower corner before the upper one; of points n = 7, as in
     `platform.boxes`; of an untrimmed clip n = 2, first and last second. As files are read: images top, left, bottom, right in
-    pixels from the picture's corner; volumes world millimetres, RAS; points metres. Once a sample is opened
+    pixels from the picture's corner; volumes world millimetres, RAS; points the unit of their file. Once a sample is opened
     (`Placing.placed`): its source coordinates, as `Frame` has them.
     label: (K,) int64 number among the data's object names. ignore: (K,) bool, neither sought nor wrong to find (COCO's crowds,
     VOC's difficult ones, KITTI's DontCare). level: (K,) int64 how hard it is to find, 0 easiest, where a benchmark grades that.

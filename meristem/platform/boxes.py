@@ -29,6 +29,28 @@ def corners(box: Tensor) -> Tensor:
     return torch.cat(levels, -2)
 
 
+def moved(box: Tensor, affine: Tensor) -> Tensor:
+    """Boxes (K, 7) where a map (4, 4) that keeps them upright puts them: turns about z, mirrors, one scale, shifts."""
+    linear = affine[:3, :3]
+    ahead = torch.stack([box[:, 6].cos(), box[:, 6].sin(), torch.zeros_like(box[:, 6])], -1) @ linear.T
+    side = box[:, 3:6] * linear.det().abs() ** (1 / 3)
+    return torch.cat([box[:, :3] @ linear.T + affine[:3, 3], side, torch.atan2(ahead[:, 1:2], ahead[:, :1])], -1)
+
+
+def distinct(box: Tensor, label: Tensor, most: float, flat: bool) -> Tensor:
+    """(K,) bool: which of boxes (K, 7), best first, no better one that is kept of their class overlaps by more than `most`.
+
+    flat: seen from above, else in space.
+    """
+    near = iou(box, box)[flat] > most
+    near &= label[:, None] == label
+    keep = torch.ones(len(box), dtype=torch.bool)
+    for i, others in enumerate(near.cpu()):
+        if keep[i]:
+            keep[i + 1:] &= ~others[i + 1:]
+    return keep.to(box.device)
+
+
 def inside(points: Tensor, box: Tensor) -> Tensor:
     """(B, N, K) whether each of points (B, N, 3) lies in each of boxes (B, K, 7)."""
     offset = points[:, :, None] - box[:, None, :, :3]

@@ -6,10 +6,13 @@ from meristem.tasks.detection import Detection
 from meristem.tasks.links import Links
 from meristem.tasks.nodes import Nodes
 from meristem.tasks.parts import PartSegmentation, SemanticSegmentation
+from meristem.tasks.point_detection import PointDetection
 from meristem.tasks.propagation import Keypoints, Propagation
 from meristem.tasks.segmentation import Segmentation
+from meristem.tasks.temporal import Temporal
 
 TASKS.update(segmentation=Segmentation, classification=Classification, propagation=Propagation, keypoints=Keypoints,
-             parts=PartSegmentation, semantic=SemanticSegmentation, nodes=Nodes, links=Links, detection=Detection)
+             parts=PartSegmentation, semantic=SemanticSegmentation, nodes=Nodes, links=Links, detection=Detection,
+             detection3d=PointDetection, temporal=Temporal)
 
 __all__ = ["TASKS", "TaskObjective", "TaskRecipe", "TaskSettings"]

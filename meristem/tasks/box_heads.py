@@ -9,14 +9,14 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from meristem import pointops
 from meristem.modalities.base import Settings
 from meristem.modalities.stream import TokenStream
-from meristem.platform.boxes import footprint
+from meristem.platform.boxes import footprint, inside
 from meristem.platform.objectives import Encoded, Loss
 
 Count = Annotated[int, Field(ge=1)]
@@ -24,10 +24,19 @@ Count = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True)
 class Truth:
-    """The boxes (K, 7) of one view, in its frame, and their classes (K,) int64."""
+    """The boxes (K, 7) of one view, in its frame, and their classes (K,) int64.
+
+    ignore: (K,) bool, those that are neither learned nor wrong to find; None: none.
+    """
 
     box: Tensor
     label: Tensor
+    ignore: Tensor | None = None
+
+    @property
+    def sought(self) -> Tensor:
+        """(K,) bool."""
+        return torch.ones_like(self.label, dtype=torch.bool) if self.ignore is None else ~self.ignore
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,15 @@ def _decoded(code: Tensor, origin: Tensor) -> Tensor:
     return torch.cat([code[..., :3] + origin, sides, torch.atan2(code[..., 6:7], code[..., 7:8])], -1)
 
 
-class Queries(Settings):
+class BoxHeadSettings(Settings):
+    """The typed entry of a head in a recipe."""
+
+    def build(self, width: int, classes: int) -> BoxHead:
+        """width: of the encoder's tokens."""
+        raise NotImplementedError
+
+
+class Queries(BoxHeadSettings):
     """For rooms: queries that ask all tokens (Misra et al. 2021, 3DETR, section 3).
 
     queries: how many, at token positions spread by farthest-point sampling. depth, heads: of the decoder, in the encoder's
@@ -106,6 +123,7 @@ class QueryBoxes(BoxHead):
 
     def losses(self, made: dict[str, Tensor], truth: Sequence[Truth]) -> dict[str, Loss]:
         label, total, boxes = torch.full_like(made["real"], self.classes, dtype=torch.int64), made["code"].new_zeros(()), 0
+        counted = made["real"].clone()
         for b, true in enumerate(truth):
             live = made["real"][b].nonzero().squeeze(1)
             code = _coded(true.box[:, None], made["origin"][b, live][None])  # (K, Q, 8): as seen from every query
@@ -113,12 +131,16 @@ class QueryBoxes(BoxHead):
             chance = made["logits"][b, live].softmax(-1)[:, true.label].T
             cost = self.settings.boxes * error - self.settings.classes * chance
             k, q = linear_sum_assignment(cost.detach().cpu().numpy())
-            label[b, live[torch.as_tensor(q, device=live.device)]] = true.label[torch.as_tensor(k, device=live.device)]
+            k, q = (torch.as_tensor(x, device=live.device) for x in (k, q))
+            sought = true.sought[k]
+            counted[b, live[q[~sought]]] = False
+            k, q = k[sought], q[sought]
+            label[b, live[q]] = true.label[k]
             total, boxes = total + error[k, q].sum(), boxes + len(k)
         weight = torch.ones(self.classes + 1, device=label.device)
         weight[-1] = self.settings.background
-        each = F.cross_entropy(made["logits"].transpose(1, 2), label, weight, reduction="none") * made["real"]
-        return {"class": Loss(each.sum(), (weight[label] * made["real"]).sum(), self.settings.classes),
+        each = F.cross_entropy(made["logits"].transpose(1, 2), label, weight, reduction="none") * counted
+        return {"class": Loss(each.sum(), (weight[label] * counted).sum(), self.settings.classes),
                 "box": Loss(total, max(float(boxes), 1.0), self.settings.boxes)}
 
     def decode(self, made: dict[str, Tensor]) -> list[Found]:
@@ -130,10 +152,10 @@ class QueryBoxes(BoxHead):
         return found
 
 
-class Centres(Settings):
+class Centres(BoxHeadSettings):
     """For LiDAR: peaks of a heat map on the ground (Yin et al. 2021, CenterPoint, section 4).
 
-    low, high: corner to corner of the ground that is searched, x and y. cell: of its grid. width: channels of its
+    low, high: corner to corner of the ground that is searched, x and y of a view. cell: of its grid. width: channels of its
     convolutions, depth: how many. found: most boxes of a view. spread: least radius of a peak in training, in cells.
     boxes: weight of their loss.
     """
@@ -147,19 +169,28 @@ class Centres(Settings):
     spread: Annotated[float, Field(gt=0)] = 1.0
     boxes: float = 0.25
 
+    @model_validator(mode="after")
+    def _has_ground(self) -> Centres:
+        if any(high <= low for low, high in zip(self.low, self.high, strict=True)):
+            raise ValueError(f"there is no ground between low {list(self.low)} and high {list(self.high)}")
+        return self
+
     def build(self, width: int, classes: int) -> CentreBoxes:
         return CentreBoxes(self, width, classes)
 
 
 class CentreBoxes(BoxHead):
-    """Tokens are gathered by their place on a grid of the ground (the maximum of a cell), where convolutions draw a heat map of
-    each class and a box about each cell's middle."""
+    """Points are gathered by their place on a grid of the ground, the maximum of a cell (Lang et al. 2019, PointPillars), where
+    convolutions draw a heat map of each class and a box about each cell's middle.
+
+    A point brings the token that holds it, its height, its offsets from the middle of its cell and from its token.
+    """
 
     def __init__(self, settings: Centres, width: int, classes: int) -> None:
         super().__init__()
         self.settings, self.classes = settings, classes
-        self.size = tuple(max(math.ceil((h - a) / settings.cell), 1) for a, h in zip(settings.low, settings.high, strict=True))
-        self.enter = nn.Linear(width + 1, settings.width)  # beside the token its height
+        self.size = tuple(math.ceil((h - a) / settings.cell) for a, h in zip(settings.low, settings.high, strict=True))
+        self.token, self.point = nn.Linear(width, settings.width), nn.Linear(6, settings.width)
         layers: list[nn.Module] = []
         for _ in range(settings.depth):
             layers += [nn.Conv2d(settings.width, settings.width, 3, padding=1, bias=False),
@@ -185,34 +216,42 @@ class CentreBoxes(BoxHead):
         return low + (grid + 0.5) * step
 
     def forward(self, encoded: Encoded, stream: TokenStream) -> dict[str, Tensor]:
-        assert stream.position is not None
-        at, on = self._cells(stream.position)
-        on = on & encoded.valid
-        x = self.enter(torch.cat([encoded.tokens, stream.position[..., 2:3].to(encoded.tokens)], -1)).relu()
-        b, (nx, ny) = len(x), self.size
-        row = torch.arange(b, device=x.device)[:, None].expand_as(on)
-        flat = (row * nx + at[..., 0]) * ny + at[..., 1]
-        grid = x.new_zeros(b * nx * ny, x.shape[-1])
-        grid = grid.scatter_reduce(0, flat[on][:, None].expand(-1, x.shape[-1]), x[on], "amax")
+        assert stream.position is not None and stream.weight is not None
+        b, (nx, ny), there = len(encoded.tokens), self.size, stream.weight > 0
+        offset = stream.content.unflatten(-1, (-1, there.shape[-1]))[:, :, :3].transpose(2, 3)  # (B, T, k, 3) from their token
+        place = stream.position[:, :, None] + offset
+        at, on = self._cells(place)
+        row, token, _ = chosen = (on & there & encoded.valid[..., None]).nonzero(as_tuple=True)
+        at, place = at[chosen], place[chosen]
+        inner = (place[:, :2] - self._middles(place)[at[:, 0], at[:, 1], :2]) / self.settings.cell
+        seen = torch.cat([inner, place[:, 2:], offset[chosen]], -1).to(encoded.tokens.dtype)
+        x = (self.token(encoded.tokens)[row, token] + self.point(seen)).relu()
+        flat = (row * nx + at[:, 0]) * ny + at[:, 1]
+        grid = x.new_zeros(b * nx * ny, x.shape[-1]).scatter_reduce(0, flat[:, None].expand_as(x), x, "amax")
         y = self.body(grid.unflatten(0, (b, nx, ny)).permute(0, 3, 1, 2))
         return {"heat": self.heat(y).float(), "code": self.code(y).float().permute(0, 2, 3, 1)}
 
     def losses(self, made: dict[str, Tensor], truth: Sequence[Truth]) -> dict[str, Loss]:
         target = torch.zeros_like(made["heat"])
+        counted = torch.ones_like(target)
         middles, error, boxes = self._middles(target), target.new_zeros(()), 0
         for b, true in enumerate(truth):
             at, on = self._cells(true.box)
-            for (i, j), label, box in zip(at[on].tolist(), true.label[on].tolist(), true.box[on], strict=True):
+            for (i, j), label, box in zip(at[on & true.sought].tolist(), true.label[on & true.sought].tolist(),
+                                          true.box[on & true.sought], strict=True):
                 span = footprint(box).amax(0) - footprint(box).amin(0)
                 radius = max(float(span.min()) / self.settings.cell / 2, self.settings.spread)
                 distance = (middles[..., :2] - middles[i, j, :2]).square().sum(-1) / self.settings.cell**2
                 target[b, label] = torch.maximum(target[b, label], (-distance / (2 * (radius / 3) ** 2)).exp())
                 error = error + F.l1_loss(made["code"][b, i, j], _coded(box, middles[i, j]), reduction="sum")
                 boxes += 1
+            for label, box in zip(true.label[~true.sought].tolist(), true.box[~true.sought], strict=True):
+                level = (middles + box[2] * middles.new_tensor([0.0, 0.0, 1.0])).flatten(0, 1)
+                counted[b, label].masked_fill_(inside(level[None], box[None, None])[0].view_as(counted[b, label]), 0.0)
         p = made["heat"].sigmoid().clamp(1e-4, 1 - 1e-4)
         peak = target == 1
         focal = torch.where(peak, (1 - p) ** 2 * p.log(), (1 - target) ** 4 * p**2 * (1 - p).log())  # Law and Deng 2018, eq. 1
-        return {"heat": Loss(-focal.sum(), max(float(peak.sum()), 1.0)),
+        return {"heat": Loss(-(focal * torch.where(peak, 1.0, counted)).sum(), max(float(peak.sum()), 1.0)),
                 "box": Loss(error, max(float(boxes), 1.0), self.settings.boxes)}
 
     def decode(self, made: dict[str, Tensor]) -> list[Found]:
@@ -223,3 +262,6 @@ class CentreBoxes(BoxHead):
             score, at = heat.flatten().topk(min(self.settings.found, heat.numel()))
             found.append(Found(box[b, at % heat.shape[1]], at // heat.shape[1], score))
         return found
+
+
+HEADS: dict[str, type[BoxHeadSettings]] = {"centres": Centres, "queries": Queries}

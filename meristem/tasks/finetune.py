@@ -19,6 +19,7 @@ from meristem.platform.data.loader import loader
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
 from meristem.platform.data.splits import NAMES, budget
+from meristem.platform.evaluation import detection
 from meristem.platform.evaluation.metrics import means, set_metrics
 from meristem.platform.evaluation.results import METADATA, QUERIES, SHAPES, Case
 from meristem.platform.recipe import build, override, read
@@ -26,7 +27,7 @@ from meristem.platform.training import checkpoint
 from meristem.platform.training.loop import Outcome, first_rank, launch, train
 from meristem.platform.training.pretrain import card, close_run, open_run, reference
 from meristem.platform.training.progress import Reporter
-from meristem.tasks.base import Keep, Scope, TaskRecipe, objective
+from meristem.tasks.base import Keep, Scope, TaskRecipe, TaskSettings, objective
 
 SCRATCH = "scratch"
 
@@ -131,10 +132,18 @@ def _seen(tuned_on: dict[str, Any], init: Path | None) -> dict[str, Any]:
             "key_id": tuned_on["key_id"] if tuned_on["key_id"] == before["key_id"] else ""}
 
 
-def mean_scores(cases: Sequence[Case]) -> dict[str, Any]:
-    """The figures of a run's metrics.json: means over cases, or metrics of the set."""
-    if not cases or cases[0].truth is not None:
+def mean_scores(cases: Sequence[Case], task: TaskSettings | None = None, classes: Sequence[str] = ()) -> dict[str, Any]:
+    """The figures of a run's metrics.json: means over cases, or metrics of the set; None where one is undefined.
+
+    task, classes: of detections, how they are scored and the names of their classes.
+    """
+    if not cases:
         return {}
+    if cases[0].truth is not None:
+        assert task is not None
+        boxes = detection.figures(cases, classes, task.scoring, getattr(task, "overlaps", {}))
+        return {f"{name}/{c}" if c else name: round(v, 6) if math.isfinite(v) else None for name, values in boxes.items()
+                for c, v in values.items()}
     if cases[0].target is not None:
         target = np.array([case.target for case in cases])
         probabilities = np.array([case.probabilities for case in cases])
@@ -171,7 +180,7 @@ def finetune(recipe: TaskRecipe, data: Data, directory: Path, *, init: Path | No
             checkpoint.write_text(directory / "cases.json", json.dumps([case.model_dump() for case in cases], indent=1))
         close_run(directory, tuned.outcome, {"labelled_subjects": len({row.subject for row in rows}), "test_cases": len(cases),
                                              "init": checkpoint.identity(init) if init else SCRATCH,
-                                             "test": mean_scores(cases),
+                                             "test": mean_scores(cases, recipe.task, scope.scored),
                                              "wall_seconds": round(time.perf_counter() - began, 2)})
     return tuned
 

@@ -22,7 +22,7 @@ from meristem.platform.data.loader import whole
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
 from meristem.platform.evaluation.folds import pooled
-from meristem.platform.evaluation.results import Group, Results
+from meristem.platform.evaluation.results import Results
 from meristem.platform.masked.objective import MaskedObjective
 from meristem.platform.objectives import Encoded, Items
 from meristem.platform.recipe import Recipe, build, read
@@ -205,7 +205,7 @@ def _drawn(directory: Path, results: Results, data: Data) -> list[_Drawn]:
             with np.load(file, allow_pickle=False) as stored:
                 maps[cell.arm] = {name: stored[name] for name in stored.files}
     rows = {row.case: row for row in data.manifest.rows}
-    scored = {c.arm: Group.of([c], results.classes) for c in cells}
+    scored = {c.arm: results.group([c]) for c in cells}
     return [_Drawn(rank, rows[case], {arm: of[case] for arm, of in maps.items()},
                    {a: float(np.nanmean(g.case_values(results.metric)[0, :, g.cases.index(case)])) for a, g in scored.items()})
             for rank, case in pick_cases(results, protocol, fewest).items()

@@ -155,14 +155,14 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
                     checkpoint.write_text(file, cell.model_dump_json())
             cells.append(cell)
             if not quiet:
-                shown = mean_scores(cell.cases)[metric]
+                shown = mean_scores(cell.cases, recipe.task, scope.scored)[metric]
                 print(f"{title}: {metric} {'undefined' if shown is None else f'{shown:.4f}'}", file=sys.stderr, flush=True)
     results = _results(recipe, data, scope, contestants, cells, test, pool, metric)
     if first_rank():
         results.save(directory / "results.json")
         checkpoint.write_text(directory / "recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True))
-        figures = [{"arm": c.arm, "protocol": c.protocol, "labels": c.labels, "seed": c.seed, **mean_scores(c.cases)}
-                   for c in cells]
+        figures = [{"arm": c.arm, "protocol": c.protocol, "labels": c.labels, "seed": c.seed,
+                    **mean_scores(c.cases, recipe.task, scope.scored)} for c in cells]
         checkpoint.write_text(directory / "metrics.json", json.dumps(figures, indent=1))
     return results
 

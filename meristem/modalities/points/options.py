@@ -68,6 +68,8 @@ class PointsOptions(Settings):
     4 to 6 are normals where they are unit vectors, else colours, a seventh is a label; a fourth alone is intensity.
     intensity: the files' value for full reflectance; null: the least of 1, 255 and 65535 that a file does not exceed.
     nonfinite: points that are NaN or infinite make a file unusable, or are left out and counted.
+    sector: degrees to either side of x beyond which points are left out and counted: of KITTI's frames only what the camera
+    sees is labelled.
     mesh: files with faces are sampled uniformly over their surface, `sampled` points, the same whenever read; or their
     vertices are taken.
     segments: pieces found without labels when a file is read, as the field `segment`: none, clusters, supervoxels.
@@ -83,6 +85,7 @@ class PointsOptions(Settings):
     columns: tuple[str, ...] = ()
     intensity: Length | None = None
     nonfinite: Literal["refuse", "drop"] = "refuse"
+    sector: Annotated[float, Field(gt=0, lt=180)] | None = None
     mesh: Literal["surface", "vertices"] = "surface"
     sampled: Annotated[int, Field(ge=4)] = 8192
     segments: Segments = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from meristem.errors import DataError
 from meristem.modalities.base import Axis, Draw, Element, Header, Links, Look, Sample, Settings, View, ViewSettings
 from meristem.modalities.frame import Frame
+from meristem.modalities.objects import Objects
 from meristem.modalities.points import drawing, files
 from meristem.modalities.points.cloud import Cloud, channels
 from meristem.modalities.points.options import WIDTHS, PointsOptions, PointsViewOptions
@@ -57,7 +59,7 @@ class Points:
         cloud = files.read_cloud(paths[0], self.options)
         n = len(cloud)
         companions = self._companions(cloud, fields)
-        cloud, good = self._finite(cloud)
+        cloud, good = self._usable(cloud)
         if len(cloud) < FEWEST:
             raise DataError("empty" if not n else "few", f"holds {len(cloud)} points that can be used", f"At least {FEWEST}.")
         xyz = cloud.xyz * self.options.unit
@@ -101,15 +103,17 @@ class Points:
                 found[name] = files.part_numbers(path, found[name])
         return found
 
-    def _finite(self, cloud: Cloud) -> tuple[Cloud, np.ndarray]:
-        """Without the points that are not finite, where they may go; (N,) bool which stay."""
+    def _usable(self, cloud: Cloud) -> tuple[Cloud, np.ndarray]:
+        """Without the points that are not finite, where they may go, and those outside the sector; (N,) bool which stay."""
         parts = [cloud.xyz, *(cloud.features[f] for f in self.options.features if f in cloud.features)]
         good = np.logical_and.reduce([np.isfinite(p).all(1) for p in parts])
-        if good.all():
-            return cloud, good
-        if self.options.nonfinite == "refuse":
+        if not good.all() and self.options.nonfinite == "refuse":
             raise DataError("nan", f"{(~good).sum()} of {len(good)} points are NaN or infinite",
                             "Export the file again, or set modality.points.nonfinite=drop to leave them out.")
+        if self.options.sector is not None:
+            good &= np.abs(np.arctan2(cloud.xyz[:, 1], cloud.xyz[:, 0])) <= np.radians(self.options.sector)
+        if good.all():
+            return cloud, good
         return Cloud(cloud.xyz[good], {f: x[good] for f, x in cloud.features.items()}, None, cloud.sampled), good
 
     def statistics(self, array: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -160,6 +164,24 @@ class Points:
         frame = Frame(torch.eye(4).expand(rows, -1, -1), (n,), torch.ones(rows, 3), tuple(a.unit for a in self.axes))
         return View("example", array, frame.to(device), torch.arange(rows, device=device), torch.zeros_like(rng.key),
                     fields={"mask": rng.integers("mask", 2, n)}, index=torch.arange(n, device=device).expand(rows, -1))
+
+    def placed(self, objects: Objects, header: Header) -> Objects:
+        """Upright boxes in the file's unit to metres from the sample's origin. Raises DataError."""
+        if objects.box.shape[1] != 7:
+            raise DataError("box", f"boxes of {objects.box.shape[1]} numbers are no boxes among points",
+                            "Give centre, length, width, height and heading.")
+        return replace(objects, box=objects.box * self._metres() - self._origin(header))
+
+    def annotated(self, box: np.ndarray, header: Header) -> np.ndarray:
+        """(K, 7) in source coordinates, as annotations have them: in the file's unit."""
+        return (box + self._origin(header)) / self._metres()
+
+    def _metres(self) -> np.ndarray:
+        return np.array([self.options.unit] * 6 + [1.0])
+
+    @staticmethod
+    def _origin(header: Header) -> np.ndarray:
+        return np.array([*header.source["origin"], 0.0, 0.0, 0.0, 0.0])
 
     def write(self, prediction: np.ndarray, header: Header, path: Path) -> Path:
         """Labels (N,) of the stored points as .npy, one for every point of the file in its order; −1 where none is stored."""

@@ -18,6 +18,11 @@ def times(header: Header) -> np.ndarray:
     return np.array(known) if known else np.arange(header.shape[1]) * header.spacing[0]
 
 
+def duration(header: Header) -> float:
+    """Seconds that the file plays: its last frame stays on screen as long as any."""
+    return float(times(header)[-1]) + header.spacing[0]
+
+
 def frames(view: VideoViewOptions, header: Header, look: Look) -> tuple[np.ndarray, float, dict[str, Any]]:
     """The frames of one look (n,), −1 where there is none; seconds between them as the view plays; the pretext labels.
 
@@ -33,14 +38,15 @@ def frames(view: VideoViewOptions, header: Header, look: Look) -> tuple[np.ndarr
     elif isinstance(view.sample, Rate):
         shown, step = times(header), 1 / view.sample.fps
         at = np.arange(n) * step * speed
-        length = shown[-1] + header.spacing[0]  # the last frame stays on screen as long as any
-        at += _place(view, look) * max(length - (at[-1] + step * speed), 0.0)
+        length = duration(header)
+        low, high = _room(look, max(length - (at[-1] + step * speed), 0.0), at[-1], shown)
+        at += low + _place(view, look) * (high - low)
         index = _wrapped(at, length, shown, view.short)
     else:
         step = view.sample.stride * header.spacing[0]
         at = np.arange(n) * view.sample.stride * speed
-        last = max(math.ceil(total - at[-1]) - 1, 0)
-        at += min(int(_place(view, look) * (last + 1)), last)
+        first, last = map(int, _room(look, max(math.ceil(total - at[-1]) - 1, 0), at[-1], np.arange(total)))
+        at += min(first + int(_place(view, look) * (last - first + 1)), last)
         index = _wrapped(at, total, np.arange(total), view.short)
     if view.direction is not None:
         labels["direction"] = int(look.rng.uniform("direction")[0] < view.direction)
@@ -82,6 +88,14 @@ def _place(view: VideoViewOptions, look: Look) -> float:
         u = 1 - (1 - u) ** 0.5  # the inverse of the distribution function of the density 2 (1 − x)
     gap = low + (high - low) * u
     return float((1 - gap) * first + look.number * gap)
+
+
+def _room(look: Look, latest: float, span: float, shown: np.ndarray) -> tuple[float, float]:
+    """The earliest and latest start, of a look that spans so much: any, or such that it shows the frame it is about."""
+    if look.about < 0:
+        return 0.0, latest
+    at = float(shown[look.about])
+    return min(max(at - span, 0.0), latest), min(at, latest)
 
 
 def _wrapped(at: np.ndarray, length: float, shown: np.ndarray, short: str) -> np.ndarray:

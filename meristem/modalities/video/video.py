@@ -19,14 +19,17 @@ from meristem.modalities.lattice import Lattice
 from meristem.modalities.lattice.drawing import draw as draw_frames
 from meristem.modalities.lattice.intensity import SPANNED, blur
 from meristem.modalities.lattice.labels import nearest, to_classes, to_values
+from meristem.modalities.objects import Objects
 from meristem.modalities.video.folder import SUFFIXES
 from meristem.modalities.video.masks import UNKNOWN, first_number, read_masks
 from meristem.modalities.video.options import VideoOptions, VideoViewOptions
 from meristem.modalities.video.points import mark, read_points
 from meristem.modalities.video.readers import Frames, open_video, scan
+from meristem.modalities.video.sampling import duration, times
 from meristem.modalities.video.sampling import frames as choose_frames
 
 DECODED = 16  # frames that are held at full size at once
+OVERRUN = 1.0  # s that a segment may reach past the last frame: durations are rounded, and containers count them differently
 
 
 class Video(Lattice):
@@ -168,6 +171,27 @@ class Video(Lattice):
             view = _turned(view)
         return _differences(view) if settings.residual else view
 
+    def placed(self, objects: Objects, header: Header) -> Objects:
+        """Segments in seconds, cut to what was decoded, where the i-th frame comes on screen at i times the period of frames.
+
+        Raises DataError (box).
+        """
+        last = duration(header)
+        out = (objects.box[:, 1] > last + OVERRUN) | (objects.box[:, 0] >= last)
+        if out.any():
+            at = int(np.flatnonzero(out)[0])
+            start, end = objects.box[at]
+            raise DataError("box", f"segment {at + 1}, from {start:g} to {end:g} s, lies outside the {last:g} s that were "
+                            "decoded",
+                            "Correct it; was the video cut after it was annotated?")
+        seconds, steps = _clock(header)
+        return replace(objects, box=np.interp(objects.box, seconds, steps))
+
+    def annotated(self, box: np.ndarray, header: Header) -> np.ndarray:
+        """The inverse: (K, 2) in seconds, cut to what was decoded."""
+        seconds, steps = _clock(header)
+        return np.interp(box, steps, seconds)
+
     def write(self, prediction: np.ndarray, header: Header, path: Path) -> Path:
         """Label maps (T, H, W) as a folder of grey PNGs of the source's size, numbered as its frames. Returns the folder."""
         labels = nearest(np.asarray(prediction), tuple(header.source["shape"]))
@@ -178,6 +202,11 @@ class Video(Lattice):
         for i, frame in enumerate(labels, header.source["first"]):
             Pillow.fromarray(frame).save(folder / f"{i:05d}.png")
         return folder
+
+
+def _clock(header: Header) -> tuple[np.ndarray, np.ndarray]:
+    """(T+1,) seconds at which frames come on screen, and the last one leaves it; and the same by the period of frames."""
+    return np.append(times(header), duration(header)), np.arange(header.shape[1] + 1) * header.spacing[0]
 
 
 def _standard(mean: np.ndarray, std: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

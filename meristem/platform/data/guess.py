@@ -13,6 +13,7 @@ from PIL import Image as Pillow
 from meristem.errors import DataError
 from meristem.modalities.base import Modality, member_files, modalities, modality_class
 from meristem.platform.data import lists
+from meristem.platform.data.annotated import format_of
 from meristem.platform.data.layouts import Search, nested, sequences
 
 LOOKED_INTO = 8  # folders, or files of one suffix: enough to tell frames from a class of pictures, points from a matrix
@@ -20,16 +21,20 @@ ALIKE = 0.7  # mean difference of neighbours over that of pictures far apart: ab
 
 
 def guess_modality(path: str | Path) -> str:
-    """The installed modality that reads most files of a data set. Raises DataError when none reads any.
+    """The installed modality that reads most files of a data set, or the only one whose objects its annotations are of.
 
     Folders of numbered files go to a modality of which each is one sample only where that is clear: see `layouts.sequences`,
     and where they might as well be classes, neighbours in number must look alike. A modality that has
     `recognised(path) -> bool` is asked whether files of its suffixes, which others have too, are its own.
+    Raises DataError when none reads any.
     """
     root = Path(path).expanduser()
     if not root.exists():
         raise DataError("missing", f"no data at {root}", "Give an existing folder, CSV, list, dataset.json, npz or data file.")
     kinds = {name: modality_class(name) for name in modalities()}
+    annotated = [name for name, kind in kinds.items() if format_of(Search(kind), root)]
+    if len(annotated) == 1:
+        return annotated[0]
     folder = root.parent if root.suffix == ".json" else root
     names, counts = _listed(root, kinds)
     if not counts.total():

@@ -10,7 +10,7 @@ from meristem.platform.evaluation.leakage import Leakage
 from meristem.platform.evaluation.results import Budget, Cell, Counts, Dataset, Results
 
 WORST = ("contaminated", "unknown", "transductive", "clean")
-SAME = ("task", "kind", "metric", "classes", "unit", "tolerance", "settings")
+SAME = ("task", "kind", "metric", "classes", "unit", "tolerance", "scoring", "overlaps", "settings")
 
 
 def pooled(folds: Sequence[Results]) -> Results:

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import binary_erosion, distance_transform_edt
 
+from meristem.platform.evaluation.detection import RATES, SCORINGS
+
 Array = NDArray[Any]
 SetMetric = Callable[..., Array]  # (target, probabilities, weight=None, **own settings) -> (…)
 
@@ -371,14 +373,20 @@ HIGHER = {"dice": True, "hd95": False, "nsd": True, "auroc": True, "auprc": True
           "balanced_accuracy": True, "ece": False, "brier": False, "J&F": True, "J": True, "F": True, "J recall": True,
           "F recall": True, "J decay": False, "F decay": False, "mAP": True, **{f"PCK@{a}": True for a in ALPHAS},
           **{f"R@{k}": True for k in RECALLS}, "instance_miou": True, "class_miou": True, "point_accuracy": True, "miou": True,
-          "oa": True, "macc": True, "few-shot": True}
+          "oa": True, "macc": True, "few-shot": True, **{name: True for scoring in SCORINGS.values() for name in scoring}}
 LABELS = {"dice": "Dice", "hd95": "HD95", "nsd": "NSD", "auroc": "AUROC", "auprc": "AUPRC", "accuracy": "accuracy",
           "top5": "top-5 accuracy", "balanced_accuracy": "balanced accuracy", "ece": "calibration error",
           "brier": "Brier score", "J&F": "J&F", "J": "J (region)", "F": "F (contour)", "J recall": "J recall",
           "F recall": "F recall", "J decay": "J decay", "F decay": "F decay", "mAP": "mAP",
           **{f"PCK@{a}": f"PCK@{a}" for a in ALPHAS}, **{f"R@{k}": f"R@{k}" for k in RECALLS},
           "instance_miou": "instance mIoU", "class_miou": "class mIoU", "point_accuracy": "share of points right",
-          "miou": "mIoU", "oa": "overall accuracy", "macc": "mean class accuracy", "few-shot": "few-shot accuracy"}
+          "miou": "mIoU", "oa": "overall accuracy", "macc": "mean class accuracy", "few-shot": "few-shot accuracy",
+          "ap": "AP", "ap10": "AP10", "ap25": "AP25", "ap50": "AP50", "ap75": "AP75", "ap small": "AP small",
+          "ap medium": "AP medium", "ap large": "AP large", "ar100": "AR100", "froc": "FROC score", "mask ap": "mask AP",
+          "mask ap50": "mask AP50", "map": "mAP", "ap40": "AP40", "ap40 bev": "AP40 from above", "ap40 easy": "AP40 easy",
+          "ap40 hard": "AP40 hard", "tmap": "mAP over time",
+          **{f"sensitivity@{rate}": f"sensitivity at {rate}" for rate in RATES},
+          **{name: f"mAP at tIoU {name[5:]}" for name in SCORINGS["temporal"] if "@" in name}}
 
 
 def set_metrics(classes: int) -> dict[str, SetMetric]:

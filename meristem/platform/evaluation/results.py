@@ -16,6 +16,7 @@ from scipy.stats import rankdata
 
 from meristem.errors import MeristemError
 from meristem.platform.evaluation import metrics
+from meristem.platform.evaluation.detection import SCORINGS, Detections
 from meristem.platform.evaluation.leakage import Leakage
 from meristem.platform.evaluation.statistics import (
     REPLICATES,
@@ -65,7 +66,7 @@ class Case(Model):
     `found`.
 
     metrics: those of `metrics.RATIOS` are given as the counts they are made of. category: of a shape with parts. overlap: of
-    the masks of what was found (rows) and what is true, where both have masks.
+    the masks of what was found (rows) and what is true, where both have masks; of ignored ones, over the found mask alone.
     """
 
     case: str
@@ -84,6 +85,14 @@ class Case(Model):
             raise ValueError("target and probabilities go together, and so do truth and found")
         if bool(self.metrics) + bool(self.probabilities) + (self.truth is not None) != 1:
             raise ValueError("a case has metrics, or target and probabilities, or truth and found")
+        if self.truth is not None and self.found is not None:
+            if len(self.found.score) != len(self.found.label):
+                raise ValueError(f"{self.case} has {len(self.found.score)} scores for {len(self.found.label)} objects found")
+            if len({len(box) for box in (*self.truth.box, *self.found.box)} - {2, 4, 6, 7}) or \
+                    len({len(box) for box in (*self.truth.box, *self.found.box)}) > 1:
+                raise ValueError(f"the boxes of {self.case} are not all of 2, of 4, of 6 or of 7 numbers")
+            if self.overlap and [len(row) for row in self.overlap] != [len(self.truth.label)] * len(self.found.label):
+                raise ValueError(f"the overlaps of {self.case} are not of all found with all true objects")
         return self
 
 
@@ -157,6 +166,8 @@ class Results(Model):
             raise ValueError("there is no cell")
         if self.metric not in self.higher:
             raise ValueError(f"whether '{self.metric}' is better high or low is not stated in `higher`")
+        if self.kind == "detection" and self.metric not in SCORINGS.get(self.scoring, ()):
+            raise ValueError(f"detections scored as '{self.scoring}' have no {self.metric}")
         keys = [(c.arm, c.protocol, c.labels, c.seed) for c in self.cells]
         for key in keys:
             if keys.count(key) > 1:
@@ -173,8 +184,13 @@ class Results(Model):
                 for name, by_class in case.metrics.items():
                     if set(by_class) != set(self.classes):
                         raise ValueError(f"{case.case} has {name} of {', '.join(by_class)}, not of {', '.join(self.classes)}")
+                if (self.kind == "detection") != (case.truth is not None):
+                    raise ValueError(f"{case.case} has {'no boxes' if case.truth is None else 'boxes'} in a {self.kind}")
+                if case.truth is not None and case.found is not None and \
+                        max((*case.truth.label, *case.found.label), default=0) >= len(self.classes):
+                    raise ValueError(f"{case.case} has an object of a class beyond the {len(self.classes)} of the study")
                 needed = metrics.RATIOS.get(self.metric, (self.metric,))[:2]
-                if self.kind != "classification" and not {*needed} <= set(case.metrics):
+                if self.kind not in ("classification", "detection") and not {*needed} <= set(case.metrics):
                     raise ValueError(f"{case.case} has no {self.metric}")
         return self
 
@@ -192,6 +208,10 @@ class Results(Model):
     @property
     def baselines(self) -> frozenset[str]:
         return frozenset(c.arm for c in self.cells if c.init is None)
+
+    def group(self, cells: Iterable[Cell], only: set[str] | None = None) -> Group:
+        """Some of its cells, of one arm × protocol × labels, as arrays."""
+        return Group.of(cells, self.classes, only, self.scoring, self.overlaps)
 
     def save(self, path: Path) -> Path:
         path.write_text(self.model_dump_json(indent=1) + "\n")
@@ -271,6 +291,7 @@ class Group:
 
     cases, owner: case names and, for each, the index in `subjects`. values: metric -> (seeds, classes, cases), of scored cases;
     target (cases,) and probabilities (seeds, cases, K), classification. categories: name of each case's, '' where it has none.
+    detections: of the cases, detection.
     """
 
     seeds: list[int]
@@ -281,10 +302,12 @@ class Group:
     target: Array | None
     probabilities: Array | None
     categories: Array
+    detections: Detections | None = None
 
     @classmethod
-    def of(cls, cells: Iterable[Cell], classes: Sequence[str], only: set[str] | None = None) -> Group:
-        """only: case names to keep. Cases that a seed lacks are left out."""
+    def of(cls, cells: Iterable[Cell], classes: Sequence[str], only: set[str] | None = None, scoring: str = "",
+           overlaps: Mapping[str, float] | None = None) -> Group:
+        """only: case names to keep. Cases that a seed lacks are left out. scoring, overlaps: of detections, as in `Results`."""
         cells = sorted(cells, key=lambda c: c.seed)
         tables = [{case.case: case for case in cell.cases} for cell in cells]
         shared = set.intersection(*(set(t) for t in tables))
@@ -301,17 +324,22 @@ class Group:
             target = np.array([case.target for case in rows[0]])
             probabilities = np.array([[case.probabilities for case in row] for row in rows])
         categories = np.array([case.category for case in rows[0]])
-        return cls([c.seed for c in cells], cases, subjects, owner, values, target, probabilities, categories)
+        detections = Detections(rows, classes, scoring, overlaps or {}) if cases and rows[0][0].truth is not None else None
+        return cls([c.seed for c in cells], cases, subjects, owner, values, target, probabilities, categories, detections)
 
     @property
     def metrics(self) -> list[str]:
         if self.probabilities is not None:
             return list(metrics.set_metrics(self.probabilities.shape[-1]))
+        if self.detections is not None:
+            return self.detections.metrics
         made = list(metrics.RATIOS) if set(metrics.COUNTS) <= set(self.values) else []
         return [*made, *(name for name in self.values if not (made and name in metrics.COUNTS))]
 
     def case_values(self, metric: str) -> Array:
-        """(seeds, classes, cases) of each case by itself; NaN where a ratio has nothing below."""
+        """(seeds, classes, cases) of each case by itself; NaN where a ratio has nothing below. Detection: F1, one class."""
+        if self.detections is not None:
+            return self.detections.f1()[:, None]
         if metric not in metrics.RATIOS:
             return self.values[metric]
         above, below, _ = metrics.RATIOS[metric]
@@ -319,7 +347,9 @@ class Group:
             return np.asarray(self.values[above] / self.values[below])
 
     def sums(self, metric: str, weight: Array, label: int | None = None) -> Array:
-        """(seeds, R) a ratio of sums over the set, of case weights (R, cases). label: of one class."""
+        """(seeds, R) a ratio of sums over the set, or a metric of detection, by case weights (R, cases). label: one class."""
+        if self.detections is not None:
+            return self.detections.value(metric, weight, label)
         above, below, pooled = metrics.RATIOS[metric]
         one, two = (np.einsum("rn,scn->src", weight, self.values[name]) for name in (above, below))
         return metrics.ratio(one, two, pooled) if label is None else metrics.ratio(*(x[..., [label]] for x in (one, two)))
@@ -340,7 +370,7 @@ class Group:
         label: of one class: its own scores, itself against the rest (rank metrics), its recall (accuracy).
         """
         owner = self.owner
-        if metric in metrics.RATIOS:
+        if self.pooled(metric):
             return lambda w: self.sums(metric, w[:, owner], label).mean(0)
         if metric in metrics.BY_CATEGORY:
             member, value = self._members(), self.values[metric].mean((0, 1))
@@ -371,8 +401,12 @@ class Group:
         _, owner = np.unique(self.owner[mine], return_inverse=True)
         return mean_of(per_subject(values, owner)), int(owner.max()) + 1
 
+    def pooled(self, metric: str) -> bool:
+        """Whether it is one of the set, with no value of a case that it is the mean of, and no probabilities."""
+        return metric in metrics.RATIOS or self.detections is not None
+
     def per_seed(self, metric: str) -> dict[int, float]:
-        if metric in metrics.RATIOS:
+        if self.pooled(metric):
             found = list(self.sums(metric, np.ones((1, len(self.cases))))[:, 0])
         elif metric in metrics.BY_CATEGORY:
             member = self._members()
@@ -423,7 +457,7 @@ def summarise(results: Results, replicates: int = REPLICATES, seed: int = 0) -> 
     primary metric. Equality of training budgets is checked; what differs is a warning.
     """
     cells = groups(results)
-    made = {key: Group.of(mine, results.classes) for key, mine in cells.items()}
+    made = {key: results.group(mine) for key, mine in cells.items()}
     warnings: list[str] = []
     rows: list[Row] = []
     for key, group in made.items():
@@ -442,7 +476,7 @@ def summarise(results: Results, replicates: int = REPLICATES, seed: int = 0) -> 
         if all(key[0] == METADATA for key in rivals):
             warnings.append(f"{_where(results, arm, protocol, labels)}: there is no arm from random weights to compare with.")
         for rival in rivals:
-            found, said = compare(results, mine, cells[rival], replicates, seed)
+            found, said = compare(results, mine, cells[rival], replicates, seed, made)
             comparisons += found
             warnings += said
     tested = [c for c in comparisons if c.p is not None]
@@ -487,7 +521,7 @@ def _row(results: Results, key: tuple[str, str, Labels], cells: Sequence[Cell], 
         return bootstrap(group.statistic(metric, label), n, replicates=replicates, seed=seed, widen=widen)
 
     ranked = metric in metrics.RANK_METRICS and len(results.classes) > 2  # of two classes one's area is the other's
-    split = results.kind in ("segmentation", "semantic", "few-shot") or ranked or metric == "accuracy"
+    split = results.kind in ("segmentation", "semantic", "few-shot", "detection") or ranked or metric == "accuracy"
     classes = {c: interval(i) for i, c in enumerate(results.classes)} if split else {}
     if metric in metrics.BY_CATEGORY:
         classes = {c: bootstrap(*group.of_category(metric, c), replicates=replicates, seed=seed)
@@ -500,9 +534,12 @@ def _row(results: Results, key: tuple[str, str, Labels], cells: Sequence[Cell], 
                if results.kind == "few-shot" else {})
 
 
-def compare(results: Results, mine: Sequence[Cell], theirs: Sequence[Cell], replicates: int = REPLICATES, seed: int = 0
-            ) -> tuple[list[Comparison], list[str]]:
-    """One arm's cells minus another's at one protocol and budget, in every metric; and what makes it less than fair."""
+def compare(results: Results, mine: Sequence[Cell], theirs: Sequence[Cell], replicates: int = REPLICATES, seed: int = 0,
+            made: Mapping[tuple[str, str, Labels], Group] | None = None) -> tuple[list[Comparison], list[str]]:
+    """One arm's cells minus another's at one protocol and budget, in every metric; and what makes it less than fair.
+
+    made: groups that are made already; where the arms share all seeds and cases, theirs serve.
+    """
     a, b = mine[0], theirs[0]
     where, warnings = f"{_where(results, a.arm, a.protocol, a.labels)} against {b.arm}", []
     seeds = {c.seed for c in mine} & {c.seed for c in theirs}
@@ -522,7 +559,13 @@ def compare(results: Results, mine: Sequence[Cell], theirs: Sequence[Cell], repl
         warnings.append(f"{where}: the arms were tested on different cases; the difference is over {len(shared)} of them.")
     if not shared:
         return [], warnings
-    one, two = (Group.of(cells, results.classes, shared) for cells in (mine, theirs))
+
+    def grouped(cells: Sequence[Cell]) -> Group:
+        known = (made or {}).get((cells[0].arm, cells[0].protocol, cells[0].labels))
+        whole = known is not None and set(known.cases) == shared and set(known.seeds) == seeds
+        return known if known is not None and whole else results.group(cells, shared)
+
+    one, two = grouped(mine), grouped(theirs)
     if one.subjects != two.subjects or (one.target is not None and (one.target != two.target).any()):
         raise MeristemError(f"{where}: the same test case has another subject or target in the two arms",
                             "The arms were tested on different data under the same names; evaluate them together.")
@@ -545,10 +588,12 @@ _EQUAL: dict[str, Callable[[Cell], int | str]] = {
 
 
 def _test(one: Group, two: Group, metric: str, replicates: int, seed: int) -> float:
-    if metric in metrics.RATIOS:
+    if one.pooled(metric):
+        both = replace(one, values={k: np.concatenate([v, two.values[k]], -1) for k, v in one.values.items()},
+                       detections=one.detections and two.detections and one.detections + two.detections)
+
         def traded(flips: Array) -> Array:
             swap = flips[:, one.owner].astype(float)
-            both = replace(one, values={k: np.concatenate([v, two.values[k]], -1) for k, v in one.values.items()})
             a, b = (both.sums(metric, np.concatenate(w, -1)) for w in ((1 - swap, swap), (swap, 1 - swap)))
             return np.asarray((a - b).mean(0))
 
@@ -614,7 +659,7 @@ def join(old: Results, new: Results) -> Results | None:
     Cells that occur in both are kept once if they agree; if they disagree, the two are not joined.
     """
     def same(r: Results) -> tuple[object, ...]:
-        return r.task, r.kind, r.metric, r.classes, r.dataset, r.counted, r.unit, r.tolerance
+        return r.task, r.kind, r.metric, r.classes, r.dataset, r.counted, r.unit, r.tolerance, r.scoring, r.overlaps
 
     if same(old) != same(new):
         return None

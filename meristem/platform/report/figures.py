@@ -93,7 +93,7 @@ def metric_label(results: Results, name: str) -> str:
 
 def chosen(results: Results, protocol: str, labels: Labels) -> dict[str, Group]:
     """arm -> its group at a protocol and label budget."""
-    return {a: Group.of(cells, results.classes) for (a, p, n), cells in groups(results).items() if (p, n) == (protocol, labels)}
+    return {a: results.group(cells) for (a, p, n), cells in groups(results).items() if (p, n) == (protocol, labels)}
 
 
 def _probabilities(group: Group) -> Array:
@@ -229,7 +229,7 @@ def paired(results: Results, summary: Summary, protocol: str, labels: Labels) ->
         mine, theirs = cells[c.arm, protocol, labels], cells[c.baseline, protocol, labels]
         seeds = {x.seed for x in mine} & {x.seed for x in theirs}
         shared = {case.case for case in mine[0].cases}.intersection(*({k.case for k in x.cases} for x in (*mine, *theirs)))
-        a, b = (Group.of([x for x in some if x.seed in seeds], results.classes, shared) for some in (mine, theirs))
+        a, b = (results.group([x for x in some if x.seed in seeds], shared) for some in (mine, theirs))
         d = np.sort(a.subject_values(results.metric) - b.subject_values(results.metric))
         gains = int(((d > 0) if results.higher[results.metric] else (d < 0)).sum())
 

@@ -214,13 +214,13 @@ def sample_groups(results: Results) -> dict[tuple[str, str, Labels], Group]:
              if key[0] != METADATA and cells[0].cases[0].target is not None}
     protocol = next((protocol for _, protocol, _ in found), None)
     budgets = [labels for _, p, labels in found if p == protocol]  # few labels first
-    return {key: Group.of(cells, results.classes) for key, cells in found.items()
+    return {key: results.group(cells) for key, cells in found.items()
             if key[1] == protocol and key[2] in (budgets[0], budgets[-1])}
 
 
 def pick_cases(results: Results, protocol: str, labels: Labels) -> dict[Rank, str]:
     """The worst, median and best case by the primary metric, averaged over all arms, seeds and classes: no arm chooses."""
-    made = [Group.of(cells, results.classes) for (_, p, n), cells in groups(results).items() if (p, n) == (protocol, labels)]
+    made = [results.group(cells) for (_, p, n), cells in groups(results).items() if (p, n) == (protocol, labels)]
     shared = sorted(set.intersection(*(set(g.cases) for g in made)))
     score = np.zeros(len(shared))
     for group in made:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from meristem.platform.data.annotated import coco, monai, voc
+from meristem.platform.data.annotated import activitynet, coco, kitti, monai, scenes, voc
 from meristem.platform.data.layouts import Search
 
 
@@ -22,7 +22,7 @@ class Format(Protocol):
         ...
 
 
-FORMATS: tuple[Format, ...] = (coco, monai, voc)
+FORMATS: tuple[Format, ...] = (coco, monai, voc, kitti, scenes, activitynet)
 
 
 def format_of(search: Search, path: Path) -> Format | None:

@@ -26,3 +26,17 @@ def checked(box: Sequence[Sequence[float]], names: Sequence[str]) -> np.ndarray:
 def shown(box: np.ndarray) -> str:
     low, high = np.split(np.asarray(box), 2)
     return " to ".join("(" + ", ".join(f"{x:g}" for x in corner) + ")" for corner in (low, high))
+
+
+def upright(box: Sequence[Sequence[float]], names: Sequence[str]) -> np.ndarray:
+    """(K, 7) boxes as in `platform.boxes`, of objects with these names.
+
+    Raises DataError (box) for one that is not made of seven finite numbers or has a side that is not positive.
+    """
+    for i, (numbers, name) in enumerate(zip(box, names, strict=True)):
+        if len(numbers) != 7 or not np.isfinite(np.array(numbers, float)).all():
+            raise DataError("box", f"box {i + 1} ({name}) is not made of seven finite numbers", "Correct or remove it.")
+        if min(numbers[3:6]) <= 0:
+            raise DataError("box", f"box {i + 1} ({name}) has the sides {', '.join(f'{x:g}' for x in numbers[3:6])}",
+                            "All must be positive: correct or remove it.")
+    return np.array(box, float).reshape(-1, 7)
