@@ -17,14 +17,19 @@ from torch import nn
 from meristem import api
 from meristem.errors import DataError
 from meristem.modalities.base import Header
+from meristem.modalities.objects import Objects
 from meristem.modalities.volume import Volume
 from meristem.modalities.volume.pasted import write_pasted
+from meristem.platform.assembly import total
 from meristem.platform.data.manifest import Manifest
 from meristem.platform.data.source import Data, open_data
-from meristem.tasks.detection import source, stored
+from meristem.tasks.base import objective
+from meristem.tasks.detection import DetectionObjective, source, stored
 from meristem.tasks.detectors import DETECTORS, Boxed, DetectorSettings
 from meristem.tasks.detectors.fusion import cluster, suppress, together
 from meristem.tasks.detectors.instances import of_mask
+from meristem.tasks.finetune import resolve
+from meristem.tasks.inspection import noise
 
 VOLUME = Volume(Volume.Options())
 SHAPE, SPACING = (24, 20, 16), np.array([1.0, 1.5, 2.0])
@@ -281,6 +286,26 @@ def test_views_without_objects_and_low_precision_teach_too_and_what_is_not_finit
     assert all(f.box.dtype == torch.float32 for f in found)
     losses = detector.losses([maps[0] * torch.inf, maps[1]], (16, 16, 16), [nothing] * 2)
     assert all(loss.total.isnan() for loss in losses.values())  # for the loop to skip and count
+
+
+@pytest.mark.parametrize("encoder", ["{transformer: {width: 24, depth: 1, heads: 2}}", "{unet: {widths: [8, 8, 16], "
+                                     "blocks: [1, 1, 1], strides: [[2, 2, 1], [2, 2, 2]], decoder: false}}"])
+def test_it_stands_on_any_encoder_with_views_that_no_stride_divides(encoder: str) -> None:
+    recipe = resolve("detection", "volume", [f"encoder={encoder}", "views.x.size=[24,40,24]", "train.batch=2"])
+    assembly, batch = recipe.assemble(1), noise(recipe)
+    task = objective(assembly)
+    assert isinstance(task, DetectionObjective)
+    task.known = {int(row): (Objects(np.array([[4.0, 4, 4, 14, 16, 12]]), np.zeros(1, np.int64)), torch.eye(4))
+                  for row in batch.items.row}
+    loss = total(assembly(batch, 0.0))
+    loss.backward()
+    assert torch.isfinite(loss) and all(p.grad is not None for p in task.parameters() if p.requires_grad)
+    step = assembly.last_step
+    assert step is not None
+    maps = task.pyramid(step.encode("x", want=task.pyramid.want), step.stream("x"))  # type: ignore[arg-type]
+    size = batch.views["x"].array.shape[2:]
+    for x, stride in zip(maps, task.pyramid.strides, strict=True):
+        assert all(abs(n / s - m) < 1 for n, s, m in zip(size, stride, x.shape[2:], strict=True))
 
 
 # ---- boxes of windows

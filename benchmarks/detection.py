@@ -1,0 +1,172 @@
+"""Seconds and peak memory of searching a whole volume, beside MONAI's own RetinaNet on the same backbone. One JSON line.
+
+    python benchmarks/detection.py [--shape 128 128 96] [--steps 80] [--repeats 3]
+
+A detector of `volume/detection` learns a made volume of bright cuboids by heart (without it there would be nothing to fuse).
+`ours` searches it by windows, finds boxes in each and fuses them; `monai` is a RetinaNetDetector of MONAI with its own network,
+anchors and sliding-window inferer, which joins the maps of windows before it looks for boxes; encoder, pyramid and heads have
+the same weights, windows the same size, overlap, number at a time and precision. Seconds are medians, in turns, from decoded
+volume to boxes; peaks are those of processes of their own, less what the process held before. found: cuboids that a box of
+a score over 0.3 meets at an IoU over 0.5, of all such boxes. Ratios are ours / MONAI's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from timing import seconds
+from torch import Tensor, nn
+
+import meristem
+from meristem.modalities.base import View
+from meristem.modalities.frame import Frame
+from meristem.platform.assembly import Assembly
+from meristem.platform.data.source import open_data
+from meristem.tasks import transfer
+from meristem.tasks.base import objective
+from meristem.tasks.detection import WINDOWS, DetectionObjective, stored
+from meristem.tasks.detectors.fusion import overlap
+from meristem.tasks.detectors.monai import CANDIDATES, MonaiRetinaNet
+
+CUBOIDS = 5
+PLAIN = ["views.x.affine=null", "views.x.noise=null", "views.x.brightness=null", "views.x.contrast=null", "train.lr=3e-3",
+         "train.ema=null", "train.workers=0", "train.log_every=20"]
+Job = Callable[[], tuple[Tensor, Tensor]]
+
+
+def made(folder: Path, shape: tuple[int, ...]) -> Path:
+    """Noise with cuboids, and the list that says where they are."""
+    rng = np.random.default_rng(0)
+    array, boxes = rng.normal(100, 20, shape).astype(np.float32), list[list[float]]()
+    while len(boxes) < CUBOIDS:
+        size = rng.integers(12, 24, 3)
+        low = rng.integers(2, np.array(shape) - size - 2)
+        if any(all(a < high and b > low_ for a, b, low_, high in zip(low - 4, low + size + 4, box[:3], box[3:], strict=True))
+               for box in boxes):
+            continue
+        array[tuple(map(slice, low, low + size))] += 60
+        boxes.append([*map(float, low), *map(float, low + size)])
+    folder.mkdir()
+    nib.save(nib.Nifti1Image(array, np.eye(4)), folder / "a.nii.gz")
+    entry = {"image": "a.nii.gz", "box": (np.array(boxes) - 0.5).tolist(), "label": [0] * CUBOIDS}
+    (folder / "boxes.json").write_text(json.dumps({"box_mode": "xyzxyz", "coordinates": "RAS", "training": [entry]}))
+    return folder / "boxes.json"
+
+
+class Backbone(nn.Module):
+    """Our encoder and pyramid as MONAI wants them: an image in, maps out."""
+
+    def __init__(self, assembly: Assembly, task: DetectionObjective) -> None:
+        super().__init__()
+        self.assembly, self.task, self.out_channels = assembly, task, task.settings.width
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        n, shape = len(x), tuple(x.shape[2:])
+        frame = Frame(torch.eye(4, device=x.device).expand(n, -1, -1), shape, torch.ones(n, 3, device=x.device), ("mm",) * 3)
+        rows = torch.arange(n, device=x.device)
+        stream = self.assembly.tokenizer.stream(View("x", x, frame, rows, torch.zeros_like(rows)))
+        seen = stream.seen(self.assembly.recipe.encoder.sees)
+        return self.task.pyramid(self.assembly.encoder(seen, want=self.task.pyramid.want), stream)  # type: ignore[arg-type]
+
+
+def jobs(run: Path, listing: Path, cache: Path) -> tuple[dict[str, Job], Tensor]:
+    """What each way does, and the true boxes."""
+    from monai.apps.detection.networks.retinanet_detector import RetinaNetDetector
+    from monai.apps.detection.networks.retinanet_network import RetinaNet
+    from monai.apps.detection.utils.anchor_utils import AnchorGeneratorWithAnchorShape
+
+    assembly, settings, _ = transfer.reload(run)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assembly = assembly.to(device).eval()
+    task, recipe = objective(assembly), assembly.recipe
+    assert isinstance(task, DetectionObjective) and isinstance(task.settings.detector, MonaiRetinaNet)
+    data = open_data(listing, settings.modality, "1,0,0", cache, quiet=True)
+    row, = data.rows()
+    header, options = data.cache.header(row.index), task.settings.detector
+    volume = torch.from_numpy(data.cache.array(row.index)[0].astype(np.float32)) * header.scale[0] + header.offset[0]
+    strides = task.pyramid.strides
+    shapes = [[a * s for a, s in zip(anchor, strides[0], strict=True)] for anchor in options.anchors]
+    network = RetinaNet(3, 1, len(shapes), Backbone(assembly, task), size_divisible=strides[-1])
+    own: Any = task.detector
+    network.classification_head.load_state_dict(own.model.network.classify.state_dict())
+    network.regression_head.load_state_dict(own.model.network.regress.state_dict())
+    detector = RetinaNetDetector(network, AnchorGeneratorWithAnchorShape([s[0] / strides[0][0] for s in strides], shapes))
+    size: tuple[int, ...] = tuple(recipe.views["x"].size)  # type: ignore[attr-defined]
+    detector.set_sliding_window_inferer(size, WINDOWS, task.settings.overlap)
+    detector.set_box_selector_parameters(score_thresh=options.score, topk_candidates_per_level=CANDIDATES,
+                                         nms_thresh=options.nms, detections_per_img=options.most)
+    detector = detector.to(device).eval()
+
+    def ours() -> tuple[Tensor, Tensor]:
+        found = task.predict(assembly, data, row)
+        assert found.score is not None
+        return found.box, found.score
+
+    @torch.no_grad()
+    def monai() -> tuple[Tensor, Tensor]:
+        with torch.autocast(device, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
+            found, = detector([volume[None].to(device)], use_inferer=True)
+        return found["boxes"].float(), found["labels_scores"]
+
+    assert row.objects is not None
+    return {"ours": ours, "monai": monai}, torch.from_numpy(stored(row.objects, header)).float()
+
+
+def hits(found: tuple[Tensor, Tensor], truth: Tensor) -> list[int]:
+    box = found[0][found[1] > 0.3].cpu()
+    return [int((overlap(truth, box) > 0.5).any(1).sum()), len(box)]
+
+
+def peak() -> float:
+    """MiB held at most so far: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=int, nargs=3, default=[128, 128, 96])
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--arm", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.arm:
+        name, home = options.arm[0], Path(options.arm[1])
+        todo, _ = jobs(home / "run", home / "data" / "boxes.json", home / "cache")
+        if Path("/proc/self/clear_refs").exists():
+            Path("/proc/self/clear_refs").write_text("5")  # what loading held at most is forgotten
+        before = peak()
+        todo[name]()
+        print(json.dumps(round(peak() - before, 1)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        listing = made(home / "data", tuple(options.shape))
+        meristem.finetune("volume/detection", listing, home / "run", [*PLAIN, f"train.steps={options.steps}"], split="1,0,0",
+                          cache=home / "cache", quiet=True)
+        todo, truth = jobs(home / "run", listing, home / "cache")
+        arms: dict[str, dict[str, Any]] = {name: {"found": hits(job(), truth)} for name, job in todo.items()}
+        for name, taken in zip(todo, seconds(list(todo.values()), options.repeats), strict=True):
+            arms[name]["seconds"] = round(taken, 3)
+        for name in todo:
+            command = [sys.executable, __file__, "--arm", name, folder]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            arms[name]["peak_mib"] = json.loads(done.stdout.splitlines()[-1])
+    ratio = {key: round(arms["ours"][key] / arms["monai"][key], 3) for key in ("seconds", "peak_mib")}
+    print(json.dumps({"benchmark": "detection", "shape": options.shape, "cuboids": CUBOIDS, **arms, "ratio": ratio}))
+
+
+if __name__ == "__main__":
+    main()
