@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -129,10 +128,18 @@ def hits(found: tuple[Tensor, Tensor], truth: Tensor) -> list[int]:
 
 
 def peak() -> float:
-    """MiB held at most so far: of the GPU where there is one, else of the process."""
+    """MiB held at most since `forget`: of the GPU where there is one, else of the process (Linux)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    lines = Path("/proc/self/status").read_text().splitlines()  # getrusage counts what the parent held when it forked
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+
+
+def forget() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def main() -> None:
@@ -145,8 +152,7 @@ def main() -> None:
     if options.arm:
         name, home = options.arm[0], Path(options.arm[1])
         todo, _ = jobs(home / "run", home / "data" / "boxes.json", home / "cache")
-        if Path("/proc/self/clear_refs").exists():
-            Path("/proc/self/clear_refs").write_text("5")  # what loading held at most is forgotten
+        forget()
         before = peak()
         todo[name]()
         print(json.dumps(round(peak() - before, 1)))

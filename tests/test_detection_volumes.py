@@ -353,7 +353,8 @@ def test_clusters_are_those_of_a_double_loop(dims: int) -> None:
                                                                      and iou(box[i].tolist(), box[left[0]].tolist()) > 0.3)]
         left = [i for i in left if i not in some]
         weight = {i: max(middling(middle[i], window[number[i]].tolist()), 0.1) for i in some}
-        silent = sum(middling(middle[best], window[w].tolist()) for w in range(3) if w not in {int(number[i]) for i in some})
+        silent = sum(middling(middle[best], window[w].tolist()) for w in range(3) if w not in {int(number[i]) for i in some}
+                     and all(window[w, k] <= box[best, k] and box[best, k + dims] <= window[w, k + dims] for k in range(dims)))
         total = sum(float(score[i]) * weight[i] for i in some)
         mean = [sum(float(score[i]) * weight[i] * float(box[i, k]) for i in some) / total for k in range(2 * dims)]
         want.append((total / (sum(weight.values()) + silent), best, mean))
@@ -390,9 +391,13 @@ def test_a_volume_larger_than_a_window_is_learnt_by_heart_and_written_in_world_m
     root = tmp_path / "d"
     box = scene(root / "a.nii.gz", "PIL", (28, 30, 20), cuboids)
     entry = {"image": "a.nii.gz", "box": as_monai(box, "cccwhd", "LPS"), "label": [0] * 3}
-    (root / "boxes.json").write_text(json.dumps({"labels": {"0": "cuboid"}, "training": [entry]}))
-    api.finetune("volume/detection", root / "boxes.json", tmp_path / "run", SMALL,
-                 split="1,0,0", cache=tmp_path / "cache", quiet=True)
+    scene(root / "b.nii.gz", "LAS", (28, 30, 20), [[4, 4, 4, 12, 13, 11]])
+    scene(root / "c.nii.gz", cuboids=[])
+    held_out = [{"image": "b.nii.gz", "box": [], "label": []}, {"image": "c.nii.gz", "box": [], "label": []}]
+    (root / "boxes.json").write_text(json.dumps({"labels": {"0": "cuboid"}, "training": [entry], "test": held_out}))
+    run = api.finetune("volume/detection", root / "boxes.json", tmp_path / "run", SMALL, cache=tmp_path / "cache", quiet=True)
+    tested = json.loads((tmp_path / "run" / "cases.json").read_text())
+    assert run and [case["truth"]["box"] for case in tested] == [[], []] and any(case["found"]["box"] for case in tested)
     file, = api.predict(tmp_path / "run", root / "a.nii.gz", tmp_path / "out", quiet=True)
     about = json.loads(file.read_text())
     assert (about["box_mode"], about["coordinates"], about["labels"]) == ("xyzxyz", "RAS", {"0": "cuboid"})

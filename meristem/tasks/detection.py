@@ -98,7 +98,7 @@ class DetectionObjective(TaskObjective):
             objects = self.settings.truth(data, row)
             spacing = np.tile(header.spacing, 2)
             true = stored(objects, header) * spacing
-            sides = np.diff(true.reshape(len(true), 2, -1), axis=1)[:, 0]
+            sides = np.diff(true.reshape(len(true), 2, len(header.spacing)), axis=1)[:, 0]
             size = [float(m.cells.sum() * np.prod(header.spacing)) for m in objects.masks] or sides.prod(1).tolist()
             assert found.score is not None
             cases.append(Case(

@@ -24,7 +24,7 @@ def together(found: Sequence[Boxed], starts: Sequence[Sequence[int]], size: Sequ
     of one class with an IoU over `iou` become one:
       nms      the best stays;
       cluster  its corners are the means, weighted by score × how central each box is in its window; its score is the mean
-               weighted by how central, for which windows that show the middle of the best but found nothing there count as 0
+               weighted by how central, for which windows that show the whole of the best but found nothing there count as 0
                (Baumgartner et al. 2021, nnDetection, weighted box clustering). The mask is that of the best.
     """
     box, label = torch.cat([x.box for x in found]), torch.cat([x.label for x in found])
@@ -67,10 +67,10 @@ def cluster(box: Tensor, score: Tensor, label: Tensor, number: Tensor, window: T
         own[0] = True
         some, left = left[own], left[~own]
         shares = score[some] * weight[some]
-        silent = central(middle[some[:1]], window) * torch.isin(every, number[some], invert=True)
+        whole = (covered(box[some[:1]], window)[0] > 1 - 1e-6) & torch.isin(every, number[some], invert=True)
         best.append(some[0])
         boxes.append((box[some] * shares[:, None]).sum(0) / shares.sum())
-        scores.append(shares.sum() / (weight[some].sum() + silent.sum()))
+        scores.append(shares.sum() / (weight[some].sum() + central(middle[some[:1]], window)[whole].sum()))
     if not best:
         return left, box, score
     fused = torch.stack(scores)
