@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from meristem.platform.boxes import iou
-from meristem.platform.evaluation.detection import HIT, RATES, Detections, figures, overlaps
+from meristem.platform.evaluation.detection import HIT, MET, MISSED, RATES, Detections, figures, overlaps
 from meristem.platform.evaluation.folds import pooled
 from meristem.platform.evaluation.results import Boxes, Case, Results, join, summarise
 from meristem.tasks.base import TaskSettings
@@ -235,7 +235,7 @@ def test_cases_are_marked_at_the_score_of_the_best_f1() -> None:
             for name in ("box", "label", "score")})}) for c in cases]
         marks = [Detections([shown], CLASSES, "coco", {}).marks(0, i) for i in range(len(cases))]
         hits = sum(int((found[:, 2] == HIT).sum()) for found, _ in marks)
-        return hits, sum(len(f) for f, _ in marks) - hits, sum(len(m) for _, m in marks)
+        return hits, sum(len(f) for f, _ in marks) - hits, sum(int((t[:, 2] == MISSED).sum()) for _, t in marks)
 
     def f1(least: float) -> float:
         hits, wrong, missed = counts(least)
@@ -244,15 +244,16 @@ def test_cases_are_marked_at_the_score_of_the_best_f1() -> None:
     scores = sorted({s for c in cases for s in c.found.score})
     assert f1(cut) == pytest.approx(max(map(f1, scores)))
     hits = sum(int((made.marks(0, i)[0][:, 2] == HIT).sum()) for i in range(len(cases)))
-    missed = sum(len(made.marks(0, i)[1]) for i in range(len(cases)))
+    missed = sum(int((made.marks(0, i)[1][:, 2] == MISSED).sum()) for i in range(len(cases)))
     assert hits + missed == sum(len(c.truth.label) for c in cases)
     assert made.f1()[0] == pytest.approx([one_case(made, i) for i in range(len(cases))])
 
 
 def one_case(made: Detections, i: int) -> float:
-    found, missed = made.marks(0, i)
-    hits = int((found[:, 2] == HIT).sum())
-    return 2 * hits / (len(found) + hits + len(missed)) if len(found) + len(missed) else 1.0
+    found, true = (x[:, 2].tolist() for x in made.marks(0, i))
+    assert found.count(HIT) == true.count(MET)
+    precision, recall = (len(x) and x.count(state) / len(x) for x, state in ((found, HIT), (true, MET)))
+    return 2 * precision * recall / (precision + recall) if precision + recall else float(not found and not true)
 
 
 # ---- results
