@@ -435,7 +435,8 @@ def scenes(several: Iterable[Scene]) -> list[tuple[str, list[Plot]]]:
         for arm, marks in scene.marks.items():
             n = {state: int((marks[:, -1] == state).sum()) for state in MARKS}
             text = f"{arm}, F1 {scene.scores[arm]:.3f}" if arm in scene.scores else arm
-            told = f"{n[detection.HIT]} hits, {n[detection.MISSED]} missed, {n[detection.FALSE]} false alarms"
+            told = ", ".join(f"{n[state]} {name}{'s' * (n[state] != 1 and state != detection.MISSED)}" for state, name in
+                             ((detection.HIT, "hit"), (detection.MISSED, "missed"), (detection.FALSE, "false alarm")))
             panels.append(marked(scene, marks, f"{text}: {told}", f"{scene.rank} case {scene.case}, {text}: {told}"))
         rows.append((f"{scene.rank} case", panels))
     return rows
@@ -455,7 +456,8 @@ def marked(scene: Scene, marks: Array, caption: str, alt: str) -> Plot:
         ax.axis("off")
         shapes = [(_footprint(row[:5]) if plan else _rectangle(row[:4]), int(row[-2]), int(row[-1])) for row in marks]
         if plan:
-            everything = np.concatenate([back, *(s for s, _, _ in shapes)])
+            everyone = (_footprint(row[:5]) for table in scene.marks.values() for row in table)  # one window for all arms
+            everything = np.concatenate([back, *everyone])
             low, high = everything.min(0), everything.max(0)
             reach = 0.53 * max(float((high - low).max()), 1e-6)
             middle = (low + high) / 2
@@ -468,8 +470,8 @@ def marked(scene: Scene, marks: Array, caption: str, alt: str) -> Plot:
         shown = [shape for shape in shapes if shape[2] in MARKS]
         for corners, label, state in shown:
             colour, dash = MARKS[state]
-            outline = ax.plot(*np.concatenate([corners, corners[:1]]).T, color=colour, linestyle=dash, linewidth=1.4)[0]
-            outline.set_path_effects([Stroke(linewidth=2.6, foreground="white", alpha=0.75), Normal()])
+            outline = ax.plot(*np.concatenate([corners, corners[:1]]).T, color=colour, linestyle=dash, linewidth=1.8)[0]
+            outline.set_path_effects([Stroke(linewidth=3.0, foreground="white", alpha=0.75), Normal()])
             if len(shown) <= TOLD:
                 top = corners[corners[:, 1].argmax() if plan else corners.sum(1).argmin()]
                 ax.text(top[0], top[1], scene.names[label], color=colour, fontsize=7, va="bottom", clip_on=True,

@@ -246,10 +246,14 @@ def sample_groups(results: Results) -> dict[tuple[str, str, Labels], Group]:
 def pick_cases(results: Results, protocol: str, labels: Labels) -> dict[Rank, str]:
     """The worst, median and best case by the primary metric, averaged over all arms, seeds and classes: no arm chooses.
 
-    Detection: by the F1 of each case.
+    Detection: by the F1 of each case in which there is something to find.
     """
     made = [results.group(cells) for (_, p, n), cells in groups(results).items() if (p, n) == (protocol, labels)]
     shared = sorted(set.intersection(*(set(g.cases) for g in made)))
+    if made[0].detections is not None:
+        sought = {name for name, case in zip(made[0].cases, made[0].detections.cases[0], strict=True)
+                  if case.truth is not None and not all(case.truth.ignore or (not case.truth.label,))}
+        shared = [case for case in shared if case in sought] or shared
     score = np.zeros(len(shared))
     for group in made:
         place = [group.cases.index(case) for case in shared]
