@@ -27,6 +27,7 @@ MOST = 100
 RATES = {"1/8": 0.125, "1/4": 0.25, "1/2": 0.5, "1": 1.0, "2": 2.0, "4": 4.0, "8": 8.0}  # false alarms per case (LUNA16)
 USUAL = 0.5  # overlap of a class for which none is stated
 _CHUNK = 1_000_000  # elements of a table of found boxes and resamples held at once
+_KEPT = 6000  # curves' values in all resamples that a group remembers
 HIT, FALSE, NEITHER = 1, 0, -1  # what was found
 MISSED, MET = 2, 3  # what is true
 
@@ -363,6 +364,8 @@ class Detections:
         def at(seed: int, label: int, threshold: float) -> Array:
             key = figure.kind, figure.recalls, figure.size, figure.level, figure.by, seed, label, threshold, drawn
             if key not in self._values:
+                if len(self._values) >= _KEPT:
+                    self._values.clear()
                 curve = self.curve(figure, seed, label, threshold)
                 self._values[key] = curve.sensitivity(weight, tuple(RATES.values())) if figure.kind == "froc" else \
                     curve.recall(weight) if figure.kind == "recall" else curve.precision(weight, figure.recalls)
