@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 import torch
 from made_detections import CLASSES, REACH, WIDTHS, boxes, case, study
+from pycocotools import mask as coded
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from meristem.modalities.objects import Objects, Raster
 from meristem.platform.boxes import iou
 from meristem.platform.evaluation.detection import HIT, MET, MISSED, RATES, Detections, figures, overlaps
 from meristem.platform.evaluation.folds import pooled
 from meristem.platform.evaluation.results import Boxes, Case, Results, join, summarise
 from meristem.tasks.base import TaskSettings
+from meristem.tasks.detection import _mask_overlap
+from meristem.tasks.detectors import Boxed
 from meristem.tasks.finetune import mean_scores
 
 
@@ -197,6 +201,18 @@ def test_masks_are_scored_by_their_own_overlap() -> None:
     told = figures([Case(case="a", subject="a", truth=truth, found=found, overlap=((0.6, 0), (0, 0.4)))], ("x",), "coco", {})
     assert told["ap50"][""] == pytest.approx(1) and told["mask ap50"][""] == pytest.approx(51 / 101)
     assert "mask ap" not in figures([Case(case="a", subject="a", truth=truth, found=found)], ("x",), "coco", {})
+
+
+def test_masks_overlap_as_pycocotools_has_it_crowds_included() -> None:
+    rng = np.random.default_rng(0)
+    found, true = rng.random((5, 30, 40)) < 0.4, rng.random((4, 30, 40)) < 0.5
+    ignore = np.array([False, True, False, True])
+    objects = Objects(np.zeros((4, 4)), np.zeros(4, np.int64), ignore, masks=tuple(Raster(m, (0, 0)) for m in true))
+    mine = _mask_overlap(Boxed(torch.zeros(5, 4), torch.zeros(5, dtype=torch.long), torch.zeros(5), torch.from_numpy(found)),
+                         objects, (30, 40))
+    theirs = coded.iou(*([coded.encode(np.asfortranarray(m.astype(np.uint8))) for m in several] for several in (found, true)),
+                       ignore.tolist())
+    assert np.array(mine) == pytest.approx(theirs, abs=1e-6)
 
 
 @pytest.mark.parametrize("width", [2, 4, 6, 7])

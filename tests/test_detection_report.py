@@ -23,7 +23,7 @@ from meristem.platform.report.pictures import Pictures, pick_cases
 from meristem.tasks import pages
 
 
-def data(stored: np.ndarray, spacing: tuple[float, ...], affine: np.ndarray | None = None, cases: int = 10) -> Data:
+def data(stored: np.ndarray, spacing: tuple[float, ...], affine: np.ndarray | None = None, cases: int = 12) -> Data:
     """Samples that all look alike."""
     c = len(stored)
     matrix = np.diag([*spacing, 1.0]) if affine is None else affine
@@ -139,3 +139,17 @@ def test_cases_with_nothing_to_find_are_not_picked() -> None:
         emptied(case, i) for i, case in enumerate(c.cases))}) for c in made.cells)})
     objects: dict[str, Any] = {case.case: case.truth for case in results.cells[0].cases}
     assert all(objects[case].label for case in pick_cases(results, "finetune", 5).values())
+
+
+def test_folds_keep_the_pictures_of_the_cases_that_are_extreme_in_all(tmp_path: Path) -> None:
+    whole = study("coco", cases=12, seeds=1, budgets=(5,))
+    for name, part in (("a", slice(0, 6)), ("b", slice(6, 12))):
+        (tmp_path / name).mkdir()
+        fold = whole.model_copy(update={"cells": tuple(c.model_copy(update={"cases": c.cases[part]}) for c in whole.cells)})
+        fold.save(tmp_path / name / "results.json")
+        Pictures(scenes=pages._scenes(fold, looks("coco"))).save(tmp_path / name / "pictures.npz")
+    pages._pool([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    picked = pick_cases(Results.load(tmp_path / "out" / "results.json"), "finetune", 5)
+    kept = {scene.rank: scene.case for scene in Pictures.load(tmp_path / "out" / "pictures.npz").scenes}
+    assert picked == pick_cases(whole, "finetune", 5)
+    assert kept.items() <= picked.items() and kept

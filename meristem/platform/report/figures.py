@@ -353,7 +353,7 @@ def f1_of_cases(results: Results, protocol: str, labels: Labels) -> Plot:
 
     def paint(ax: Axes) -> None:
         _boxes(ax, values, colours)
-        ax.set_ylim(-0.02, 1.02)
+        ax.set_ylim(-0.04, 1.04)
         ax.set_ylabel("F1")
 
     told = "; ".join(f"{arm} median {np.median(v):.3f}, lowest {v.min():.3f}" for arm, v in values.items())
@@ -419,7 +419,7 @@ def _by_class(results: Results, protocol: str, labels: Labels, grid: Array,
             ax.set_xlabel(x)
             ax.set_ylabel(y)
             ax.set_title(title)
-            ax.legend(loc="lower right" if grid[0] > 0 else "upper right")
+            ax.legend(loc="lower right" if grid[0] > 0 else "lower left")
 
         middle = len(grid) // 2
         told = "; ".join(f"{arm} {table[0, middle]:.2f} at {grid[middle]:.2g}" for arm, table in means.items())
@@ -474,7 +474,7 @@ def marked(scene: Scene, marks: Array, caption: str, alt: str) -> Plot:
             outline.set_path_effects([Stroke(linewidth=3.0, foreground="white", alpha=0.75), Normal()])
             if len(shown) <= TOLD:
                 top = corners[corners[:, 1].argmax() if plan else corners.sum(1).argmin()]
-                ax.text(top[0], top[1], scene.names[label], color=colour, fontsize=7, va="bottom", clip_on=True,
+                ax.text(top[0], top[1], scene.names[label], color=colour, fontsize=8, va="bottom", clip_on=True,
                         path_effects=[Stroke(linewidth=2, foreground="white"), Normal()])
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
