@@ -243,7 +243,7 @@ def _marks(made: Detections, at: int) -> np.ndarray:
     assert case.found is not None and case.truth is not None
     told = [(*boxes.box[row], label, state) for boxes, rows in zip((case.found, case.truth), made.marks(0, at), strict=True)
             for row, label, state in rows.tolist()]
-    return np.array(told, float).reshape(len(told), len(told[0]) if told else 9)
+    return np.array(told, float).reshape(len(told), len(told[0]) if told else 7 + 2)  # no box: as wide as any
 
 
 def _behind(scoring: str, data: Data, index: int, marks: Mapping[str, np.ndarray]
