@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 import torch
 from made_detections import CLASSES, REACH, WIDTHS, boxes, case, study
+from pycocotools import mask as coded
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from meristem.modalities.objects import Objects, Raster
 from meristem.platform.boxes import iou
-from meristem.platform.evaluation.detection import HIT, RATES, Detections, figures, overlaps
+from meristem.platform.evaluation.detection import HIT, MET, MISSED, RATES, Detections, figures, overlaps
 from meristem.platform.evaluation.folds import pooled
 from meristem.platform.evaluation.results import Boxes, Case, Results, join, summarise
 from meristem.tasks.base import TaskSettings
+from meristem.tasks.detection import _mask_overlap
+from meristem.tasks.detectors import Boxed
 from meristem.tasks.finetune import mean_scores
 
 
@@ -199,6 +203,18 @@ def test_masks_are_scored_by_their_own_overlap() -> None:
     assert "mask ap" not in figures([Case(case="a", subject="a", truth=truth, found=found)], ("x",), "coco", {})
 
 
+def test_masks_overlap_as_pycocotools_has_it_crowds_included() -> None:
+    rng = np.random.default_rng(0)
+    found, true = rng.random((5, 30, 40)) < 0.4, rng.random((4, 30, 40)) < 0.5
+    ignore = np.array([False, True, False, True])
+    objects = Objects(np.zeros((4, 4)), np.zeros(4, np.int64), ignore, masks=tuple(Raster(m, (0, 0)) for m in true))
+    mine = _mask_overlap(Boxed(torch.zeros(5, 4), torch.zeros(5, dtype=torch.long), torch.zeros(5), torch.from_numpy(found)),
+                         objects, (30, 40))
+    theirs = coded.iou(*([coded.encode(np.asfortranarray(m.astype(np.uint8))) for m in several] for several in (found, true)),
+                       ignore.tolist())
+    assert np.array(mine) == pytest.approx(theirs, abs=1e-6)
+
+
 @pytest.mark.parametrize("width", [2, 4, 6, 7])
 def test_overlap_is_the_share_of_random_places(width: int) -> None:
     rng = np.random.default_rng(width)
@@ -235,7 +251,7 @@ def test_cases_are_marked_at_the_score_of_the_best_f1() -> None:
             for name in ("box", "label", "score")})}) for c in cases]
         marks = [Detections([shown], CLASSES, "coco", {}).marks(0, i) for i in range(len(cases))]
         hits = sum(int((found[:, 2] == HIT).sum()) for found, _ in marks)
-        return hits, sum(len(f) for f, _ in marks) - hits, sum(len(m) for _, m in marks)
+        return hits, sum(len(f) for f, _ in marks) - hits, sum(int((t[:, 2] == MISSED).sum()) for _, t in marks)
 
     def f1(least: float) -> float:
         hits, wrong, missed = counts(least)
@@ -244,15 +260,16 @@ def test_cases_are_marked_at_the_score_of_the_best_f1() -> None:
     scores = sorted({s for c in cases for s in c.found.score})
     assert f1(cut) == pytest.approx(max(map(f1, scores)))
     hits = sum(int((made.marks(0, i)[0][:, 2] == HIT).sum()) for i in range(len(cases)))
-    missed = sum(len(made.marks(0, i)[1]) for i in range(len(cases)))
+    missed = sum(int((made.marks(0, i)[1][:, 2] == MISSED).sum()) for i in range(len(cases)))
     assert hits + missed == sum(len(c.truth.label) for c in cases)
     assert made.f1()[0] == pytest.approx([one_case(made, i) for i in range(len(cases))])
 
 
 def one_case(made: Detections, i: int) -> float:
-    found, missed = made.marks(0, i)
-    hits = int((found[:, 2] == HIT).sum())
-    return 2 * hits / (len(found) + hits + len(missed)) if len(found) + len(missed) else 1.0
+    found, true = (x[:, 2].tolist() for x in made.marks(0, i))
+    assert found.count(HIT) == true.count(MET)
+    precision, recall = (len(x) and x.count(state) / len(x) for x, state in ((found, HIT), (true, MET)))
+    return 2 * precision * recall / (precision + recall) if precision + recall else float(not found and not true)
 
 
 # ---- results

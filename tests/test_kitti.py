@@ -155,14 +155,17 @@ def test_frames_without_labels_have_nobody_looked_at_and_empty_ones_nothing_in_t
 
 def test_lists_divide_and_validation_tests_where_the_test_is_blind(tmp_path: Path) -> None:
     for name in "1234":
-        write_frame(tmp_path / "training", name, street(0)[0], [line("Car", CAMERA[0])])
-    write_frame(tmp_path / "testing", "1", street(1)[0], None)
+        write_frame(tmp_path / "training", name, street(int(name))[0], [line("Car", CAMERA[0])])
+    write_frame(tmp_path / "testing", "1", street(0)[0], None)
     (tmp_path / "ImageSets").mkdir()
     for name, frames in (("train", "1\n2\n"), ("val", "3\n"), ("test", "1\n")):
         (tmp_path / "ImageSets" / f"{name}.txt").write_text(frames)
     splits = {row.local: row.split for row in discovered(tmp_path).rows}
     assert splits == {"training/velodyne/1.bin": "train", "training/velodyne/2.bin": "train", "training/velodyne/3.bin": "test",
                       "training/velodyne/4.bin": "", "testing/velodyne/1.bin": "test"}
+    data = open_data(tmp_path, points(), "auto", tmp_path / "cache", quiet=True)  # the two frames called 1 are no one subject
+    assert len({row.subject for row in data.rows()}) == 5
+    assert [row.local for row in data.rows("test", labelled=True)] == ["training/velodyne/3.bin"]
     own = {row.local: row.split for row in discovered(tmp_path / "training").rows}
     assert set(own.values()) == {""}  # the lists are the root's
     (tmp_path / "training" / "ImageSets").mkdir()

@@ -210,7 +210,7 @@ def test_a_query_that_finds_an_ignored_box_is_neither_right_nor_wrong() -> None:
 def test_a_street_is_learnt_by_heart_and_written_as_kitti_has_it(tmp_path: Path) -> None:
     """Trained by the public verb, predicted into label files, read back: every object at KITTI's IoU."""
     box, names = make_street(tmp_path / "data")
-    changes = [*STREET, "train.steps=100"]
+    changes = [*STREET, "train.steps=60"]
     meristem.finetune("points/detection-lidar", tmp_path / "data", tmp_path / "run", changes, split="1,0,0", quiet=True)
     written = meristem.predict(tmp_path / "run", tmp_path / "data", tmp_path / "out", quiet=True)
     assert [path.relative_to(tmp_path / "out").as_posix() for path in written] == ["000000.txt"]
@@ -230,7 +230,7 @@ def test_a_street_is_learnt_by_heart_and_written_as_kitti_has_it(tmp_path: Path)
 
 def test_a_room_is_learnt_by_heart_and_written_as_boxes(tmp_path: Path) -> None:
     box = make_room(tmp_path / "data")
-    recipe, data = opened(tmp_path / "data", tmp_path, "points/detection-room", [*ROOM, "train.steps=150", "train.lr=2e-3"])
+    recipe, data = opened(tmp_path / "data", tmp_path, "points/detection-room", [*ROOM, "train.steps=90", "train.lr=2e-3"])
     scope = recipe.task.scope(data)
     assembly = tune(recipe, data, data.rows(), scope, None, "room", quiet=True).outcome.assembly
     case, = score(assembly, data, data.rows(), scope)
@@ -296,7 +296,7 @@ def test_clouds_without_an_object_are_refused_in_words(tmp_path: Path) -> None:
 def test_the_cars_of_a_kitti_frame_are_learnt_by_heart(tmp_path: Path, data_root: Path) -> None:
     """All six, at KITTI's IoU of 0.7, the one of 55 points among them."""
     kitti_frame(tmp_path / "data", data_root)
-    case = by_heart(tmp_path / "data", tmp_path, "points/detection-lidar", [*STREET, "train.steps=100"])
+    case = by_heart(tmp_path / "data", tmp_path, "points/detection-lidar", [*STREET, "train.steps=80"])
     assert case.truth is not None and len(case.truth.box) == 6
     assert perfect(case, 0.7)
 
@@ -310,5 +310,5 @@ def test_the_furniture_of_a_sun_rgb_d_frame_is_learnt_by_heart(tmp_path: Path, d
     (tmp_path / "data" / "boxes.json").write_text(json.dumps({"classes": ["a", "b"], "scenes": [
         {"file": "1.bin", "boxes": [x["bbox_3d"] for x in about], "labels": ["a", "b"]}]}))
     changes = [*ROOM, "modality.points.columns=[x, y, z, red, green, blue]", "modality.points.features=[colour]",
-               "views.x.size=[4096]", "train.steps=120", "train.lr=2e-3"]
+               "views.x.size=[4096]", "train.steps=80", "train.lr=2e-3"]
     assert perfect(by_heart(tmp_path / "data", tmp_path, "points/detection-room", changes), 0.5)

@@ -20,6 +20,7 @@ from meristem.platform.boxes import footprint, inside
 from meristem.platform.objectives import Encoded, Loss
 
 Count = Annotated[int, Field(ge=1)]
+WAVES = tuple(16.0 * 0.5**i for i in range(7))  # lengths, in a view's unit
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,20 @@ class BoxHeadSettings(Settings):
         raise NotImplementedError
 
 
+class Waves(nn.Module):
+    """Places (…, 3) as sines and cosines of `WAVES` (…, 42): without them attention hardly tells near from far."""
+
+    def forward(self, place: Tensor) -> Tensor:
+        phase = (place[..., None] * (2 * math.pi / torch.tensor(WAVES, device=place.device))).flatten(-2)
+        return torch.cat([phase.sin(), phase.cos()], -1)
+
+
 class Queries(BoxHeadSettings):
     """For rooms: queries that ask all tokens (Misra et al. 2021, 3DETR, section 3).
 
-    queries: how many, at token positions spread by farthest-point sampling. depth, heads: of the decoder, in the encoder's
-    width. background: weight of the class of no object. classes, boxes: weights in the matching and in the loss.
+    queries: how many, tokens spread by farthest-point sampling (Liu et al. 2021, Group-Free 3D: they know what is about them
+    from the start). depth, heads: of the decoder, in the encoder's width. background: weight of the class of no object.
+    classes, boxes: weights in the matching and in the loss.
     """
 
     queries: Count = 64
@@ -107,7 +117,7 @@ class QueryBoxes(BoxHead):
     def __init__(self, settings: Queries, width: int, classes: int) -> None:
         super().__init__()
         self.settings, self.classes = settings, classes
-        self.place = nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, width))
+        self.place = nn.Sequential(Waves(), nn.Linear(6 * len(WAVES), width), nn.ReLU(), nn.Linear(width, width))
         layer = nn.TransformerDecoderLayer(width, settings.heads, 2 * width, 0.0, batch_first=True, norm_first=True)
         self.decoder = nn.TransformerDecoder(layer, settings.depth, nn.LayerNorm(width))
         self.out = nn.Linear(width, classes + 1 + 8)
@@ -117,7 +127,8 @@ class QueryBoxes(BoxHead):
         chosen, real = pointops.farthest_point_sampling(stream.position, encoded.valid, self.settings.queries)
         origin = pointops.gather_points(stream.position, chosen)
         memory = encoded.tokens + self.place(stream.position)
-        x = self.decoder(self.place(origin), memory, tgt_key_padding_mask=~real, memory_key_padding_mask=~encoded.valid)
+        x = self.decoder(pointops.gather_points(memory, chosen), memory, tgt_key_padding_mask=~real,
+                         memory_key_padding_mask=~encoded.valid)
         logits, code = self.out(x).float().split([self.classes + 1, 8], -1)
         return {"logits": logits, "code": code, "origin": origin, "real": real}
 
@@ -127,7 +138,7 @@ class QueryBoxes(BoxHead):
         for b, true in enumerate(truth):
             live = made["real"][b].nonzero().squeeze(1)
             code = _coded(true.box[:, None], made["origin"][b, live][None])  # (K, Q, 8): as seen from every query
-            error = F.smooth_l1_loss(made["code"][b, live].expand_as(code), code, reduction="none").mean(-1)
+            error = F.l1_loss(made["code"][b, live].expand_as(code), code, reduction="none").mean(-1)
             chance = made["logits"][b, live].softmax(-1)[:, true.label].T
             cost = self.settings.boxes * error - self.settings.classes * chance
             k, q = linear_sum_assignment(cost.detach().cpu().numpy())

@@ -218,7 +218,7 @@ def _moved(found: Boxed, start: Sequence[int], size: Sequence[int], view: Sequen
 
 
 def _mask_overlap(found: Boxed, objects: Objects, shape: Sequence[int]) -> tuple[tuple[float, ...], ...]:
-    """IoU of the masks of what was found (rows) and what is true; () where either has none."""
+    """Overlap of the masks of what was found (rows) and what is true, as `Case` has it; () where either has none."""
     if found.masks is None or not objects.masks:
         return ()
     true = np.zeros((len(objects), *shape), bool)
@@ -227,7 +227,8 @@ def _mask_overlap(found: Boxed, objects: Objects, shape: Sequence[int]) -> tuple
     a, b = found.masks.cpu().flatten(1).float(), torch.from_numpy(true).flatten(1).float()
     common = a @ b.T
     union = a.sum(1)[:, None] + b.sum(1)[None] - common
-    return _rows((common / union.clamp_min(1)).numpy())
+    whole = torch.where(torch.from_numpy(objects.ignore), a.sum(1)[:, None], union)
+    return _rows((common / whole.clamp_min(1)).numpy())
 
 
 class Detection(TaskSettings):

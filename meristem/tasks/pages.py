@@ -21,12 +21,13 @@ from meristem.platform.assembly import Assembly
 from meristem.platform.data.loader import whole
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
+from meristem.platform.evaluation.detection import Detections
 from meristem.platform.evaluation.folds import pooled
-from meristem.platform.evaluation.results import Results
+from meristem.platform.evaluation.results import Cell, Results
 from meristem.platform.masked.objective import MaskedObjective
 from meristem.platform.objectives import Encoded, Items
 from meristem.platform.recipe import Recipe, build, read
-from meristem.platform.report.figures import Curve
+from meristem.platform.report.figures import Curve, found_of
 from meristem.platform.report.page import write_report
 from meristem.platform.report.pictures import (
     Attention,
@@ -35,6 +36,7 @@ from meristem.platform.report.pictures import (
     Pictures,
     Rank,
     Reconstruction,
+    Scene,
     Slice,
     Strip,
     pick_cases,
@@ -52,6 +54,7 @@ SHOWN = 4  # reconstructions of each masked run
 ATTENDED = 3  # samples whose attention is shown
 FRAMES = 6  # of a strip
 POINTS = 2048  # of a cloud that is drawn
+SEEN = 20_000  # points from above
 SIDE = 240  # elements along the longer side of a strip's frame
 
 
@@ -87,8 +90,10 @@ def _pool(directories: Sequence[Path], out: Path) -> None:
         protocol = pool.cells[0].protocol
         fewest = min((c for c in pool.cells if c.protocol == protocol), key=lambda c: c.labelled_subjects).labels
         overlays = [overlay for each in found for overlay in each.overlays]
-        picked = pick_cases(pool, protocol, fewest) if overlays else {}
+        scenes = [scene for each in found for scene in each.scenes]
+        picked = pick_cases(pool, protocol, fewest) if overlays or scenes else {}
         replace(found[0], overlays=[o for o in overlays if o.case == picked[o.rank]],
+                scenes=[s for s in scenes if s.case == picked[s.rank]],
                 strips=[strip for each in found for strip in each.strips]).save(out / "pictures.npz")
     if (directories[0] / "logs").is_dir():
         shutil.copytree(directories[0] / "logs", out / "logs", dirs_exist_ok=True)
@@ -103,7 +108,8 @@ def gather(directory: Path, data: Data, inits: Sequence[Path]) -> None:
     points = _clouds(directory, results, data) if results.kind in ("parts", "semantic") else []
     strips = _strips(results, data) if timed(data.modality) else []
     seen = attentions(directory / "recipe.yaml", pretrained, data) if timed(data.modality) else []
-    Pictures(shown, overlays, strips, seen, points).save(directory / "pictures.npz")
+    scenes = _scenes(results, data) if results.kind == "detection" else []
+    Pictures(shown, overlays, strips, seen, points, scenes).save(directory / "pictures.npz")
     logs = directory / "logs"
     logs.mkdir(exist_ok=True)
     for name, init in pretrained.items():
@@ -190,14 +196,16 @@ class _Drawn:
     scores: dict[str, float]
 
 
+def _first(results: Results) -> list[Cell]:
+    """The first seed's cells at the fewest labels."""
+    cells = [c for c in results.cells if c.protocol == results.cells[0].protocol and c.seed == 0]
+    fewest = min(cells, key=lambda c: c.labelled_subjects, default=None)
+    return [c for c in cells if fewest is not None and c.labels == fewest.labels]
+
+
 def _drawn(directory: Path, results: Results, data: Data) -> list[_Drawn]:
     """Of the worst, the median and the best case."""
-    protocol = results.cells[0].protocol
-    cells = [c for c in results.cells if c.protocol == protocol and c.seed == 0]
-    if not cells:
-        return []
-    fewest = min(cells, key=lambda c: c.labelled_subjects).labels
-    cells = [c for c in cells if c.labels == fewest]
+    cells = _first(results)
     maps = {}
     for cell in cells:
         file = directory / "pictures" / f"{cell.arm}, {cell.labels} labels.npz"
@@ -208,8 +216,62 @@ def _drawn(directory: Path, results: Results, data: Data) -> list[_Drawn]:
     scored = {c.arm: results.group([c]) for c in cells}
     return [_Drawn(rank, rows[case], {arm: of[case] for arm, of in maps.items()},
                    {a: float(np.nanmean(g.case_values(results.metric)[0, :, g.cases.index(case)])) for a, g in scored.items()})
-            for rank, case in pick_cases(results, protocol, fewest).items()
-            if maps and case in rows and all(case in of for of in maps.values())]
+            for rank, case in (pick_cases(results, cells[0].protocol, cells[0].labels) if maps else {}).items()
+            if case in rows and all(case in of for of in maps.values())]
+
+
+def _scenes(results: Results, data: Data) -> list[Scene]:
+    """What the first seed's models of every arm found in the cases of `_drawn`."""
+    cells, rows = _first(results), {row.case: row for row in data.manifest.rows}
+    groups = {cell.arm: results.group([cell]) for cell in cells}
+    found = []
+    for rank, case in (pick_cases(results, cells[0].protocol, cells[0].labels) if cells else {}).items():
+        if case not in rows:
+            continue
+        marks, scores = {}, {}
+        for arm, group in groups.items():
+            at = group.cases.index(case)
+            marks[arm], scores[arm] = _marks(found_of(group), at), float(group.case_values(results.metric)[0, 0, at])
+        backdrop, marks, aspect = _behind(results.scoring, data, rows[case].index, marks)
+        found.append(Scene(case, rank, backdrop, marks, dict(enumerate(results.classes)), scores, aspect))
+    return found
+
+
+def _marks(made: Detections, at: int) -> np.ndarray:
+    """(K, n + 2) boxes of one case, found and true, as they are kept, with the label and the state of each."""
+    case = made.cases[0][at]
+    assert case.found is not None and case.truth is not None
+    told = [(*boxes.box[row], label, state) for boxes, rows in zip((case.found, case.truth), made.marks(0, at), strict=True)
+            for row, label, state in rows.tolist()]
+    return np.array(told, float).reshape(len(told), len(told[0]) if told else 7 + 2)  # no box: as wide as any
+
+
+def _behind(scoring: str, data: Data, index: int, marks: Mapping[str, np.ndarray]
+            ) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
+    """Of a stored sample and its marks: what they are drawn on, the marks there, and its aspect, as `Scene` has them."""
+    header = data.cache.header(index)
+    affine = np.array(header.affine)
+    if scoring == "temporal":
+        ends = affine[0, -1] + affine[0, 0] * np.array([0, header.shape[1]])
+        return ends, {arm: x[:, [0, 1, -2, -1]] for arm, x in marks.items()}, 1.0
+    stored = data.cache.array(index)
+    if scoring in ("kitti", "room"):
+        shown = np.linspace(0, stored.shape[1] - 1, min(stored.shape[1], SEEN)).round().astype(int)
+        points = stored[:3, shown].T @ affine[:3, :3].T + affine[:3, 3]
+        return points[:, :2].astype(np.float32), {arm: x[:, [0, 1, 3, 4, 6, -2, -1]] for arm, x in marks.items()}, 1.0
+    dims = len(header.spacing)
+    boxes = {arm: np.concatenate([x[:, :2 * dims] / np.tile(header.spacing, 2), x[:, -2:]], 1) for arm, x in marks.items()}
+    if dims == 2:
+        plane = Slice(None, 0, header.spacing[0] / header.spacing[1])
+        return _visible(stored, header, plane), {arm: x[:, [1, 0, 3, 2, -2, -1]] for arm, x in boxes.items()}, plane.aspect
+    height, top = np.arange(stored.shape[3]) + 0.5, stored.shape[2]
+    there = {arm: (x[:, 2, None] <= height) & (height < x[:, 5, None]) for arm, x in boxes.items()}
+    crossed = np.concatenate(list(there.values())).sum(0)
+    level = int(crossed.argmax()) if crossed.any() else len(height) // 2
+    plane = Slice(2, level, header.spacing[1] / header.spacing[0])
+    cut = {arm: x[there[arm][:, level]] for arm, x in boxes.items()}
+    return _visible(stored, header, plane), {arm: np.stack(  # the second axis points up
+        [x[:, 0], top - x[:, 4], x[:, 3], top - x[:, 1], x[:, -2], x[:, -1]], 1) for arm, x in cut.items()}, plane.aspect
 
 
 def _clouds(directory: Path, results: Results, data: Data) -> list[Cloud]:

@@ -27,7 +27,9 @@ MOST = 100
 RATES = {"1/8": 0.125, "1/4": 0.25, "1/2": 0.5, "1": 1.0, "2": 2.0, "4": 4.0, "8": 8.0}  # false alarms per case (LUNA16)
 USUAL = 0.5  # overlap of a class for which none is stated
 _CHUNK = 1_000_000  # elements of a table of found boxes and resamples held at once
-HIT, FALSE, NEITHER = 1, 0, -1
+_KEPT = 6000  # curves' values in all resamples that a group remembers
+HIT, FALSE, NEITHER = 1, 0, -1  # what was found
+MISSED, MET = 2, 3  # what is true
 
 
 class Objects(Protocol):
@@ -182,13 +184,19 @@ class Curve:
         passed = _passed(np.array(recalls), recall) / len(recalls) if len(recalls) else recall
         return np.where(total > 0, (envelope * np.diff(passed, axis=0, prepend=0.0)).sum(0), np.nan)
 
+    def envelope(self, grid: Array) -> Array:
+        """The highest precision at each recall of a grid or above; 0 beyond the last that is reached."""
+        hits = np.cumsum(self.hit)
+        precision = np.append(hits / np.arange(1, len(hits) + 1), 0.0)
+        return np.asarray(np.maximum.accumulate(precision[::-1])[::-1][np.searchsorted(hits / self.truths.sum(), grid)])
+
     def recall(self, weight: Array) -> Array:
         """(R,) share of what is sought that is found; NaN where nothing is."""
         total = weight @ self.truths
         found = weight @ np.bincount(self.owner[self.hit], minlength=len(self.truths))
         return np.where(total > 0, found / np.where(total > 0, total, 1), np.nan)
 
-    def sensitivity(self, weight: Array, rates: Sequence[float]) -> Array:
+    def sensitivity(self, weight: Array, rates: Sequence[float] | Array) -> Array:
         """(R, rates) share of what is sought that is found at so many false alarms per case.
 
         Linear between the points of the curve, which are at distinct scores, and level beyond the last, as LUNA16 reads it
@@ -327,6 +335,11 @@ class Detections:
 
         return [[[of(case, label) for case in seed] for label in range(len(self.classes))] for seed in self.cases]
 
+    @property
+    def counts(self) -> list[int]:
+        """How many true objects there are of each class, but for ignored ones."""
+        return [sum(int((~pair.ignore).sum()) for pair in pairs) for pairs in self.pairs[0]]
+
     def thresholds(self, figure: Figure, label: int) -> tuple[float, ...]:
         return figure.overlaps or (self.own.get(self.classes[label], USUAL),)
 
@@ -351,6 +364,8 @@ class Detections:
         def at(seed: int, label: int, threshold: float) -> Array:
             key = figure.kind, figure.recalls, figure.size, figure.level, figure.by, seed, label, threshold, drawn
             if key not in self._values:
+                if len(self._values) >= _KEPT:
+                    self._values.clear()
                 curve = self.curve(figure, seed, label, threshold)
                 self._values[key] = curve.sensitivity(weight, tuple(RATES.values())) if figure.kind == "froc" else \
                     curve.recall(weight) if figure.kind == "recall" else curve.precision(weight, figure.recalls)
@@ -387,29 +402,29 @@ class Detections:
         return float(score[order][last[f1.argmax()]]) if len(f1) and f1.max() > 0 else np.inf
 
     def marks(self, seed: int, case: int) -> tuple[Array, Array]:
-        """Of one case, what was found from the score `cut` on, all classes: rows (of found, or of true where missed; label;
-        state), as numbers of `Case.found` with HIT or FALSE, and as numbers of `Case.truth` of what was missed with its label.
+        """Of one case, found objects (…, 3) from the score `cut` on and true ones (…, 3) that are sought, of all classes.
+
+        Each by its number in `Case.found` or `Case.truth`, its label, and HIT or FALSE, or MET or MISSED.
         """
         figure, cut = SHOWN[self.scoring], self.cut(seed)
-        found, missed = [], []
+        found, true = [np.zeros((0, 3), int)], [np.zeros((0, 3), int)]
         for label in range(len(self.classes)):
             pair = self.pairs[seed][label][case]
             state, taken = pair.states(figure, self.thresholds(figure, label)[0])
-            shown = pair.score >= cut
-            found += [(row, label, s) for row, s, on in zip(pair.rows, state, shown, strict=True) if on and s != NEITHER]
-            sought = ~pair.unsought(figure)
-            sought[taken[shown & (taken >= 0)]] = False
-            missed += [(column, label) for column in pair.columns[sought]]
-        return np.array(found, int).reshape(-1, 3), np.array(missed, int).reshape(-1, 2)
+            shown, met = pair.score >= cut, np.full(len(pair.columns), MISSED)
+            met[taken[shown & (taken >= 0)]] = MET
+            for told, rows, states, kept in ((found, pair.rows, state, shown & (state != NEITHER)),
+                                             (true, pair.columns, met, ~pair.unsought(figure))):
+                told.append(np.stack([rows, np.full(len(rows), label), states], 1)[kept])
+        return np.concatenate(found), np.concatenate(true)
 
     def f1(self) -> Array:
         """(seeds, cases) 2 · hits / (found + true) of each case from the score `cut` on, 1 where neither is anything."""
         table = np.zeros((len(self.cases), len(self.cases[0])))
         for seed, case in np.ndindex(*table.shape):
-            found, missed = self.marks(seed, case)
-            hits = int((found[:, 2] == HIT).sum())
-            below = len(found) + hits + len(missed)
-            table[seed, case] = 2 * hits / below if below else 1.0
+            found, true = self.marks(seed, case)
+            below = len(found) + len(true)
+            table[seed, case] = 2 * (found[:, 2] == HIT).sum() / below if below else 1.0
         return table
 
 

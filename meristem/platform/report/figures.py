@@ -15,14 +15,24 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import FixedLocator, NullLocator
 from numpy.typing import NDArray
 from scipy.ndimage import zoom
 
-from meristem.platform.evaluation import metrics
+from meristem.platform.evaluation import detection, metrics
 from meristem.platform.evaluation.results import PROTOCOLS, Group, Labels, Results, Row, Summary, groups, signed
 from meristem.platform.evaluation.statistics import Estimate
-from meristem.platform.report.pictures import Attention, Cloud, Overlay, Reconstruction, Strip, pick_samples, sample_groups
+from meristem.platform.report.pictures import (
+    Attention,
+    Cloud,
+    Overlay,
+    Reconstruction,
+    Scene,
+    Strip,
+    pick_samples,
+    sample_groups,
+)
 
 Array = NDArray[Any]
 
@@ -38,6 +48,8 @@ STYLE = {"font.family": "sans-serif", "font.size": 9.5, "axes.spines.top": False
 
 PANELS = 12  # classes beyond which a panel for each says less than one for all
 NAMED = 30  # classes beyond which their names no longer stand beside a figure
+MARKS = {detection.HIT: ("#0072b2", "-"), detection.MISSED: ("#cc79a7", "--"), detection.FALSE: ("#d55e00", ":")}
+TOLD = 12  # marks of a picture beyond which their classes no longer stand beside them
 VIEWPOINT = (-60.0, 25.0)  # azimuth and height, degrees, from which points are seen
 _MANY = 300  # points beyond which a cloud is stored as pixels
 _UNKNOWN = np.array([201, 206, 214]) / 255  # light grey
@@ -327,6 +339,183 @@ def _curve(several: Sequence[Curve], name: str, stage: str, colours: Mapping[str
     return draw(paint, f"{label} over steps, {stage}: {told}{' …' if len(lines) > 6 else ''}.", size=(3.4, 2.3))
 
 
+# ---- detection
+
+def found_of(group: Group) -> detection.Detections:
+    assert group.detections is not None
+    return group.detections
+
+
+def f1_of_cases(results: Results, protocol: str, labels: Labels) -> Plot:
+    """F1 of each case (mean over seeds), one box and its points per arm."""
+    values = {arm: found_of(group).f1().mean(0) for arm, group in chosen(results, protocol, labels).items()}
+    colours = palette(results)
+
+    def paint(ax: Axes) -> None:
+        _boxes(ax, values, colours)
+        ax.set_ylim(-0.04, 1.04)
+        ax.set_ylabel("F1")
+
+    told = "; ".join(f"{arm} median {np.median(v):.3f}, lowest {v.min():.3f}" for arm, v in values.items())
+    return draw(paint, f"Distribution of F1 over cases: {told}.")
+
+
+def precision_recall(results: Results, protocol: str, labels: Labels) -> list[Plot]:
+    """For each class, or for many the mean over them, the envelope of precision against recall per arm, mean over seeds."""
+    grid = np.linspace(0, 1, 101)
+
+    def of(group: Group, label: int) -> Array | None:
+        found, figure = found_of(group), detection.SHOWN[results.scoring]
+        threshold = found.thresholds(figure, label)[0]
+        curves = [found.curve(figure, seed, label, threshold) for seed in range(len(found.cases))]
+        return np.mean([c.envelope(grid) for c in curves], axis=0) if curves[0].truths.sum() else None
+
+    return _by_class(results, protocol, labels, grid, of, "recall", "precision",
+                     "Highest precision at that recall or above, mean over seeds.")
+
+
+def froc(results: Results, protocol: str, labels: Labels, replicates: int = 500) -> list[Plot]:
+    """Sensitivity against false alarms per case, as `precision_recall`, with a pointwise 95 % band over subjects."""
+    figure = detection.SCORINGS[results.scoring]["froc"]
+    grid = np.geomspace(min(detection.RATES.values()), max(detection.RATES.values()), 25)
+
+    def of(group: Group, label: int) -> Array | None:
+        found = found_of(group)
+        curves = [found.curve(figure, seed, label, figure.overlaps[0]) for seed in range(len(found.cases))]
+        weights = np.concatenate([np.ones((1, len(group.cases))), _resampled(group, replicates)])
+        return np.mean([c.sensitivity(weights, grid) for c in curves], axis=0) if curves[0].truths.sum() else None
+
+    return _by_class(results, protocol, labels, grid, of, "false alarms per case", "sensitivity",
+                     f"Hits from an IoU of {figure.overlaps[0]:g}; mean over seeds. Band: pointwise 95 % interval over test "
+                     f"{results.counted}.")
+
+
+def _by_class(results: Results, protocol: str, labels: Labels, grid: Array,
+              of: Callable[[Group, int], Array | None], x: str, y: str, caption: str) -> list[Plot]:
+    """A panel for each class, or one for many, of curves (grid,), or (1 + R, grid) with resampled ones, that `of` tells."""
+    made, colours = chosen(results, protocol, labels), palette(results)
+    panels = {name: [i] for i, name in enumerate(results.classes)}
+    if len(panels) > PANELS:
+        panels = {"mean over classes": [*range(len(panels))]}
+    plots: list[Plot] = []
+    for title, members in panels.items():
+        curves = {arm: [c for label in members if (c := of(group, label)) is not None] for arm, group in made.items()}
+        means = {arm: np.atleast_2d(np.mean(several, axis=0)) for arm, several in curves.items() if several}
+        if not means:
+            continue
+
+        def paint(ax: Axes, means: Mapping[str, Array] = means, title: str = title) -> None:
+            for arm, table in means.items():
+                ax.plot(grid, table[0], color=colours[arm], label=arm, linestyle="--" if arm in results.baselines else "-")
+                if len(table) > 1:
+                    low, high = np.nanquantile(table[1:], [0.025, 0.975], axis=0)
+                    ax.fill_between(grid, low, high, color=colours[arm], alpha=0.16, linewidth=0)
+            if grid[0] > 0:
+                ax.set_xscale("log", base=2)
+                ax.xaxis.set_major_locator(FixedLocator(list(detection.RATES.values())))
+                ax.xaxis.set_minor_locator(NullLocator())
+                ax.set_xticklabels(list(detection.RATES))
+            ax.set_ylim(-0.02, 1.04)
+            ax.set_xlabel(x)
+            ax.set_ylabel(y)
+            ax.set_title(title)
+            ax.legend(loc="lower right" if grid[0] > 0 else "lower left")
+
+        middle = len(grid) // 2
+        told = "; ".join(f"{arm} {table[0, middle]:.2f} at {grid[middle]:.2g}" for arm, table in means.items())
+        plots.append(draw(paint, f"{y.capitalize()} against {x}, {title}: {told}.", caption if not plots else ""))
+    return plots
+
+
+def scenes(several: Iterable[Scene]) -> list[tuple[str, list[Plot]]]:
+    """(heading, panels) per case: one per arm, with what it found and what it missed."""
+    rows = []
+    for scene in several:
+        panels = []
+        for arm, marks in scene.marks.items():
+            n = {state: int((marks[:, -1] == state).sum()) for state in MARKS}
+            text = f"{arm}, F1 {scene.scores[arm]:.3f}" if arm in scene.scores else arm
+            told = ", ".join(f"{n[state]} {name}{'s' * (n[state] != 1 and state != detection.MISSED)}" for state, name in
+                             ((detection.HIT, "hit"), (detection.MISSED, "missed"), (detection.FALSE, "false alarm")))
+            panels.append(marked(scene, marks, f"{text}: {told}", f"{scene.rank} case {scene.case}, {text}: {told}"))
+        rows.append((f"{scene.rank} case", panels))
+    return rows
+
+
+def marked(scene: Scene, marks: Array, caption: str, alt: str) -> Plot:
+    """What was found, and what was missed, over the backdrop of a scene: hits solid, misses dashed, false alarms dotted."""
+    back, timeline = scene.backdrop, scene.backdrop.ndim == 1
+    plan = not timeline and back.shape[1] == 2 and back.ndim == 2 and marks.shape[1] == 7
+    with mpl.rc_context(STYLE):
+        if timeline:
+            return _timeline(scene, marks, caption, alt)
+        height, width = (1.0, 1.0) if plan else (back.shape[0] * scene.aspect, back.shape[1])
+        inches = 3.0 / max(height, width)
+        figure = Figure(figsize=(inches * width, inches * height), dpi=150)
+        ax = figure.add_axes((0, 0, 1, 1))
+        ax.axis("off")
+        shapes = [(_footprint(row[:5]) if plan else _rectangle(row[:4]), int(row[-2]), int(row[-1])) for row in marks]
+        if plan:
+            everyone = (_footprint(row[:5]) for table in scene.marks.values() for row in table)  # one window for all arms
+            everything = np.concatenate([back, *everyone])
+            low, high = everything.min(0), everything.max(0)
+            reach = 0.53 * max(float((high - low).max()), 1e-6)
+            middle = (low + high) / 2
+            ax.scatter(back[:, 0], back[:, 1], s=0.6, color="#9ca3af", linewidths=0)
+            ax.set(xlim=(middle[0] - reach, middle[0] + reach), ylim=(middle[1] - reach, middle[1] + reach), aspect="equal")
+        else:
+            ax.imshow(_shade(back, _limits(back), back.ndim == 3), aspect=scene.aspect,
+                      extent=(0, back.shape[1], back.shape[0], 0))
+            ax.set(xlim=(0, back.shape[1]), ylim=(back.shape[0], 0))
+        shown = [shape for shape in shapes if shape[2] in MARKS]
+        for corners, label, state in shown:
+            colour, dash = MARKS[state]
+            outline = ax.plot(*np.concatenate([corners, corners[:1]]).T, color=colour, linestyle=dash, linewidth=1.8)[0]
+            outline.set_path_effects([Stroke(linewidth=3.0, foreground="white", alpha=0.75), Normal()])
+            if len(shown) <= TOLD:
+                top = corners[corners[:, 1].argmax() if plan else corners.sum(1).argmin()]
+                ax.text(top[0], top[1], scene.names[label], color=colour, fontsize=8, va="bottom", clip_on=True,
+                        path_effects=[Stroke(linewidth=2, foreground="white"), Normal()])
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    return Plot("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), alt, caption)
+
+
+def _rectangle(box: Array) -> Array:
+    """Left, top, right, bottom to corners (4, 2)."""
+    return box[[[0, 1], [2, 1], [2, 3], [0, 3]]]
+
+
+def _footprint(box: Array) -> Array:
+    """Centre, length, width, heading to corners (4, 2) and the middle of the front, to which its heading points."""
+    local = np.array([[1, 0], [1, 1], [-1, 1], [-1, -1], [1, -1], [1, 0], [1.3, 0], [1, 0]]) * box[2:4] / 2
+    cos, sin = np.cos(box[4]), np.sin(box[4])
+    return np.asarray(local @ np.array([[cos, sin], [-sin, cos]]) + box[:2])
+
+
+def _timeline(scene: Scene, marks: Array, caption: str, alt: str) -> Plot:
+    """A lane for each class that occurs: what is true above, what was found below."""
+    lanes = {label: i for i, label in enumerate(sorted({int(x) for m in scene.marks.values() for x in m[:, -2]}))}
+
+    def paint(ax: Axes) -> None:
+        for first, last, label, state in marks:
+            place = lanes[int(label)]
+            if state == detection.MET:
+                ax.plot([first, last], [place - 0.16] * 2, color="#9ca3af", linewidth=3, solid_capstyle="butt")
+            else:
+                colour, dash = MARKS[int(state)]
+                level = place - 0.16 if state == detection.MISSED else place + 0.16
+                ax.plot([first, last], [level] * 2, color=colour, linewidth=3, solid_capstyle="butt",
+                        linestyle={":": (0, (0.6, 0.4)), "--": (0, (2, 0.8))}.get(dash, "-"))
+        ax.set_yticks(range(len(lanes)), [scene.names[label] for label in lanes])
+        ax.set_ylim(max(len(lanes), 1) - 0.4, -0.6)
+        ax.set_xlim(*scene.backdrop.tolist())
+        ax.set_xlabel("seconds")
+        ax.grid(axis="y", visible=False)
+
+    return draw(paint, alt, caption, size=(7.2, 0.8 + 0.34 * max(len(lanes), 1)))
+
+
 # ---- classification
 
 def calibration(results: Results, protocol: str, labels: Labels) -> Plot:
@@ -382,13 +571,17 @@ def roc(results: Results, summary: Summary, protocol: str, labels: Labels, repli
                 f"over test {results.counted}. Legend: AUROC with its interval.")
 
 
+def _resampled(group: Group, replicates: int) -> Array:
+    """(R, cases) weights of the cases of resampled subjects."""
+    n = len(group.subjects)
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=replicates)[:, group.owner].astype(float)
+
+
 def _roc_band(group: Group, grid: Array, replicates: int) -> tuple[Array, Array, Array]:
     target, p = group.target, _probabilities(group)
     assert target is not None
     classes = [1] if p.shape[-1] == 2 else [c for c in range(p.shape[-1]) if (target == c).any()]
-    weights = np.random.default_rng(0).multinomial(len(group.subjects), np.full(len(group.subjects), 1 / len(group.subjects)),
-                                                   size=replicates)[:, group.owner].astype(float)
-    weights = np.concatenate([np.ones((1, len(target))), weights])
+    weights = np.concatenate([np.ones((1, len(target))), _resampled(group, replicates)])
     curves = np.zeros((len(weights), len(grid)))
     for seed in p:
         for c in classes:

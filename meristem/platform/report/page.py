@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from meristem.platform.evaluation.detection import SCORINGS, SHOWN, SPLITS, USUAL
 from meristem.platform.evaluation.metrics import BY_CATEGORY, LABELS
 from meristem.platform.evaluation.results import (
     METADATA,
@@ -123,7 +124,7 @@ class Study:
     def details(self, protocol: str) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
         """Heads and rows (labels, arm, values) of every metric, and of every class where they have no table of their own."""
         rows = [r for r in self.summary.rows if r.protocol == protocol]
-        split = self.results.kind != "classification" and len(self.results.classes) > 1
+        split = self.results.kind not in ("classification", "detection") and len(self.results.classes) > 1
         columns = list(dict.fromkeys((r.metric, c) for r in rows for c in ("", *(r.classes if split else ()))))
         heads = [f"{metric_label(self.results, m)}{f', {c}' if c else ''}" for m, c in columns]
         table = []
@@ -143,6 +144,8 @@ class Study:
         """Heads and rows (class, test cases, values) of the metrics of each class, arms side by side; of shapes by category."""
         if self.results.kind == "parts":
             return self._categories()
+        if self.results.kind == "detection":
+            return self._sought()
         rows = self._detailed() if self.results.kind == "classification" else []
         rows.sort(key=lambda r: (r.metric != "accuracy", r.metric))
         if not rows:
@@ -163,6 +166,34 @@ class Study:
         heads = [f"{metric_label(self.results, self.results.metric)}, {r.arm}" for r in rows]
         return heads, [(name, str(n), [interval(r.classes[name]) for r in rows])
                        for name, n in zip(names.tolist(), counts.tolist(), strict=True)]
+
+    def _sought(self) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+        """Of detection: the primary metric, and the one whose hits are drawn, of each class with its true objects."""
+        shown = next(name for name, figure in SCORINGS[self.results.scoring].items() if figure == SHOWN[self.results.scoring])
+        rows = [r for name in dict.fromkeys((self.results.metric, shown)) for r in self._detailed() if r.metric == name]
+        group = next(iter(figures.chosen(self.results, self.protocol, self.labels).values()))
+        heads = [f"{metric_label(self.results, r.metric)}, {r.arm}" for r in rows]
+        return heads, [(c, str(n), [interval(r.classes[c]) for r in rows])
+                       for c, n in zip(self.results.classes, figures.found_of(group).counts, strict=True)]
+
+    @property
+    def splits(self) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+        """Heads and rows (size or difficulty, arm, values) of the metrics of detection that tell objects apart."""
+        told = SPLITS.get(self.results.scoring, {})
+        rows = {(r.arm, r.metric): interval(r.mean) for r in self._detailed()} if told else {}
+        arms = list(dict.fromkeys(arm for arm, _ in rows))
+        return ([LABELS[self.results.metric]],
+                [(name, arm, [rows[arm, metric]]) for name, metric in told.items() for arm in arms])
+
+    @property
+    def right(self) -> str:
+        """Of detection: which of what was found is right, in what is drawn of it."""
+        figure, own = SHOWN[self.results.scoring], self.results.overlaps
+        least = f"{figure.overlaps[0] if figure.overlaps else USUAL:g}"
+        if not figure.overlaps and own:
+            least = ", ".join(f"{own.get(c, USUAL):g} ({c})" for c in self.results.classes)
+        return (f"A hit overlaps a true object of its class, that no surer one has, by an IoU of {least} or more; shown is "
+                "what was found from that score on at which F1 over the set is best, of all classes together")
 
     @cached_property
     def sequences(self) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
@@ -190,6 +221,8 @@ class Study:
                 return figures.true_class(self.results, *at)
             accuracy = [r for r in self._detailed() if r.metric == "accuracy"]
             return [figures.class_accuracies(self.results, accuracy)] if accuracy else []
+        if self.results.kind == "detection":
+            return [figures.f1_of_cases(self.results, *at)]
         boxes = figures.per_class(self.results, *at) if self.results.kind != "retrieval" else []
         return [*boxes, *figures.paired(self.results, self.summary, *at)]
 
@@ -202,13 +235,19 @@ class Study:
         bars = f"; every bar is one {'trial' if trial else f'test {self.results.counted[:-1]}'}"
         if kind == "classification":
             return dots if len(self.results.classes) <= PANELS else ""
+        if kind == "detection":
+            return f"{dots}. F1 is 2 · hits / (found + true). {self.right}"
         return bars if kind == "retrieval" else dots + bars
 
     @cached_property
     def diagnostics(self) -> list[Plot]:
+        at = self.protocol, self.labels
+        if self.results.kind == "detection":
+            alarms = figures.froc(self.results, *at) if "froc" in SCORINGS[self.results.scoring] else []
+            return [*alarms, *figures.precision_recall(self.results, *at)] if self.results.scoring == "volume" else \
+                [*figures.precision_recall(self.results, *at), *alarms]
         if self.results.kind != "classification":
             return []
-        at = self.protocol, self.labels
         curve = [figures.roc(self.results, self.summary, *at)] if len(self.results.classes) <= PANELS else []
         return [*curve, figures.calibration(self.results, *at), *figures.confusion(self.results, *at)]
 
@@ -235,6 +274,10 @@ class Study:
     @cached_property
     def clouds(self) -> list[tuple[str, list[tuple[str, str]], list[Plot]]]:
         return figures.clouds(self.pictures.clouds, LABELS.get(self.results.metric, self.results.metric))
+
+    @cached_property
+    def scenes(self) -> list[tuple[str, list[Plot]]]:
+        return figures.scenes(self.pictures.scenes)
 
     @property
     def contour_colours(self) -> list[tuple[str, str]]:

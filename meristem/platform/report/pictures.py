@@ -68,6 +68,24 @@ class Cloud:
 
 
 @dataclass(frozen=True)
+class Scene:
+    """One case with what every arm found in it, and what is true. case: a pseudonym.
+
+    backdrop, and the n numbers of a box on it: an image (H, W) or (H, W, 3), left, top, right, bottom in its elements from its
+    corner; points from above (N, 2), centre, length, width, heading; first and last second (2,), of segments too.
+    marks: by arm (K, n + 2), box, label, and state as in `evaluation.detection`. names: of the labels.
+    """
+
+    case: str
+    rank: Rank
+    backdrop: Array
+    marks: Mapping[str, Array]
+    names: Mapping[int, str]
+    scores: Mapping[str, float] = field(default_factory=dict)
+    aspect: float = 1.0
+
+
+@dataclass(frozen=True)
 class Strip:
     """What a sample shows over time: frames (n, H, W) or (n, H, W, 3). case: a pseudonym."""
 
@@ -102,13 +120,14 @@ class Pictures:
     strips: Sequence[Strip] = ()
     attention: Sequence[Attention] = ()
     clouds: Sequence[Cloud] = ()
+    scenes: Sequence[Scene] = ()
 
     def __add__(self, other: Pictures) -> Pictures:
         """Those of both; a case's strip once."""
         known = {strip.case for strip in self.strips}
         return Pictures([*self.reconstructions, *other.reconstructions], [*self.overlays, *other.overlays],
                         [*self.strips, *(strip for strip in other.strips if strip.case not in known)],
-                        [*self.attention, *other.attention], [*self.clouds, *other.clouds])
+                        [*self.attention, *other.attention], [*self.clouds, *other.clouds], [*self.scenes, *other.scenes])
 
     def save(self, path: Path) -> Path:
         """One .npz of arrays and a JSON index; no pickle."""
@@ -130,7 +149,10 @@ class Pictures:
                            "curve": a.curve, "seconds": a.seconds, "aspect": a.aspect} for a in self.attention],
             "clouds": [{"case": c.case, "rank": c.rank, "points": keep(c.points), "truth": keep(c.truth),
                         "predictions": {arm: keep(p) for arm, p in c.predictions.items()}, "names": list(c.names.items()),
-                        "scores": dict(c.scores), "category": c.category} for c in self.clouds]}
+                        "scores": dict(c.scores), "category": c.category} for c in self.clouds],
+            "scenes": [{"case": c.case, "rank": c.rank, "backdrop": keep(c.backdrop), "names": list(c.names.items()),
+                        "marks": {arm: keep(m) for arm, m in c.marks.items()}, "scores": dict(c.scores), "aspect": c.aspect}
+                       for c in self.scenes]}
         np.savez_compressed(path, index=np.frombuffer(json.dumps(index).encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]
         return path
 
@@ -151,7 +173,10 @@ class Pictures:
                                       tuple(a["curve"]), tuple(a["seconds"]), a["aspect"]) for a in index.get("attention", ())],
                            [Cloud(c["case"], c["rank"], stored[c["points"]], stored[c["truth"]],
                                   {arm: stored[p] for arm, p in c["predictions"].items()}, dict(c["names"]), c["scores"],
-                                  c["category"]) for c in index.get("clouds", ())])
+                                  c["category"]) for c in index.get("clouds", ())],
+                           [Scene(c["case"], c["rank"], stored[c["backdrop"]],
+                                  {arm: stored[m] for arm, m in c["marks"].items()}, dict(c["names"]), c["scores"],
+                                  c["aspect"]) for c in index.get("scenes", ())])
         except (OSError, ValueError, KeyError) as error:
             raise MeristemError(f"{path} does not hold pictures of a run: {error}", "Evaluate again to make them.") from None
 
@@ -219,9 +244,16 @@ def sample_groups(results: Results) -> dict[tuple[str, str, Labels], Group]:
 
 
 def pick_cases(results: Results, protocol: str, labels: Labels) -> dict[Rank, str]:
-    """The worst, median and best case by the primary metric, averaged over all arms, seeds and classes: no arm chooses."""
+    """The worst, median and best case by the primary metric, averaged over all arms, seeds and classes: no arm chooses.
+
+    Detection: by the F1 of each case in which there is something to find.
+    """
     made = [results.group(cells) for (_, p, n), cells in groups(results).items() if (p, n) == (protocol, labels)]
     shared = sorted(set.intersection(*(set(g.cases) for g in made)))
+    if made[0].detections is not None:
+        sought = {name for name, case in zip(made[0].cases, made[0].detections.cases[0], strict=True)
+                  if case.truth is not None and not all(case.truth.ignore or (not case.truth.label,))}
+        shared = [case for case in shared if case in sought] or shared
     score = np.zeros(len(shared))
     for group in made:
         place = [group.cases.index(case) for case in shared]

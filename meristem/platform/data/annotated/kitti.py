@@ -2,7 +2,8 @@
 
 The three lie in the folder itself or in `training`; what lies in `testing` has no labels and tests. `ImageSets/{train,val,
 test}.txt` list numbers of frames (`test.txt` those of `testing`, where there is one); where no labels of test frames are known,
-as KITTI's are not, the frames of `val.txt` test.
+as KITTI's are not, the frames of `val.txt` test. Without lists every frame is drawn for itself, though frames of one drive are
+alike.
 
 A label is a line of a name and 14 numbers: class, truncation, occlusion, alpha, left, top, right, bottom in the image, height,
 width, length, x, y, z of the middle of the bottom in the rectified camera, and the turn about its y axis; a fifteenth is a
@@ -98,7 +99,7 @@ def read(search: Search, path: Path) -> Path:
     for frame in frames:
         local, split = relative(frame, path), splits[frame]
         search.add((frame,), local, "", split="test" if blind and split == "val" else split,
-                   objects=_objects(search, frame, local, labels[frame], bool(wanted)) if frame in labels else None)
+                   objects=_objects(search, frame, local, labels[frame]) if frame in labels else None)
     search.name_subjects()
     return path
 
@@ -148,11 +149,11 @@ def calibration(frame: Path) -> Calibration | None:
     return Calibration(camera, image)
 
 
-def _objects(search: Search, frame: Path, local: str, labels: Sequence[Label], wanted: bool) -> Objects | None:
+def _objects(search: Search, frame: Path, local: str, labels: Sequence[Label]) -> Objects | None:
     number = {name: i for i, name in enumerate(search.object_names)}
     try:
         unknown = [x.name for x in labels if x.name not in (*number, *CLASSES, DONT_CARE)]
-        if wanted and unknown:
+        if unknown:
             raise DataError("class", f"an object is of the unknown class '{unknown[0]}'",
                             f"Known: {', '.join(number)}. Add it to {LISTED}, or correct it.")
         kept: list[tuple[Label, int, bool]] = []
