@@ -39,8 +39,10 @@ def together(found: Sequence[Boxed], starts: Sequence[Sequence[int]], size: Sequ
         low, high = window[number].chunk(2, 1)
         inner = torch.cat([low > 0, high < torch.tensor(tuple(shape), device=box.device)], 1)
         cut = (inner & ((box - window[number]).abs() <= EDGE)).any(1)
-        other = (label[:, None] == label) & (number[:, None] != number) & ~cut
-        left = (~cut | ~(other & (covered(box, box) > MOSTLY)).any(1)).nonzero()[:, 0]
+        a, b = cut.nonzero()[:, 0], (~cut).nonzero()[:, 0]
+        other = (label[a, None] == label[b]) & (number[a, None] != number[b])
+        gone = (other & (covered(box[a], box[b]) > MOSTLY)).any(1)
+        left = torch.cat([a[~gone], b]).sort().values
         if how == "nms":
             keep = left[suppress(box[left], score[left], label[left], iou)]
         else:
