@@ -28,6 +28,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/video.py
 	$(BIN)/python benchmarks/points.py
+	$(BIN)/python benchmarks/detection.py
 
 # each graph set beside random weights and the published figure: hours on a CPU; ARGS="--quick --sets mutag" for less
 bench-graphs: .venv/ready

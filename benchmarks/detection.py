@@ -1,6 +1,6 @@
 """Seconds and peak memory of searching a whole volume, beside MONAI's own RetinaNet on the same backbone. One JSON line.
 
-    python benchmarks/detection.py [--shape 128 128 96] [--steps 80] [--repeats 3]
+    python benchmarks/detection.py [--shape 128 128 96] [--steps 150] [--repeats 3]
 
 A detector of `volume/detection` learns a made volume of bright cuboids by heart (without it there would be nothing to fuse).
 `ours` searches it by windows, finds boxes in each and fuses them; `monai` is a RetinaNetDetector of MONAI with its own network,
@@ -145,7 +145,7 @@ def forget() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, nargs=3, default=[128, 128, 96])
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--arm", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
