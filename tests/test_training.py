@@ -101,6 +101,19 @@ def test_a_request_to_the_whole_process_group_stops_a_run_cleanly(volume_folder:
     assert checkpoint.read_card(tmp_path / "cut")["step"] == 4
 
 
+def test_an_error_in_a_step_ends_the_process_and_its_workers(volume_folder: Path, tmp_path: Path) -> None:
+    script = ("import pathlib, meristem\n"
+              "from meristem.platform.training import loop\n"
+              "def advance(self, n):\n"
+              "    raise RuntimeError('a step went wrong')\n"
+              "loop.Reporter.advance = advance\n"
+              f"meristem.pretrain('volume/mae', {str(volume_folder)!r}, {str(tmp_path / 'run')!r}, "
+              f"{[*TINY, 'train.steps=50', 'train.workers=1']!r}, quiet=True, "
+              f"cache=pathlib.Path({str(volume_folder.parent / 'cache')!r}))\n")
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and ended.stderr.rstrip().endswith("a step went wrong")
+
+
 def test_another_seed_gives_other_weights(volume_folder: Path, tmp_path: Path) -> None:
     assert not same(run(volume_folder, tmp_path / "a", steps=2), run(volume_folder, tmp_path / "b", "train.seed=1", steps=2))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class _Turns:
         self.recipe, self.data, self.turns = recipe, data, recipe.turns()
         self.seconds = dict.fromkeys(recipe.members, 0.0)
 
-    def __call__(self, first: int, rank: int, world: int) -> Iterator[Batch]:
+    def __call__(self, first: int, rank: int, world: int) -> Generator[Batch, None, None]:
         done, whole = Counter(self.turns[:first]), Counter(self.turns)
         streams = {}
         for name, member in self.recipe.members.items():

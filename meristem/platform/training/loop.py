@@ -7,7 +7,8 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -31,7 +32,7 @@ from meristem.platform.training.progress import Reporter
 PATIENCE = 10  # steps in a row with a loss that is not finite before a run gives up
 LOST = 0.05  # share of steps so skipped above which the user is told
 
-Batches = Callable[[int, int, int], Iterator[Batch]]
+Batches = Callable[[int, int, int], Generator[Batch, None, None]]
 """(first step, rank, world) -> one batch per remaining step: this rank's share."""
 
 
@@ -174,7 +175,7 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
     seen_since = 0
     reporter.start(start)
     stream = batches(start, fabric.global_rank, fabric.world_size)
-    with _StopSignal() as stop:
+    with _StopSignal() as stop, closing(stream):  # its processes would outlive an error, and be waited for
         module.train()
         window_began = time.perf_counter()
         while step < settings.steps and not _any(fabric, stop.asked):
