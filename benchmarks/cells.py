@@ -1,6 +1,6 @@
 """What pretraining is worth to a detector of blood cells: one JSON line for each arm and label budget.
 
-    python benchmarks/cells.py --data ../shared/data/bccd/BCCD [--budgets 0.1 all] [--seeds 3] [--out runs/cells]
+    python benchmarks/cells.py --data ../shared/data/bccd/BCCD [--budgets 0.1 all] [--seeds 2] [--out runs/cells]
 
 Pretrained on the training and validation images without their boxes (masked pixels of a small U-Net at half the resolution of
 the files), then fine-tuned as a detector (FCOS on a feature pyramid) on the official training split, beside an arm of equal
@@ -26,7 +26,7 @@ from meristem.tasks.finetune import SCRATCH
 
 ENCODER = ["encoder.unet.widths=[16,32,64,128,128]", "encoder.unet.blocks=[1,1,2,2,2]"]
 PRETRAINING = [*ENCODER, "views.x.size=[128,160]", "views.x.zoom=[1.5,2.5]", "train.batch=16"]
-DETECTION = ["views.x.size=[240,320]", "views.x.zoom=[1.6,2.4]"]  # a whole picture of 480×640 at a time
+DETECTION = ["views.x.size=[240,320]", "views.x.zoom=[1.6,2.4]", "train.log_every=100"]  # a whole picture of 480×640 at a time
 
 
 def estimate(e: Any) -> list[float]:
@@ -52,9 +52,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--budgets", nargs="+", default=["0.1", "all"])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pretraining", type=int, default=3000, help="steps")
-    parser.add_argument("--steps", type=int, default=1000, help="of fine-tuning")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--pretraining", type=int, default=1500, help="steps")
+    parser.add_argument("--steps", type=int, default=500, help="of fine-tuning")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
