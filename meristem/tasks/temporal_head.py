@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import sigmoid_focal_loss
 
 from meristem.platform.objectives import Loss
 
@@ -131,6 +130,8 @@ def losses(levels: Sequence[Level], truth: Sequence[Segments], silent: Sequence[
 
     truth: of each sequence. silent: spans (M, 2) of each in which no point need say that there is nothing.
     """
+    from torchvision.ops import sigmoid_focal_loss  # torchvision takes seconds to import
+
     focal = distance = levels[0].scores.sum() * 0
     count = torch.zeros((), device=levels[0].scores.device)
     for i, level in enumerate(levels):
