@@ -17,7 +17,7 @@ from meristem.modalities.frame import Frame
 from meristem.platform import boxes
 from meristem.platform.assembly import total
 from meristem.platform.encoders.transformer import TransformerSettings
-from meristem.tasks.box_heads import BoxHead, Centres, Found, Queries, Truth
+from meristem.tasks.detectors.points import BoxHead, Centres, Found, Queries, Truth
 
 NUMBER = st.floats(-3, 3, allow_nan=False)
 BOX = st.tuples(NUMBER, NUMBER, NUMBER, *[st.floats(0.1, 4)] * 3, st.floats(-7, 7))

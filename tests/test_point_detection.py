@@ -28,7 +28,7 @@ from meristem.platform.data.source import Data, open_data
 from meristem.platform.evaluation.results import Case
 from meristem.platform.objectives import Encoded
 from meristem.tasks.base import TaskRecipe, objective
-from meristem.tasks.box_heads import Centres, Queries, Truth
+from meristem.tasks.detectors.points import Centres, Queries, Truth
 from meristem.tasks.finetune import resolve, score, tune
 from meristem.tasks.point_detection import PointDetectionObjective
 

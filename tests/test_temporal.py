@@ -21,9 +21,9 @@ from meristem.modalities.video.untrimmed import write_untrimmed
 from meristem.platform.data.loader import whole
 from meristem.platform.data.manifest import Manifest
 from meristem.platform.data.source import open_data
+from meristem.tasks.detectors.temporal import Level, Segments, TemporalHead, decode, distance_loss, losses, suppress, targets
 from meristem.tasks.finetune import resolve, tune
 from meristem.tasks.temporal import in_view, to_source
-from meristem.tasks.temporal_head import Level, Segments, TemporalHead, decode, distance_loss, losses, suppress, targets
 
 SEGMENTS = [("sweep", 2.0, 5.0), ("flash", 7.0, 9.0), ("sweep", 11.5, 14.5), ("flash", 17.0, 20.0)]
 SECONDS, RATE = 22, 8

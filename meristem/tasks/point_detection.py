@@ -27,7 +27,7 @@ from meristem.platform.recipe import Count, Share
 from meristem.platform.slots import Slot
 from meristem.platform.step import Step
 from meristem.tasks.base import Keep, Scope, TaskObjective, TaskRecipe, TaskSettings
-from meristem.tasks.box_heads import HEADS, BoxHeadSettings, Centres, Found, Truth
+from meristem.tasks.detectors.points import HEADS, BoxHeadSettings, Centres, Found, Truth
 from meristem.tasks.embedding import plain
 from meristem.tasks.segmentation import places
 

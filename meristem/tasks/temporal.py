@@ -28,8 +28,8 @@ from meristem.platform.evaluation.results import Boxes, Case
 from meristem.platform.objectives import Loss
 from meristem.platform.step import Step
 from meristem.tasks.base import Keep, Scope, TaskObjective, TaskRecipe, TaskSettings
+from meristem.tasks.detectors.temporal import Segments, TemporalHead, decode, losses, suppress
 from meristem.tasks.segmentation import places
-from meristem.tasks.temporal_head import Segments, TemporalHead, decode, losses, suppress
 
 WINDOWS = 4  # predicted at once
 PER_WINDOW = 500  # segments, the best, of each before they are joined

@@ -1,4 +1,4 @@
-"""Heads that find boxes in feature maps."""
+"""Heads that find boxes in feature maps, upright boxes among tokens of points, and segments of time."""
 
 from meristem.tasks.detectors.base import DETECTORS, Boxed, Detector, DetectorSettings
 from meristem.tasks.detectors.monai import MonaiRetinaNet
