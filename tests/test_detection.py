@@ -193,6 +193,13 @@ def test_what_cannot_be_is_refused_before_a_file_is_read(changes: list[str], mes
         resolve("detection", "image", changes)
 
 
+@pytest.mark.parametrize(("base", "other"), [("points/segmentation", "detection3d"), ("video/classification", "temporal")])
+def test_what_has_no_boxes_along_its_axes_is_sent_to_its_own_task(base: str, other: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"extends: {base}\ntask: {{detection: {{detector: fcos}}}}\n")
+    with pytest.raises(RecipeError, match=other):
+        resolve(str(tmp_path / "a.yaml"), base.split("/")[0], [])
+
+
 @pytest.mark.parametrize("encoder", ["{transformer: {width: 24, depth: 2, heads: 2}}", "{timm: {model: resnet10t}}",
                                      "{timm: {model: vit_tiny_patch16_224}}"])
 @pytest.mark.parametrize("levels", [2, 4])

@@ -262,6 +262,9 @@ class Detection(TaskSettings):
         return self.by or ("ap" if self.detector.dims == 2 else "map")
 
     def check(self, recipe: TaskRecipe) -> list[str]:
+        if not hasattr(recipe.modality.options, "patch") or len({axis.unit for axis in recipe.modality.axes}) > 1:
+            return [f"boxes along the axes are for images and volumes, not {recipe.modality.name}: points have detection3d, "
+                    "videos temporal"]
         problems, dims = [], len(recipe.modality.axes)
         if self.detector.dims != dims:
             name = next(n for n, kind in DETECTORS.items() if kind is type(self.detector))
