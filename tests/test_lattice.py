@@ -384,7 +384,7 @@ def test_a_samples_result_does_not_depend_on_its_batch_mates(dims: int, channels
         alone = room.augment(made.select(torch.tensor(rows)), o)
         torch.testing.assert_close(alone.array, together.array[rows], atol=1e-5, rtol=1e-5)
         assert torch.equal(alone.fields["mask"], together.fields["mask"][rows])
-        assert torch.equal(alone.frame.affine, together.frame.affine[rows])
+        torch.testing.assert_close(alone.frame.affine, together.frame.affine[rows])  # some processors round by the batch's size
         assert alone.weight is not None
         assert together.weight is not None
         torch.testing.assert_close(alone.weight, together.weight[rows])

@@ -89,21 +89,24 @@ def test_it_is_the_2d_encoder_slice_by_slice(case: str, masked: bool) -> None:
                 one = Plan(mine, mine.float())
             alone.append(model.inner(single(t), one, want=EVERYTHING - {"attention"}))
 
+    def equal(x: Tensor, y: Tensor) -> None:
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)  # some processors round by the batch's size
+
     def same(x: Tensor, parts: list[Tensor]) -> None:
-        assert torch.equal(x, torch.cat(parts, 1))
+        equal(x, torch.cat(parts, 1))
 
     same(got.tokens, [e.tokens for e in alone])
     assert got.valid.all() and got.valid.shape == got.tokens.shape[:2]
     assert alone[0].lattice is not None and got.lattice == (T, *alone[0].lattice)
     assert got.summary.keys() == alone[0].summary.keys() - {"max"} == model.provides & {"mean", "cls"}
     for name, z in got.summary.items():
-        assert torch.equal(z, torch.stack([e.summary[name] for e in alone], 1).mean(1))
+        equal(z, torch.stack([e.summary[name] for e in alone], 1).mean(1))
     for mine, theirs in zip(got.layers or [], zip(*(e.layers or [] for e in alone), strict=True), strict=True):
         same(mine, list(theirs))
     maps = [*(got.pyramid or []), *([got.dense] if got.dense is not None else [])]
     for t, e in enumerate(alone):
         for mine, flat in zip(maps, [*(e.pyramid or []), *([e.dense] if e.dense is not None else [])], strict=True):
-            assert torch.equal(mine[:, :, t], flat)
+            equal(mine[:, :, t], flat)
     assert got.attention is None
     given = {name for name in EVERYTHING if getattr(got, name) is not None} | set(got.summary)
     assert given == model.provides
