@@ -88,7 +88,7 @@ def suppress(box: Tensor, score: Tensor, label: Tensor, threshold: float) -> Ten
         return batched_nms(box, score, label, threshold)
     from monai.data.box_utils import batched_nms as batched_nms_3d
 
-    return batched_nms_3d(box, score, label, threshold)
+    return batched_nms_3d(box, score, label, threshold, box_overlap_metric=overlap)
 
 
 def central(point: Tensor, window: Tensor) -> Tensor:

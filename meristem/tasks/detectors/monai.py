@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from meristem.platform.objectives import Loss
 from meristem.tasks.detectors.base import Boxed, Detector, DetectorSettings
+from meristem.tasks.detectors.fusion import overlap
 from meristem.tasks.detectors.torchvision import PostSettings
 
 CANDIDATES = 1000  # places of a map that are looked at, best first
@@ -130,7 +131,8 @@ class MonaiRetinaNet(PostSettings, DetectorSettings):
         from monai.apps.detection.networks.retinanet_detector import RetinaNetDetector
         from monai.losses import BoxGIoULoss
 
-        model = RetinaNetDetector(_Heads(width, len(self.anchors), classes), _anchors(strides, self.anchors))
+        model = RetinaNetDetector(_Heads(width, len(self.anchors), classes), _anchors(strides, self.anchors),
+                                  box_overlap_metric=overlap)  # MONAI's own checks its boxes at every call
         model.set_atss_matcher(self.candidates, center_in_gt=False)
         if self.negatives == "hard":
             model.set_hard_negative_sampler(self.sampled, self.positive, min_neg=self.sampled // 4, pool_size=self.pool)
