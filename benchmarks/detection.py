@@ -35,17 +35,18 @@ import meristem
 from meristem.modalities.base import View
 from meristem.modalities.frame import Frame
 from meristem.platform.assembly import Assembly
-from meristem.platform.data.source import open_data
+from meristem.platform.data.source import Data, open_data
 from meristem.tasks import transfer
 from meristem.tasks.base import normalised, objective
 from meristem.tasks.detection import WINDOWS, DetectionObjective, stored
 from meristem.tasks.detectors.fusion import overlap
 from meristem.tasks.detectors.monai import CANDIDATES, MonaiRetinaNet
-from meristem.tasks.detectors.torchvision import OCTAVE
+from meristem.tasks.detectors.torchvision import OCTAVE, PostSettings
 from meristem.tasks.detectors.torchvision import RetinaNet as RetinaNet2D
 from meristem.tasks.finetune import resolve
 
 CUBOIDS = 5
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAIN = ["views.x.affine=null", "views.x.noise=null", "views.x.brightness=null", "views.x.contrast=null", "train.lr=3e-3",
          "train.ema=null", "train.workers=0", "train.log_every=20"]
 Job = Callable[[], tuple[Tensor, Tensor]]
@@ -88,27 +89,23 @@ class Backbone(nn.Module):
         return self.task.pyramid(self.assembly.encoder(seen, want=self.task.pyramid.want), stream)  # type: ignore[arg-type]
 
 
-def jobs(run: Path, listing: Path, cache: Path) -> tuple[dict[str, Job], Tensor]:
-    """What each way does, and the true boxes."""
+def both(assembly: Assembly, data: Data, shapes: list[list[float]], weights: Any = None) -> dict[str, Job]:
+    """What each way does to the only sample of the data. shapes: of the anchors of the finest map, in elements. weights: a
+    detector whose heads MONAI's own are to be; None: they keep their first ones.
+    """
     from monai.apps.detection.networks.retinanet_detector import RetinaNetDetector
     from monai.apps.detection.networks.retinanet_network import RetinaNet
     from monai.apps.detection.utils.anchor_utils import AnchorGeneratorWithAnchorShape
 
-    assembly, settings, _ = transfer.reload(run)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    assembly = assembly.to(device).eval()
-    task, recipe = objective(assembly), assembly.recipe
-    assert isinstance(task, DetectionObjective) and isinstance(task.settings.detector, MonaiRetinaNet)
-    data = open_data(listing, settings.modality, "1,0,0", cache, quiet=True)
+    task, recipe, device = objective(assembly), assembly.recipe, next(assembly.parameters()).device
+    assert isinstance(task, DetectionObjective) and isinstance(task.settings.detector, PostSettings)
     row, = data.rows()
-    header, options = data.cache.header(row.index), task.settings.detector
-    volume = torch.from_numpy(data.cache.array(row.index)[0].astype(np.float32)) * header.scale[0] + header.offset[0]
-    strides = task.pyramid.strides
-    shapes = [[a * s for a, s in zip(anchor, strides[0], strict=True)] for anchor in options.anchors]
-    network = RetinaNet(3, 1, len(shapes), Backbone(assembly, task), size_divisible=strides[-1])
-    own: Any = task.detector
-    network.classification_head.load_state_dict(own.model.network.classify.state_dict())
-    network.regression_head.load_state_dict(own.model.network.regress.state_dict())
+    sample = normalised(data.cache.array(row.index), data.cache.header(row.index), device)
+    options, strides = task.settings.detector, task.pyramid.strides
+    network = RetinaNet(len(strides[0]), 1, len(shapes), Backbone(assembly, task), size_divisible=strides[-1])
+    if weights is not None:
+        network.classification_head.load_state_dict(weights.model.network.classify.state_dict())
+        network.regression_head.load_state_dict(weights.model.network.regress.state_dict())
     detector = RetinaNetDetector(network, AnchorGeneratorWithAnchorShape([s[0] / strides[0][0] for s in strides], shapes))
     size: tuple[int, ...] = tuple(recipe.views["x"].size)  # type: ignore[attr-defined]
     detector.set_sliding_window_inferer(size, WINDOWS, task.settings.overlap)
@@ -123,52 +120,42 @@ def jobs(run: Path, listing: Path, cache: Path) -> tuple[dict[str, Job], Tensor]
 
     @torch.no_grad()
     def monai() -> tuple[Tensor, Tensor]:
-        with torch.autocast(device, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
-            found, = detector([volume[None].to(device)], use_inferer=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
+            found, = detector([sample], use_inferer=True)
         return found["boxes"].float(), found["labels_scores"]
 
+    return {"ours": ours, "monai": monai}
+
+
+def volume_jobs(run: Path, listing: Path, cache: Path) -> tuple[dict[str, Job], Tensor]:
+    """Of the trained detector, and the true boxes."""
+    assembly, settings, _ = transfer.reload(run)
+    assembly = assembly.to(DEVICE).eval()
+    task = objective(assembly)
+    assert isinstance(task, DetectionObjective) and isinstance(task.settings.detector, MonaiRetinaNet)
+    data = open_data(listing, settings.modality, "1,0,0", cache, quiet=True)
+    row, = data.rows()
     assert row.objects is not None
-    return {"ours": ours, "monai": monai}, torch.from_numpy(stored(row.objects, header)).float()
+    finest = task.pyramid.strides[0]
+    shapes = [[a * s for a, s in zip(anchor, finest, strict=True)] for anchor in task.settings.detector.anchors]
+    truth = torch.from_numpy(stored(row.objects, data.cache.header(row.index))).float()
+    return both(assembly, data, shapes, task.detector), truth
 
 
 def image_jobs(folder: Path) -> dict[str, Job]:
-    from monai.apps.detection.networks.retinanet_detector import RetinaNetDetector
-    from monai.apps.detection.networks.retinanet_network import RetinaNet
-    from monai.apps.detection.utils.anchor_utils import AnchorGeneratorWithAnchorShape
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Of a detector that nobody taught, on noise."""
     torch.manual_seed(0)
     recipe = resolve("detection", "image", ["task.detection.detector=retinanet"])
-    assembly = recipe.assemble(1).to(device).eval()
+    assembly = recipe.assemble(1).to(DEVICE).eval()
     task = objective(assembly)
     assert isinstance(task, DetectionObjective) and isinstance(task.settings.detector, RetinaNet2D)
     if not folder.is_dir():
         folder.mkdir()
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)).save(folder / "a.png")
-    data = open_data(folder, recipe.modality, "1,0,0", folder.parent / "cache", quiet=True)
-    row, = data.rows()
-    image = normalised(data.cache.array(row.index), data.cache.header(row.index), torch.device(device))
-    options, strides = task.settings.detector, task.pyramid.strides
-    shapes = [[4.0 * scale * s * r for s, r in zip(strides[0], (ratio**0.5, ratio**-0.5), strict=True)]
-              for scale in OCTAVE for ratio in options.ratios]
-    network = RetinaNet(2, 1, len(shapes), Backbone(assembly, task), size_divisible=strides[-1])
-    detector = RetinaNetDetector(network, AnchorGeneratorWithAnchorShape([s[0] / strides[0][0] for s in strides], shapes))
-    detector.set_sliding_window_inferer(tuple(recipe.views["x"].size), WINDOWS, task.settings.overlap)  # type: ignore[attr-defined]
-    detector.set_box_selector_parameters(score_thresh=options.score, topk_candidates_per_level=CANDIDATES,
-                                         nms_thresh=options.nms, detections_per_img=options.most)
-    detector = detector.to(device).eval()
-
-    def ours() -> tuple[Tensor, Tensor]:
-        found = task.predict(assembly, data, row)
-        assert found.score is not None
-        return found.box, found.score
-
-    @torch.no_grad()
-    def monai() -> tuple[Tensor, Tensor]:
-        found, = detector([image], use_inferer=True)
-        return found["boxes"], found["labels_scores"]
-
-    return {"ours": ours, "monai": monai}
+    shapes = [[task.settings.detector.scale * octave * s * r for s, r in
+               zip(task.pyramid.strides[0], (ratio**0.5, ratio**-0.5), strict=True)]
+              for octave in OCTAVE for ratio in task.settings.detector.ratios]
+    return both(assembly, open_data(folder, recipe.modality, "1,0,0", folder.parent / "cache", quiet=True), shapes)
 
 
 def hits(found: tuple[Tensor, Tensor], truth: Tensor) -> list[int]:
@@ -212,7 +199,7 @@ def main() -> None:
     if options.arm:
         (kind, name), home = options.arm[0].split(), Path(options.arm[1])
         todo = (image_jobs(home / "images") if kind == "image" else
-                jobs(home / "run", home / "data" / "boxes.json", home / "cache")[0])
+                volume_jobs(home / "run", home / "data" / "boxes.json", home / "cache")[0])
         forget()
         before = peak()
         todo[name]()
@@ -223,7 +210,7 @@ def main() -> None:
         listing = made(home / "data", tuple(options.shape))
         meristem.finetune("volume/detection", listing, home / "run", [*PLAIN, f"train.steps={options.steps}"], split="1,0,0",
                           cache=home / "cache", quiet=True)
-        todo, truth = jobs(home / "run", listing, home / "cache")
+        todo, truth = volume_jobs(home / "run", listing, home / "cache")
         found: dict[str, dict[str, Any]] = {name: {"found": hits(job(), truth)} for name, job in todo.items()}
         print(json.dumps({"benchmark": "detection", "shape": options.shape, "cuboids": CUBOIDS,
                           **compared("volume", todo, found, folder, options.repeats)}), flush=True)
