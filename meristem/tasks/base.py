@@ -12,6 +12,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
+from meristem.errors import DataError
 from meristem.modalities.base import Header, Settings
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.manifest import Row
@@ -103,6 +104,22 @@ class TaskSettings(Settings):
 
     def build(self, assembly: Assembly, classes: int) -> TaskObjective:
         raise NotImplementedError
+
+
+class ObjectSettings(TaskSettings):
+    """Of a task that finds annotated objects. lacking: what is said, and advised, of data without any."""
+
+    kind = "detection"
+    lacking: ClassVar[tuple[str, str]]
+
+    def labelled(self, rows: Sequence[Row]) -> list[Row]:
+        return [row for row in rows if row.objects is not None]
+
+    def scope(self, data: Data) -> Scope:
+        names = data.manifest.object_names
+        if not names or not any(row.objects is not None and len(row.objects) for row in data.rows()):
+            raise DataError("label", *self.lacking)
+        return Scope(dict(enumerate(names)), names, data.modality.axes[0].unit)
 
 
 TASKS: dict[str, type[TaskSettings]] = {}

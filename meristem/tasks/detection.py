@@ -13,7 +13,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from meristem.errors import DataError
 from meristem.modalities.base import Draw, Header, Placing
 from meristem.modalities.frame import Frame
 from meristem.modalities.objects import Objects
@@ -26,7 +25,7 @@ from meristem.platform.evaluation.results import Boxes, Case
 from meristem.platform.objectives import Loss
 from meristem.platform.slots import Slot
 from meristem.platform.step import Step
-from meristem.tasks.base import Keep, Scope, TaskObjective, TaskRecipe, TaskSettings
+from meristem.tasks.base import Keep, ObjectSettings, Scope, TaskObjective, TaskRecipe
 from meristem.tasks.detectors import DETECTORS, Boxed, DetectorSettings
 from meristem.tasks.detectors.fusion import Fusion, together
 from meristem.tasks.detectors.instances import of_mask
@@ -231,7 +230,7 @@ def _mask_overlap(found: Boxed, objects: Objects, shape: Sequence[int]) -> tuple
     return _rows((common / whole.clamp_min(1)).numpy())
 
 
-class Detection(TaskSettings):
+class Detection(ObjectSettings):
     """objects: `annotated` ones of the data's boxes; or of its masks `components`, each connected part of a value an object of
     that class, or `values`, each value one object; with at least `smallest` elements.
     levels: of the feature pyramid, width: its channels. visible: share of an object that a view must show of it to teach it.
@@ -239,7 +238,10 @@ class Detection(TaskSettings):
     they become one; most: of a whole sample. by: the metric that arms are compared by; null: the usual one.
     """
 
-    kind = "detection"
+    lacking: ClassVar[tuple[str, str]] = (
+        "no sample has annotated objects",
+        "Give a COCO JSON, Pascal VOC XMLs or MONAI's JSON of boxes; or masks of the objects, and set "
+        "task.detection.objects=components.")
     detector: Annotated[DetectorSettings, Slot("detector", DETECTORS)]
     objects: Literal["annotated", "components", "values"] = "annotated"
     smallest: Count = 1
@@ -251,7 +253,6 @@ class Detection(TaskSettings):
     fusion: Fusion = "nms"
     most: Count = 100
     by: Literal["ap", "ap50", "map", "ap10", "froc"] | None = None
-    fields: ClassVar[tuple[str, ...]] = ()
 
     @property
     def scoring(self) -> str:  # type: ignore[override]
@@ -284,7 +285,7 @@ class Detection(TaskSettings):
     def labelled(self, rows: Sequence[Row]) -> list[Row]:
         if self.objects != "annotated":
             return [row for row in rows if "mask" in row.fields]
-        return [row for row in rows if row.objects is not None]
+        return super().labelled(rows)
 
     def truth(self, data: Data, row: Row) -> Objects:
         """What is annotated in a sample, in source coordinates."""
@@ -299,12 +300,7 @@ class Detection(TaskSettings):
         if self.objects == "components":
             names = tuple(name for value, name in label_values(data, self.labelled(data.rows())).items() if value > 0)
             return Scope(dict(enumerate(names)), names, data.modality.axes[0].unit)
-        names = data.manifest.object_names
-        if not names or not any(row.objects is not None and len(row.objects) for row in data.rows()):
-            raise DataError("label", "no sample has annotated objects",
-                            "Give a COCO JSON, Pascal VOC XMLs or MONAI's JSON of boxes; or masks of the objects, and set "
-                            "task.detection.objects=components.")
-        return Scope(dict(enumerate(names)), names, data.modality.axes[0].unit)
+        return super().scope(data)
 
     def build(self, assembly: Assembly, classes: int) -> DetectionObjective:
         return DetectionObjective(assembly, self, classes)

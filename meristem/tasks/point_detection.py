@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from meristem.errors import DataError
 from meristem.modalities.base import Placing
 from meristem.modalities.objects import Objects
 from meristem.platform import boxes
@@ -26,7 +25,7 @@ from meristem.platform.objectives import Loss
 from meristem.platform.recipe import Count, Share
 from meristem.platform.slots import Slot
 from meristem.platform.step import Step
-from meristem.tasks.base import Keep, Scope, TaskObjective, TaskRecipe, TaskSettings
+from meristem.tasks.base import Keep, ObjectSettings, Scope, TaskObjective, TaskRecipe
 from meristem.tasks.detectors.points import HEADS, BoxHeadSettings, Centres, Found, Truth
 from meristem.tasks.embedding import plain
 from meristem.tasks.segmentation import places
@@ -119,14 +118,15 @@ def _rows(box: np.ndarray) -> tuple[tuple[float, ...], ...]:
     return tuple(map(tuple, box.astype(float).round(4).tolist()))
 
 
-class PointDetection(TaskSettings):
+class PointDetection(ObjectSettings):
     """head: `centres` on the ground for streets, `queries` for rooms. scene: scored as KITTI's streets, or as rooms are.
     overlaps: class -> IoU from which on one is right, as KITTI has them; of other classes and rooms by the metric alone.
     least: points of an object that a training look must show for it to be learned. overlap: of two found of a class, seen from
     above in streets and in space in rooms, from which on the worse is dropped.
     """
 
-    kind = "detection"
+    lacking: ClassVar[tuple[str, str]] = ("no object is annotated in any cloud",
+                                          "Give a folder in KITTI's layout, or a boxes.json.")
     head: Annotated[BoxHeadSettings, Slot("head", HEADS)]
     scene: Literal["street", "room"] = "street"
     overlaps: Mapping[str, Annotated[float, Field(gt=0, lt=1)]] = {}
@@ -151,15 +151,6 @@ class PointDetection(TaskSettings):
             problems.append("centres are sought on a ground in metres, and every cloud is scaled to a sphere of its own: set "
                             "modality.points.normalise=none, in pretraining too")
         return problems
-
-    def labelled(self, rows: Sequence[Row]) -> list[Row]:
-        return [row for row in rows if row.objects is not None]
-
-    def scope(self, data: Data) -> Scope:
-        if not any(row.objects is not None and len(row.objects) for row in data.rows()):
-            raise DataError("label", "no object is annotated in any cloud", "Give a folder in KITTI's layout, or a boxes.json.")
-        names = data.manifest.object_names
-        return Scope(dict(enumerate(names)), names, data.modality.axes[0].unit)
 
     def build(self, assembly: Assembly, classes: int) -> PointDetectionObjective:
         return PointDetectionObjective(assembly, self, classes)

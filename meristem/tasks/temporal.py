@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from meristem.errors import DataError
 from meristem.modalities.base import Header, Look, Placing, View
 from meristem.modalities.frame import Frame
 from meristem.modalities.objects import Objects
@@ -27,7 +26,7 @@ from meristem.platform.data.source import Data
 from meristem.platform.evaluation.results import Boxes, Case
 from meristem.platform.objectives import Loss
 from meristem.platform.step import Step
-from meristem.tasks.base import Keep, Scope, TaskObjective, TaskRecipe, TaskSettings
+from meristem.tasks.base import Keep, ObjectSettings, Scope, TaskObjective, TaskRecipe
 from meristem.tasks.detectors.temporal import Segments, TemporalHead, decode, losses, suppress
 from meristem.tasks.segmentation import places
 
@@ -196,13 +195,13 @@ def in_view(objects: Objects, frame: Frame, steps: int, visible: float) -> tuple
             torch.tensor(span[some & ~taught], dtype=torch.float32, device=device))
 
 
-class Temporal(TaskSettings):
+class Temporal(ObjectSettings):
     """clip: frames that the encoder reads at once, as many as in pretraining; null: the whole view. width, levels: of the
     pyramid of the head, each level half as long as the one before. visible: share of an action that a view must show of it to
     teach it. overlap: of neighbouring windows at prediction. sigma: of soft suppression. most: segments of a video.
     """
 
-    kind = "detection"
+    lacking: ClassVar[tuple[str, str]] = ("no video has annotated segments", "Give an ActivityNet JSON beside the videos.")
     metric = "tmap"
     scoring: ClassVar[str] = "temporal"
     clip: Count | None = None
@@ -228,15 +227,6 @@ class Temporal(TaskSettings):
             problems.append(f"clip: {self.clip} frames must divide the view's {frames} and be a multiple of the patch's "
                             f"{tubelet}")
         return problems
-
-    def labelled(self, rows: Sequence[Row]) -> list[Row]:
-        return [row for row in rows if row.objects is not None]
-
-    def scope(self, data: Data) -> Scope:
-        names = data.manifest.object_names
-        if not names or not any(row.objects is not None and len(row.objects) for row in data.rows()):
-            raise DataError("label", "no video has annotated segments", "Give an ActivityNet JSON beside the videos.")
-        return Scope(dict(enumerate(names)), names, "s")
 
     def build(self, assembly: Assembly, classes: int) -> TemporalObjective:
         return TemporalObjective(assembly, self, classes)

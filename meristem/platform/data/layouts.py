@@ -116,6 +116,10 @@ class Search:
     def add(self, paths: tuple[Path, ...], local: str, subject: str, **more: Any) -> None:
         self.found.append(Found(paths, local, subject, **more))
 
+    def refuse(self, local: str, error: DataError) -> None:
+        """Set aside what an error says cannot be used."""
+        self.lost.append((error.reason, local, error.what, error.remedy))
+
     def elements(self, path: Path) -> Sequence[Element] | None:
         """The samples in a file; None: it is one sample itself. What cannot be looked into is one, and `read` will say why."""
         if isinstance(self._modality, type) or not self.suffix(path.name):

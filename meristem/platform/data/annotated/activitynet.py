@@ -105,7 +105,7 @@ def _objects(search: Search, local: str, entry: Mapping[str, Any], number: Mappi
         box = np.array([_segment(i, a, number, None if duration is None else float(duration))
                         for i, a in enumerate(annotations, 1)], float).reshape(-1, 2)
     except DataError as error:
-        search.lost.append((error.reason, local, error.what, error.remedy))
+        search.refuse(local, error)
         return None
     return Objects(box, np.array([number[str(a["label"])] for a in annotations], np.int64))
 

@@ -1,12 +1,27 @@
-"""What every format of boxes checks before a sample is opened."""
+"""What the formats share: lines, subjects, and what is checked of boxes before a sample is opened."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from meristem.errors import DataError
+
+SUBJECT = ("subject", "patient", "patient_id", "subject_id")
+
+
+def lines(file: Path) -> list[str]:
+    """Of a text, without empty ones; none where there is no file."""
+    text = file.read_text(encoding="utf-8-sig") if file.is_file() else ""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def subject_of(entry: Mapping[str, Any]) -> str:
+    """Whose sample an entry of a list says it is; '' where it does not."""
+    return next((str(entry[key]) for key in SUBJECT if entry.get(key)), "")
 
 
 def checked(box: Sequence[Sequence[float]], names: Sequence[str]) -> np.ndarray:

@@ -12,11 +12,10 @@ import numpy as np
 
 from meristem.errors import DataError
 from meristem.modalities.objects import Objects, Raster
-from meristem.platform.data.annotated.boxes import checked
+from meristem.platform.data.annotated.boxes import checked, subject_of
 from meristem.platform.data.layouts import Search, relative, split_named
 
 KEYS = ("images", "annotations", "categories")
-SUBJECT = ("subject", "patient", "patient_id", "subject_id")
 HEAD = 1 << 20  # bytes in which a file that is no COCO is told
 
 
@@ -122,7 +121,7 @@ def _read(search: Search, root: Path, file: Path, about: Mapping[str, Any], seve
             search.lost.append(("missing", name, "is listed but does not exist", "Correct the list, or add the file."))
             continue
         local = relative(place, root)
-        subject = next((str(image[key]) for key in SUBJECT if image.get(key)), "")
+        subject = subject_of(image)
         search.ranked |= bool(subject)
         objects = _objects(search, local, image, of_image[image["id"]], number)
         search.add((place,), local, subject, split=split if several else "", objects=objects,
@@ -144,7 +143,7 @@ def _objects(search: Search, local: str, image: Mapping[str, Any], annotations: 
         corners = [(y, x, y + h, x + w) for x, y, w, h in (a["bbox"] for a in annotations)]
         box = checked(corners, [search.object_names[i] for i in label])
     except DataError as error:
-        search.lost.append((error.reason, local, error.what, error.remedy))
+        search.refuse(local, error)
         return None
     outlined = bool(annotations) and all(a.get("segmentation") for a in annotations)
     masks = tuple(Outline(a["segmentation"], image["height"], image["width"]) for a in annotations) if outlined else ()

@@ -24,7 +24,7 @@ import torch
 from meristem.errors import DataError
 from meristem.modalities.objects import Objects
 from meristem.platform.boxes import corners
-from meristem.platform.data.annotated.boxes import upright
+from meristem.platform.data.annotated.boxes import lines, upright
 from meristem.platform.data.layouts import Search, relative, split_of
 
 LAYOUT = "KITTI"
@@ -86,14 +86,14 @@ def read(search: Search, path: Path) -> Path:
             try:
                 labels[frame] = _labels(texts.pop(frame.stem))
             except DataError as error:
-                search.lost.append((error.reason, relative(frame, path), error.what, error.remedy))
+                search.refuse(relative(frame, path), error)
         search.lost += [("missing", relative(text, path), "labels a cloud that is not there", "Add it, or remove the file.")
                         for text in texts.values()]
-    wanted = next((names for base in (path, *bases) if (names := _lines(base / LISTED))), [])
+    wanted = next((names for base in (path, *bases) if (names := lines(base / LISTED))), [])
     occur = {label.name for found in labels.values() for label in found if label.solid} - {DONT_CARE}
     search.object_names = tuple(wanted or sorted(occur, key=lambda name: ([*CLASSES, name].index(name), name)))
     listed = {stem: name for name in ("train", "val", "test") if not (apart and name == "test")
-              for place in (path, *bases) for stem in _lines(place / "ImageSets" / f"{name}.txt")}
+              for place in (path, *bases) for stem in lines(place / "ImageSets" / f"{name}.txt")}
     splits = {f: "test" if split_of(Path(relative(f, path))) == "test" else listed.get(f.stem, "") for f in frames}
     blind = not any(split == "test" and frame in labels for frame, split in splits.items())
     for frame in frames:
@@ -104,14 +104,9 @@ def read(search: Search, path: Path) -> Path:
     return path
 
 
-def _lines(file: Path) -> list[str]:
-    text = file.read_text(encoding="utf-8-sig") if file.is_file() else ""
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
 def _labels(file: Path) -> list[Label]:
     found = []
-    for i, line in enumerate(_lines(file)):
+    for i, line in enumerate(lines(file)):
         name, *words = line.split()
         if len(words) not in (14, 15):
             raise DataError("columns", f"line {i + 1} of its label has {len(words) + 1} columns, not 15 or, with a score, 16",
@@ -133,7 +128,7 @@ def calibration(frame: Path) -> Calibration | None:
     if not file.is_file():
         return None
     found = {}
-    for line in _lines(file):
+    for line in lines(file):
         name, _, numbers = line.partition(":")
         found[name] = numbers.split()
     try:
@@ -170,7 +165,7 @@ def _objects(search: Search, frame: Path, local: str, labels: Sequence[Label]) -
         box = to_lidar(np.array([x.numbers for x, *_ in kept]), known).tolist() if known and kept else []
         box = upright(box, [x.name for x, *_ in kept])
     except DataError as error:
-        search.lost.append((error.reason, local, error.what, error.remedy))
+        search.refuse(local, error)
         return None
     return Objects(box, np.array([label for _, label, _ in kept], np.int64), np.array([ignore for *_, ignore in kept], bool),
                    np.array([x.level for x, *_ in kept], np.int64))

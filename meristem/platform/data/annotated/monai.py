@@ -18,11 +18,10 @@ import numpy as np
 
 from meristem.errors import DataError
 from meristem.modalities.objects import Objects
-from meristem.platform.data.annotated.boxes import checked
+from meristem.platform.data.annotated.boxes import checked, subject_of
 from meristem.platform.data.layouts import Search, relative
 
 LISTS = {"training": "train", "validation": "val", "test": "test", "testing": "test"}
-SUBJECT = ("subject", "patient", "patient_id", "subject_id")
 FOLDERS = ("", "images", "imagesTr", "imagesTs")  # where images may lie below the JSON
 MODES, COORDINATES = ("cccwhd", "xyzxyz"), ("LPS", "RAS")
 HEAD = 1 << 20  # bytes in which a file without boxes is told
@@ -90,7 +89,7 @@ def read(search: Search, path: Path) -> Path:
         if local in seen:
             raise DataError("split", f"{file.name} lists an image more than once", "List each once, in one split.")
         seen.add(local)
-        subject = next((str(entry[key]) for key in SUBJECT if entry.get(key)), "")
+        subject = subject_of(entry)
         search.ranked |= bool(subject)
         search.add(paths, local, subject, split=split, objects=_objects(search, local, entry, about, number))
     search.name_subjects()
@@ -118,7 +117,7 @@ def _objects(search: Search, local: str, entry: Mapping[str, Any], about: Mappin
         if labels:
             checked(box.tolist(), [search.object_names[i] for i in label])
     except DataError as error:
-        search.lost.append((error.reason, local, error.what, error.remedy))
+        search.refuse(local, error)
         return None
     return Objects(box, np.array(label, np.int64))
 

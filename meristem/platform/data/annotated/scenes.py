@@ -64,7 +64,7 @@ def _scene(search: Search, root: Path, scene: Mapping[str, Any]) -> None:
         if "boxes" in scene:
             objects = _objects(scene["boxes"], list(map(str, scene["labels"])), search.object_names)
     except DataError as error:
-        search.lost.append((error.reason, local, error.what, error.remedy))
+        search.refuse(local, error)
     search.add((root / local,), local, subject, split=split_named(str(scene.get("split") or "")), objects=objects)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from meristem.errors import DataError
 from meristem.modalities.objects import Objects
-from meristem.platform.data.annotated.boxes import checked
+from meristem.platform.data.annotated.boxes import checked, lines
 from meristem.platform.data.layouts import Search, relative, split_of, walk
 
 NAMES = ("classes.txt", "labels.txt", "predefined_classes.txt")  # a class a line, where somebody says which there are
@@ -33,7 +33,7 @@ def read(search: Search, path: Path) -> Path:
     for (_, stem), f in images.items():
         by_stem.setdefault(stem, []).append(f)
     splits = _splits(path)
-    listed = next((root_names for name in NAMES if (root_names := _lines(path / name))), [])
+    listed = next((root_names for name in NAMES if (root_names := lines(path / name))), [])
     trees: dict[Path, list[tuple[str, list[float], bool]]] = {}
     for file in _files(path):
         local = relative(file, path)
@@ -47,7 +47,7 @@ def read(search: Search, path: Path) -> Path:
         try:
             trees[image] = _annotated(file)
         except DataError as error:
-            search.lost.append((error.reason, relative(image, path), error.what, error.remedy))
+            search.refuse(relative(image, path), error)
     search.object_names = tuple(listed or sorted({name for objects in trees.values() for name, *_ in objects}))
     number = {name: i for i, name in enumerate(search.object_names)}
     for image in images.values():
@@ -90,15 +90,10 @@ def _objects(search: Search, local: str, objects: list[tuple[str, list[float], b
                             f"Known: {', '.join(number)}. Add it to the list of classes, or correct it.")
         box = checked([box for _, box, _ in objects], [name for name, *_ in objects])
     except DataError as error:
-        search.lost.append((error.reason, local, error.what, error.remedy))
+        search.refuse(local, error)
         return None
     return Objects(box, np.array([number[name] for name, *_ in objects], np.int64),
                    np.array([difficult for *_, difficult in objects], bool))
-
-
-def _lines(file: Path) -> list[str]:
-    text = file.read_text(encoding="utf-8-sig") if file.is_file() else ""
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _splits(root: Path) -> dict[str, str]:
@@ -106,6 +101,6 @@ def _splits(root: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for folder in sorted(root.rglob("ImageSets/Main")):
         for name in ("train", "val", "test"):
-            found |= {line.split()[0]: name for line in _lines(folder / f"{name}.txt")}
+            found |= {line.split()[0]: name for line in lines(folder / f"{name}.txt")}
     return found
 
