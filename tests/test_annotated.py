@@ -16,9 +16,11 @@ from PIL import ImageDraw
 
 from meristem import api
 from meristem.errors import DataError
-from meristem.modalities.base import Header
+from meristem.modalities.base import Header, modalities, modality_class
 from meristem.modalities.image import Image
 from meristem.modalities.objects import Objects
+from meristem.platform.data.annotated import format_of
+from meristem.platform.data.layouts import Search
 from meristem.platform.data.manifest import Manifest
 from meristem.platform.data.source import Data, open_data
 
@@ -140,6 +142,11 @@ def test_coco_is_read_from_a_folder_and_from_a_file(coco_folder: Path, tmp_path:
     assert rows["a"].meta["image_id"] == 10 and len(rows["b"].objects) == 0
     alone = Manifest.discover(coco_folder / "annotations" / "instances_val2017.json", IMAGE)
     assert [Path(row.local).name for row in alone.rows] == ["c.png"]
+
+
+def test_coco_is_of_the_modality_that_reads_its_files(coco_folder: Path) -> None:
+    found = {name for name in modalities() if format_of(Search(modality_class(name)), coco_folder) is not None}
+    assert found == {"image"}
 
 
 def test_what_is_wrong_with_a_coco_file_is_named(coco_folder: Path, tmp_path: Path) -> None:

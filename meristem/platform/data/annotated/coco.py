@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,24 +57,31 @@ class Outline(Raster):
 
 
 def recognised(search: Search, path: Path) -> bool:
-    return any(map(search.suffix, _named(path))) if path.is_file() else bool(_files(path))
+    files = [path] if path.is_file() else _files(path)
+    return any(search.suffix(name) for file in files for name in _named(file))
 
 
-def _named(path: Path) -> list[str]:
+def _named(path: Path) -> tuple[str, ...]:
     """Names of some files that a COCO file lists; none where it is none."""
     if path.suffix.lower() != ".json":
-        return []
+        return ()
+    about = path.stat()
+    return _names(path, about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)  # every modality asks, and a file may be half a gigabyte
+def _names(path: Path, size: int, changed: int) -> tuple[str, ...]:
     with path.open("rb") as file:
         head = file.read(HEAD)
     if not any(f'"{key}"'.encode() in head for key in KEYS):
-        return []
+        return ()
     try:
         about = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(about, dict) or any(not isinstance(about.get(key), list) for key in KEYS):
-            return []
-        return [str(image["file_name"]) for image in about["images"][:8]]
+            return ()
+        return tuple(str(image["file_name"]) for image in about["images"][:8])
     except (ValueError, KeyError, TypeError):
-        return []
+        return ()
 
 
 def _files(root: Path) -> list[Path]:
