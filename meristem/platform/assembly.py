@@ -64,7 +64,7 @@ class Assembly(nn.Module):
         if recipe.teacher is not None:
             self.teacher = Teacher({name: self.module("encoder", name) for name in recipe.teacher.of})
         self.look_offset, total = {}, 0
-        for name, view in recipe.views.items():
+        for name, view in recipe.looks.items():
             self.look_offset[name] = total
             total += view.count
         self.last_step: Step | None = None

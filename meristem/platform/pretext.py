@@ -33,8 +33,8 @@ class Pretext(ObjectiveSettings):
 
     def check(self, recipe: Any) -> list[str]:
         problems = []
-        if self.view not in recipe.views:
-            problems.append(f"there is no view '{self.view}' (views: {', '.join(recipe.views)})")
+        if self.view not in recipe.looks:
+            problems.append(f"there is no view '{self.view}' (views: {', '.join(recipe.looks)})")
         if self.head is not None and self.head not in recipe.heads:
             problems.append(f"there is no head '{self.head}' (heads: {', '.join(recipe.heads) or 'none'})")
         if self.level == "cls" and "cls" not in recipe.encoder.provides:
@@ -55,7 +55,7 @@ class PretextObjective(Objective):
 
     def forward(self, step: Step) -> dict[str, Loss]:
         s = self.settings
-        drawn = drawn_labels(step.batch.views[s.view])
+        drawn = drawn_labels(step.view(s.view))
         if s.label not in drawn:
             raise RecipeError(f"view '{s.view}' draws no '{s.label}' for a pretext",
                               f"It draws {', '.join(drawn)}." if drawn else f"Set an option of views.{s.view} that draws one.")

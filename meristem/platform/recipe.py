@@ -17,6 +17,7 @@ from meristem.errors import RecipeError
 from meristem.modalities.base import Modality, Settings, ViewSettings, modality_class
 from meristem.platform.contrastive.infomax import Infomax
 from meristem.platform.contrastive.objective import Contrastive
+from meristem.platform.derived import DERIVATIONS, Derivation
 from meristem.platform.encoders import ENCODERS
 from meristem.platform.encoders.base import EncoderSettings
 from meristem.platform.heads import HEADS, HeadSettings
@@ -30,7 +31,8 @@ from meristem.platform.slots import Slot, validated
 
 # keys that hold a part, `name: {arguments}`
 PARTS = ("modality", "encoder", "predictor", "target", "loss", "task", "sample", "detector")
-NAMED = {"views": "names", "readouts": "names", "masking": "parts", "heads": "parts", "objectives": "parts"}  # the user's names
+NAMED = {"views": "names", "readouts": "names", "masking": "parts", "heads": "parts", "objectives": "parts",
+         "derived": "parts"}  # the user's names
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 OBJECTIVES: dict[str, type[ObjectiveSettings]] = {"masked": Masked, "contrastive": Contrastive, "infomax": Infomax,
@@ -94,6 +96,7 @@ class Recipe(Settings):
 
     follows: what it implements; departs: where it differs. status: verified | tested | expressible. transfer: whose encoder
     is taken downstream. summary: which of its vectors stands for a whole sample there: the one that pretraining trained.
+    derived: views that are made of these on the device, by name.
     reads: companions of a sample (of those its modality finds) that every view carries, for objectives.
     """
 
@@ -103,6 +106,7 @@ class Recipe(Settings):
     status: Literal["verified", "tested", "expressible"] = "expressible"
     modality: Any
     views: dict[str, SerializeAsAny[ViewSettings]]
+    derived: dict[str, Annotated[Derivation, Slot("derived view", DERIVATIONS)]] = {}
     reads: tuple[str, ...] = ()
     masking: dict[str, Annotated[Masking, Slot("masking", MASKINGS)]] = {}
     encoder: Annotated[EncoderSettings, Slot("encoder", ENCODERS)]
@@ -145,8 +149,17 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        problems = [f"masking of '{name}': there is no such view (views: {', '.join(self.views)})"
-                    for name in self.masking if name not in self.views]
+        problems = []
+        for i, (name, view) in enumerate(self.derived.items()):
+            if name in self.views:
+                problems.append(f"derived view '{name}' has the name of a drawn one; give it another")
+            if view.of not in (*self.views, *list(self.derived)[:i]):
+                problems.append(f"derived view '{name}' is made of '{view.of}', which is no view before it")
+            problems += [f"derived view '{name}': {problem}" for problem in view.check(self)]
+        if problems:
+            raise ValueError("; ".join(problems))
+        problems = [f"masking of '{name}': there is no such view (views: {', '.join(self.looks)})"
+                    for name in self.masking if name not in self.looks]
         for name, masking in self.masking.items():
             if masking.corruption not in self.encoder.takes:
                 problems.append(f"masking of '{name}' would {masking.corruption} tokens, but this encoder can only take "
@@ -165,6 +178,14 @@ class Recipe(Settings):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def looks(self) -> dict[str, ViewSettings]:
+        """Every view, derived ones too, and how what it shows was drawn."""
+        found = dict(self.views)
+        for name, view in self.derived.items():
+            found[name] = found[view.of]
+        return found
 
     def of(self, modality: Modality) -> Self:
         """The same recipe for a modality whose options the data settled."""

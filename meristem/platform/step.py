@@ -83,22 +83,30 @@ class Step:
     def __init__(self, assembly: Assembly, batch: Batch, progress: float, seed: int) -> None:
         self.assembly, self.batch, self.progress, self._seed = assembly, batch, progress, seed
         self.passes: list[str] = []
+        self._views = dict(batch.views)
         self._streams: dict[str, TokenStream] = {}
         self._plans: dict[str, Plan] = {}
         self._encoded: dict[tuple[str, str, bool, frozenset[str]], Encoded] = {}
         self._made_units: dict[tuple[str, str, str, str | None, bool], Units] = {}
+
+    def view(self, name: str) -> View:
+        """A view of the batch, or one derived from those."""
+        if name not in self._views:
+            derivation = self.assembly.recipe.derived[name]
+            self._views[name] = derivation.derive(self.view(derivation.of), name, self)
+        return self._views[name]
 
     def value(self, x: float | schedules.Ramp) -> float:
         return schedules.value(x, self.progress)
 
     def rng(self, purpose: str, view: str) -> Rng:
         """Randomness for each row of a view: pure in (seed, sample, look, purpose)."""
-        v = self.batch.views[view]
+        v = self.view(view)
         return Rng.of(self._seed, self.batch.items.cursor[v.item] * LOOKS + v.look, purpose)
 
     def stream(self, view: str) -> TokenStream:
         if view not in self._streams:
-            self._streams[view] = self.assembly.tokenizer.stream(self.batch.views[view])
+            self._streams[view] = self.assembly.tokenizer.stream(self.view(view))
         return self._streams[view]
 
     def plan(self, view: str) -> Plan:
@@ -142,7 +150,7 @@ class Step:
         return self._made_units[key]
 
     def _units(self, by: str, view: str, level: str, masked: bool) -> Units:
-        encoded, looks = self.encode(view, by, masked), self.batch.views[view]
+        encoded, looks = self.encode(view, by, masked), self.view(view)
         if level == "global":
             level = "cls" if "cls" in encoded.summary else "mean"
         keys = {name: label[looks.item] for name, label in self.batch.items.labels.items()

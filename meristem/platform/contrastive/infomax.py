@@ -25,8 +25,8 @@ class Infomax(ObjectiveSettings):
     encode: str
 
     def check(self, recipe: Any) -> list[str]:
-        if self.encode not in recipe.views:
-            return [f"encode names '{self.encode}': there is no such view (views: {', '.join(recipe.views)})"]
+        if self.encode not in recipe.looks:
+            return [f"encode names '{self.encode}': there is no such view (views: {', '.join(recipe.looks)})"]
         if self.encode not in recipe.masking or recipe.masking[self.encode].hides != "the order of tokens":
             return [f"view '{self.encode}' has no counterpart with exchanged contents; set masking.{self.encode}: shuffle"]
         return []

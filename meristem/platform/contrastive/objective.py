@@ -67,8 +67,8 @@ class Contrastive(ObjectiveSettings):
     def check(self, recipe: Any) -> list[str]:
         problems = []
         for source in (*self.queries, *self.keys):
-            if source.view not in recipe.views:
-                problems.append(f"there is no view '{source.view}' (views: {', '.join(recipe.views)})")
+            if source.view not in recipe.looks:
+                problems.append(f"there is no view '{source.view}' (views: {', '.join(recipe.looks)})")
             elif source.masked and source.view not in recipe.masking:
                 problems.append(f"view '{source.view}' is to be masked, but masking.{source.view} is not set")
         for name in (self.head, self.predictor):
@@ -116,13 +116,13 @@ class Contrastive(ObjectiveSettings):
                 return [f"relation '{self.relation}' asks what was hidden; every query must be masked, by a masking with "
                         "corruption: replace"]
         offset, total = {}, 0
-        for name, view in recipe.views.items():
+        for name, view in recipe.looks.items():
             offset[name], total = total, total + view.count
         if not reads <= {"item", "view", "token", "hidden"}:
             return []  # labels are known to the data only
 
         def units(sources: Sources) -> Units:
-            looks = sorted({offset[s.view] + i for s in sources for i in range(recipe.views[s.view].count)})
+            looks = sorted({offset[s.view] + i for s in sources for i in range(recipe.looks[s.view].count)})
             names = ("item", "view", "token") if self.level == "dense" else ("item", "view")
             values = torch.cartesian_prod(*(torch.tensor(v) for v in ([0, 1], looks, [0, 1])[:len(names)]))
             keys = dict(zip(names, values.T, strict=True))

@@ -51,8 +51,8 @@ class Masked(ObjectiveSettings):
         return {k: v for k, v in data.items() if k != "target"} | {"readouts": {"content": {"target": data["target"]}}}
 
     def check(self, recipe: Any) -> list[str]:
-        if self.encode not in recipe.views:
-            return [f"encode names '{self.encode}': there is no such view (views: {', '.join(recipe.views)})"]
+        if self.encode not in recipe.looks:
+            return [f"encode names '{self.encode}': there is no such view (views: {', '.join(recipe.looks)})"]
         if self.encode not in recipe.masking:
             return [f"view '{self.encode}' has no masking, so that nothing is hidden; add masking.{self.encode}"]
         if recipe.masking[self.encode].hides != "tokens":

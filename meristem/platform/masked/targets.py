@@ -253,7 +253,7 @@ class Extent(TargetSettings):
         if "segment" not in stream.kind or stream.position is None:
             raise RecipeError("the extent target needs tokens that know their segment", "Choose tokens of points.")
         segment = stream.kind["segment"]
-        box = self.boxes(step.batch.views[view], segment)
+        box = self.boxes(step.view(view), segment)
         target = torch.cat([box[..., :3] - stream.position.float(), box[..., 3:]], -1)
         known = segment >= 0
         if index is not None:

@@ -51,8 +51,8 @@ class Relational(ObjectiveSettings):
     encode: str
 
     def check(self, recipe: Any) -> list[str]:
-        if self.encode not in recipe.views:
-            return [f"encode names '{self.encode}': there is no such view (views: {', '.join(recipe.views)})"]
+        if self.encode not in recipe.looks:
+            return [f"encode names '{self.encode}': there is no such view (views: {', '.join(recipe.looks)})"]
         if not recipe.modality.tokenizer().edge_kinds:
             return [f"it asks for the edges of a sample, and {recipe.modality.name} data has none; use it with graphs"]
         return []

@@ -1,0 +1,228 @@
+"""Each published system beside random weights and the plain method at the same budget, on real data of its modality.
+
+    python benchmarks/systems.py --data ../shared/data [NAME …]            # trained and probed; docs/systems/NAME.json
+    python benchmarks/systems.py --data ../shared/data --time [NAME …]     # seconds of a step, while nothing else runs
+    python benchmarks/systems.py --table                                   # docs/systems.md, of what was measured
+
+A system is a file of benchmarks/systems: its recipe, the study it is run in, the plain method (mae or simclr) that has as many
+steps of as many samples, what is laid over the recipe there, and what its value was held against. Finished runs and cells are
+not run again. --steps: fewer, to look whether it works; nothing is written then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from runs import finished
+from timing import seconds
+
+import meristem
+from meristem import catalogue
+from meristem.platform.assembly import Assembly, total
+from meristem.platform.data.loader import loader
+from meristem.platform.data.source import open_data
+from meristem.platform.evaluation.results import Results, summarise
+from meristem.platform.recipe import digest, load
+from meristem.tasks.finetune import SCRATCH
+from meristem.tasks.transfer import arms
+
+RANDOM, SEEDS = "random", 1
+HERE = Path(__file__).parent
+SYSTEMS, FIGURES, TABLE = HERE / "systems", HERE.parent / "docs" / "systems", HERE.parent / "docs" / "systems.md"
+
+
+@dataclass(frozen=True)
+class Study:
+    """Real data, what is laid over every recipe pretrained on them, and how what was learnt is probed.
+
+    title, data: what it is, and where under --data. split: of the data. steps: of pretraining. task, probes, over: what is
+    evaluated, by which protocols, and what is laid over the task's recipe.
+    """
+
+    title: str
+    data: str
+    pretraining: tuple[str, ...]
+    steps: int
+    task: str
+    probes: tuple[str, ...]
+    over: tuple[str, ...] = ()
+    split: str = "auto"
+
+
+SMALL_DECODER = "objectives.pixels.masked.predictor.decoder={depth: 2, width: 96, heads: 3}"
+STUDIES = {
+    "chest": Study("PneumoniaMNIST, chest X-rays of 28×28", "pneumoniamnist/pneumoniamnist_union.npz",
+                   ("modality.image.channels=1", "modality.image.patch=4", "train.batch=64", "train.workers=0"), 300,
+                   "image/classification", ("linear", "knn"), ("views.x.size=[28,28]", "train.workers=0")),
+}
+PLAIN = {  # what the plain method is, by study and name
+    ("chest", "mae"): ("image/mae", ("views.x.size=[28,28]", SMALL_DECODER)),
+    ("chest", "simclr"): ("image/simclr", ("views.v.size=[28,28]",)),
+}
+
+
+@dataclass(frozen=True)
+class System:
+    """recipe; study; against: the plain methods; net: the encoder, of all of them; laid: over the recipe beside that and what
+    the study lays; probed: over the task's recipe; value: what its loss was held against, in a line.
+    """
+
+    name: str
+    recipe: str
+    study: str
+    against: tuple[str, ...]
+    net: tuple[str, ...] = ("encoder.transformer={width: 128, depth: 4, heads: 4}",)
+    laid: tuple[str, ...] = ()
+    probed: tuple[str, ...] = ()
+    value: str = ""
+
+    @classmethod
+    def read(cls, name: str) -> System:
+        plain = yaml.safe_load((SYSTEMS / f"{name}.yaml").read_text())
+        return cls(name, **{k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()})
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in SYSTEMS.glob("*.yaml"))
+
+
+def jobs(system: System) -> dict[str, tuple[str, list[str]]]:
+    """The recipe of the system and of each plain method, and what is laid over it."""
+    study = STUDIES[system.study]
+    found = {system.name: (system.recipe, system.laid)} | {name: PLAIN[system.study, name] for name in system.against}
+    return {name: (recipe, [*study.pretraining, *system.net, *laid]) for name, (recipe, laid) in found.items()}
+
+
+def pretrained(name: str, recipe: str, laid: list[str], study: Study, given: argparse.Namespace) -> Path:
+    """A finished run; plain ones are shared by all systems of one study and encoder."""
+    laid = [*laid, f"train.steps={given.steps or study.steps}"]
+    out: Path = given.out / f"{name}-{digest([recipe, laid])}"
+    if not finished(out):
+        meristem.pretrain(recipe, given.data / study.data, out, laid, split=study.split, resume=out.is_dir())
+    return out
+
+
+def losses(run: Path) -> tuple[float, float]:
+    """The loss over the first and over the last tenth of what was logged."""
+    logged = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    few = max(len(logged) // 10, 1)
+    return sum(logged[:few]) / few, sum(logged[-few:]) / few
+
+
+def rounded(numbers: Iterable[float | None]) -> list[float | None]:
+    return [None if x is None else round(float(x), 4) for x in numbers]
+
+
+def measure(system: System, given: argparse.Namespace) -> dict[str, Any]:
+    study = STUDIES[system.study]
+    runs = {name: pretrained(name, *job, study, given) for name, job in jobs(system).items()}
+    run = runs[system.name]
+    inits = [*map(str, runs.values()), SCRATCH]
+    page = meristem.evaluate(study.task, given.data / study.data, run / "probed", [*study.over, *system.probed], inits=inits,
+                             protocols=study.probes, split=study.split, seeds=SEEDS)
+    summary = summarise(Results.load(page.parent / "results.json"))
+    named = dict(zip((arm.name for arm in arms(inits)), (*runs, RANDOM), strict=True))
+    rows = [row for row in summary.rows if row.metric == summary.metric]
+    less = [c for c in summary.primary() if named[c.arm] == system.name and named[c.baseline] == RANDOM]
+    figures = json.loads((run / "metrics.json").read_text())
+    return {"name": system.name, "steps": figures["steps"], "samples": figures["samples"], "loss": rounded(losses(run)),
+            "metric": summary.metric,
+            "probes": {p: {named[row.arm]: rounded(row.mean) for row in rows if row.protocol == p} for p in study.probes},
+            "gain": {c.protocol: rounded((*c.difference, c.p)) for c in less},
+            "torch": torch.__version__, "date": date.today().isoformat()}
+
+
+def timed(system: System, given: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of a step, from a batch at hand to new weights; the system and the plain methods take turns."""
+    study, torch_jobs = STUDIES[system.study], jobs(system)
+    taken = seconds([job(recipe, laid, study, given) for recipe, laid in torch_jobs.values()], repeats=10)
+    return {name: round(s, 4) for name, s in zip(torch_jobs, taken, strict=True)}
+
+
+def job(name: str, laid: list[str], study: Study, given: argparse.Namespace) -> Callable[[], None]:
+    recipe = load(name, [*laid, "train.steps=1"])
+    data = open_data(given.data / study.data, recipe.modality, study.split, None, quiet=True)
+    recipe = recipe.of(data.modality)
+    assembly = Assembly(recipe)
+    batch = next(iter(loader(data.cache, data.rows("train"), recipe, fields=recipe.reads, start=0, steps=1, rank=0, world=1,
+                             workers=0)))
+    optimiser = torch.optim.AdamW([p for p in assembly.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> None:
+        loss = total(assembly(assembly.prepare(batch), 0.5))
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        assembly.after(0.5)
+
+    return step
+
+
+HEAD = ("system", "modality", "follows", "status", "loss", "probe", "system", "plain", "random weights",
+        "gain over random weights", "seconds a step", "value held against")
+
+
+def lines(system: System) -> list[str]:
+    """Rows of the table, one for each probe."""
+    mine = next(row for row in catalogue.rows() if row["name"] == system.recipe)
+    figures = json.loads((FIGURES / f"{system.name}.json").read_text())
+
+    def shown(mean: float, low: float, high: float) -> str:
+        return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+    rows = []
+    for probe, found in figures["probes"].items():
+        difference, low, high, _ = figures["gain"][probe]
+        plain = "; ".join(f"{name} {shown(*found[name])}" for name in system.against)
+        taken = "; ".join(f"{name} {s:.3f}" for name, s in figures.get("seconds", {}).items())
+        cells = (system.name, system.recipe.split("/")[0], mine["follows"], mine["status"],
+                 f"{figures['loss'][0]:.3f} → {figures['loss'][1]:.3f}", f"{probe}, {figures['metric']}",
+                 shown(*found[system.name]), plain, shown(*found[RANDOM]), f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]",
+                 taken, system.value)
+        rows.append("| " + " | ".join(cells if not rows else (*[""] * 5, *cells[5:10], "", "")) + " |")
+    return rows
+
+
+def table() -> str:
+    """docs/systems.md."""
+    measured = [System.read(name) for name in names() if (FIGURES / f"{name}.json").exists()]
+    parts = ["# Published systems, measured", (HERE / "systems" / "about.md").read_text().strip()]
+    for key, study in STUDIES.items():
+        rows = [row for system in measured if system.study == key for row in lines(system)]
+        if rows:
+            parts += [f"## {study.title}", f"{study.steps} steps, {study.task}.",
+                      "\n".join(["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|", *rows])]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="of systems; none: all")
+    parser.add_argument("--data", type=Path, help="the folder that holds the data sets")
+    parser.add_argument("--out", type=Path, default=Path("runs/systems"))
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--time", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    given = parser.parse_args()
+    if given.table:
+        TABLE.write_text(table())
+        return
+    for system in map(System.read, given.names or names()):
+        file = FIGURES / f"{system.name}.json"
+        before = json.loads(file.read_text()) if file.exists() else {}
+        found = {"seconds": timed(system, given)} if given.time else measure(system, given)
+        print(json.dumps({"benchmark": "systems", **found}), flush=True)
+        if given.steps is None:
+            file.write_text(json.dumps({**before, **found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

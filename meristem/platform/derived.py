@@ -1,0 +1,70 @@
+"""Views made of drawn ones on the device, over the whole batch: filtered, corrupted, mixed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from meristem.modalities.base import Settings, View
+
+if TYPE_CHECKING:
+    from meristem.platform.step import Step
+
+
+class Derivation(Settings):
+    """The typed entry of a derived view. of: the view, drawn or derived before it, that it is made of."""
+
+    of: str
+
+    def check(self, recipe: Any) -> list[str]:
+        """What is impossible about it in this recipe; empty when all is well."""
+        return []
+
+    def derive(self, view: View, name: str, step: Step) -> View:
+        """A new view called `name`; `view` stays as it is. Random numbers: step.rng(purpose, self.of)."""
+        raise NotImplementedError
+
+
+def needs_lattice(recipe: Any, what: str) -> list[str]:
+    """A problem where the recipe's data are sets and `what` is done to arrays."""
+    if all(len(view.size) == len(recipe.modality.axes) for view in recipe.views.values()):
+        return []
+    return [f"it {what} arrays, and {recipe.modality.name} data are sets, which have none"]
+
+
+def radius(shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+    """(*shape) distance of each bin of torch.fft.fftn from the constant one, in cycles per view."""
+    axes = [torch.fft.fftfreq(n, 1 / n, device=device) for n in shape]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(0).sqrt()
+
+
+class Frequency(Derivation):
+    """Only the low or only the high frequencies (MFM, Xie et al. 2023, section 3.2).
+
+    radius: cycles per view on either side of which they are told apart (16 at 224 pixels), as their code a circle around the
+    constant. keep: `low`, `high`, or `either`, drawn for each row with equal chances. The parameter `kept` is 0 where the low
+    ones were kept and 1 where the high ones were.
+    """
+
+    radius: Annotated[float, Field(gt=0)] = 16.0
+    keep: Literal["low", "high", "either"] = "either"
+
+    def check(self, recipe: Any) -> list[str]:
+        return needs_lattice(recipe, "filters the frequencies of")
+
+    def derive(self, view: View, name: str, step: Step) -> View:
+        high = step.rng("frequency", self.of).integers("kept", 2)
+        if self.keep != "either":
+            high = torch.full_like(high, self.keep == "high")
+        shape, axes = tuple(view.array.shape[2:]), tuple(range(2, view.array.ndim))
+        chosen = (radius(shape, view.array.device) < self.radius) ^ (high > 0).reshape(-1, *[1] * len(shape))
+        spectrum = torch.fft.fftn(view.array.float(), dim=axes) * chosen[:, None]
+        return replace(view, name=name, array=torch.fft.ifftn(spectrum, dim=axes).real.to(view.array),
+                       params={**view.params, "kept": high})
+
+
+DERIVATIONS: dict[str, type[Derivation]] = {"frequency": Frequency}
