@@ -135,18 +135,26 @@ def data_check(path: Annotated[Path, typer.Argument(help=DATA)], as_json: Json =
 
 
 @recipes_app.command("list")
-def recipes_list(as_json: Json = False) -> None:
-    """All built-in recipes with their status."""
+def recipes_list(modality: Annotated[str | None, typer.Option("--modality", help="Of one kind of data.")] = None,
+                 family: Annotated[str | None, typer.Option("--family", help="masked, contrastive, pretext, …")] = None,
+                 status: Annotated[str | None, typer.Option("--status", help="verified, tested or expressible.")] = None,
+                 as_json: Json = False) -> None:
+    """All built-in recipes by modality, family (which engines they use) and status (what was shown of them)."""
     from meristem import catalogue
     rows = catalogue.rows()
+    for key, wanted in (("modality", modality), ("family", family), ("status", status)):
+        known = sorted({part for row in rows for part in row[key].split(" + ")})
+        if wanted is not None and wanted not in known:
+            raise RecipeError(f"no recipe has {key} '{wanted}'", f"Choose of {', '.join(known)}.")
+        rows = [row for row in rows if wanted is None or wanted in row[key].split(" + ")]
     if as_json:
         print(json.dumps(rows, indent=1))
         return
     table = Table(box=None)
-    for column in ("recipe", "status", "follows"):
+    for column in ("recipe", "family", "status", "follows"):
         table.add_column(column)
     for row in rows:
-        table.add_row(row["name"], row["status"], row["follows"])
+        table.add_row(row["name"], row["family"], row["status"], row["follows"])
     Console().print(table)
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from meristem.catalogue import names, rows
+from meristem.catalogue import FAMILIES, family, names, rows
 from meristem.errors import RecipeError
 from meristem.modalities.base import View
 from meristem.modalities.frame import Frame
 from meristem.modalities.rng import Rng
 from meristem.platform.assembly import Assembly, total
 from meristem.platform.objectives import Items
-from meristem.platform.recipe import CONFIGS, Recipe, build, load, merge, override, read
+from meristem.platform.recipe import CONFIGS, OBJECTIVES, Recipe, build, load, merge, override, read
 from meristem.platform.step import Batch
 from meristem.tasks import TaskRecipe
 
@@ -210,3 +210,22 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     path.write_text("- 1")
     with pytest.raises(RecipeError, match="must be a mapping"):
         load(path)
+
+
+def test_the_catalogue_tells_the_family_of_every_recipe() -> None:
+    assert set(FAMILIES) == set(OBJECTIVES)
+    listed = {row["name"]: row for row in rows()}
+    for name in ALONE:
+        recipe = load(name, [] if kind(name) is Recipe else ["task=null"])
+        assert listed[name]["family"] == family(recipe.dump()["objectives"]), name
+    assert listed["joint/mae"]["family"] == "masked" and listed["image/mae+simclr"]["family"] == "contrastive + masked"
+    assert [(r["modality"], r["family"]) for r in rows()] == sorted((r["modality"], r["family"]) for r in rows())
+
+
+def test_what_cannot_be_names_recipes_that_can() -> None:
+    with pytest.raises(RecipeError) as error:
+        load("points/mae", ["derived={low: {frequency: {of: x}}}"])
+    assert "points/maskfeat3d" in error.value.remedy and "points/simclr" not in error.value.remedy
+    with pytest.raises(RecipeError) as error:
+        load("points/mae", ["train.stepz=4"])
+    assert "points/" not in error.value.remedy

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, ValidationInfo, field_serializer, field_validator, model_validator
 
-from meristem.catalogue import CONFIGS, names
+from meristem.catalogue import CONFIGS, like, names
 from meristem.errors import RecipeError
 from meristem.modalities.base import Modality, Settings, ViewSettings, modality_class
 from meristem.platform.contrastive.infomax import Infomax
@@ -298,7 +298,17 @@ def build(data: Mapping[str, Any], kind: type[AnyRecipe]) -> AnyRecipe:
     except ValidationError as error:
         lines = [": ".join(filter(None, (".".join(map(str, e["loc"])), e["msg"]))) for e in error.errors()]
         what = f"recipe '{data.get('name', 'recipe')}' is wrong: " + "\n  ".join(lines)
-        raise RecipeError(what, "`meristem recipes show NAME` lists every key.") from None
+        raise RecipeError(what, "`meristem recipes show NAME` lists every key." + _instead(data, error)) from None
+
+
+def _instead(data: Mapping[str, Any], error: ValidationError) -> str:
+    """The recipes that would work, where every key is right and its parts do not fit each other or the data."""
+    modality = data.get("modality")
+    kind = next(iter(modality)) if isinstance(modality, Mapping) and modality else modality
+    if any(e["loc"] for e in error.errors()) or not data.get("objectives"):
+        return ""
+    near = like(str(kind), data["objectives"])
+    return f" These fit {kind} data: {', '.join(near)}." if near else ""
 
 
 def load(name: str | Path, assignments: Sequence[str] = ()) -> Recipe:
