@@ -8,7 +8,7 @@ import torch
 from meristem.errors import RecipeError
 from meristem.modalities.rng import Rng
 from meristem.platform.assembly import Assembly
-from meristem.platform.derived import radius
+from meristem.platform.derived.frequency import radius
 from meristem.platform.objectives import Items
 from meristem.platform.recipe import load
 from meristem.platform.step import Batch, Step

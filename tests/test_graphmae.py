@@ -19,7 +19,7 @@ from meristem.modalities.frame import Frame
 from meristem.modalities.rng import Rng
 from meristem.modalities.stream import Edges, TokenStream
 from meristem.platform.assembly import Assembly, total
-from meristem.platform.masked.masking import MASKINGS
+from meristem.platform.masked.parts import MASKINGS
 from meristem.platform.masked.predictors import Prediction
 from meristem.platform.objectives import Items, Plan
 from meristem.platform.recipe import load

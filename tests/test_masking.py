@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from meristem.errors import RecipeError
 from meristem.modalities.rng import Rng
 from meristem.modalities.stream import LatticeStream, TokenStream
-from meristem.platform.masked.masking import MASKINGS, Block, Masking, Random, RunningCell, informative
+from meristem.platform.masked.masking import Block, Masking, Random, RunningCell, informative
+from meristem.platform.masked.parts import MASKINGS
 from meristem.platform.recipe import Recipe, build, load, override, read
 
 

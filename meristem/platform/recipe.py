@@ -17,12 +17,14 @@ from meristem.errors import RecipeError
 from meristem.modalities.base import Modality, Settings, ViewSettings, modality_class
 from meristem.platform.contrastive.infomax import Infomax
 from meristem.platform.contrastive.objective import Contrastive
-from meristem.platform.derived import DERIVATIONS, Derivation
+from meristem.platform.derived.base import Derivation
+from meristem.platform.derived.parts import DERIVATIONS
 from meristem.platform.encoders import ENCODERS
 from meristem.platform.encoders.base import EncoderSettings
 from meristem.platform.heads import HEADS, HeadSettings
-from meristem.platform.masked.masking import MASKINGS, Masking
+from meristem.platform.masked.masking import Masking
 from meristem.platform.masked.objective import Masked
+from meristem.platform.masked.parts import MASKINGS
 from meristem.platform.objectives import ObjectiveSettings
 from meristem.platform.pretext import Pretext
 from meristem.platform.relational.objective import Hops, Links, Property

@@ -298,7 +298,3 @@ class SwAV(LossSettings):
 
     def build(self, width: int) -> ContrastiveLoss:
         return SwAVLoss(self)
-
-
-LOSSES: dict[str, type[LossSettings]] = {"infonce": InfoNCE, "margin": Margin, "cosine": Cosine,
-                                         "decorrelation": Decorrelation, "dino": DINO, "swav": SwAV}

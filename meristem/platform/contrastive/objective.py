@@ -10,7 +10,8 @@ from pydantic import BeforeValidator, Field, field_validator
 from meristem.errors import RecipeError
 from meristem.modalities.base import Settings
 from meristem.modalities.rng import Rng
-from meristem.platform.contrastive.losses import LOSSES, LossSettings
+from meristem.platform.contrastive.losses import LossSettings
+from meristem.platform.contrastive.parts import LOSSES
 from meristem.platform.contrastive.queue import Queue
 from meristem.platform.contrastive.relations import IDENTITY, Relation, parse
 from meristem.platform.heads import Prototypes

@@ -394,7 +394,3 @@ class Nothing(Masking):
     def plan(self, stream: TokenStream, rng: Rng, unit: tuple[int, ...]) -> Plan:
         hidden = torch.zeros_like(stream.valid)
         return self._finish(stream, rng, hidden, informative(stream), len(stream))
-
-
-MASKINGS: dict[str, type[Masking]] = {"random": Random, "block": Block, "region": Region, "nothing": Nothing,
-                                      "edges": HiddenEdges, "shuffle": Shuffle}

@@ -12,8 +12,9 @@ from torch import Tensor
 from meristem.modalities.base import Settings
 from meristem.modalities.stream import TokenStream
 from meristem.platform.masked.masking import informative
-from meristem.platform.masked.predictors import PREDICTORS, Prediction, PredictorSettings, blind
-from meristem.platform.masked.targets import TARGETS, Content, TargetSettings
+from meristem.platform.masked.parts import PREDICTORS, TARGETS
+from meristem.platform.masked.predictors import Prediction, PredictorSettings, blind
+from meristem.platform.masked.targets import Content, TargetSettings
 from meristem.platform.objectives import Loss, Objective, ObjectiveSettings, Plan
 from meristem.platform.slots import Slot
 

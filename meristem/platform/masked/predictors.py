@@ -268,6 +268,3 @@ class Graph(LayerSettings, PredictorSettings):
     def build(self, encoder: Encoder, tokenizer: Tokenizer, axes: tuple[Axis, ...], channels: int, sizes: Mapping[str, int],
               everywhere: bool) -> Predictor:
         return GraphPredictor(self, encoder, tokenizer, sizes, everywhere)
-
-
-PREDICTORS: dict[str, type[PredictorSettings]] = {"linear": Linear, "decoder": Decoder, "dense": Dense, "graph": Graph}

@@ -290,8 +290,3 @@ class Extent(TargetSettings):
         sides = torch.stack([torch.maximum(a, b), torch.minimum(a, b), side[:, -1]], 1).log()
         box = torch.cat([centre, sides, heading.sin()[:, None], heading.cos()[:, None]], 1)
         return box.unflatten(0, wanted.shape)
-
-
-TARGETS: dict[str, type[TargetSettings]] = {"content": Content, "features": Features, "chamfer": Chamfer, "surface": Surface,
-                                            "cosine": Cosine,
-                                            "extent": Extent}

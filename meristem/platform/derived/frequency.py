@@ -1,4 +1,4 @@
-"""Views made of drawn ones on the device, over the whole batch: filtered, corrupted, mixed."""
+"""Parts of the spectrum of an array."""
 
 from __future__ import annotations
 
@@ -9,31 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from meristem.modalities.base import Settings, View
+from meristem.modalities.base import View
+from meristem.platform.derived.base import Derivation, needs_lattice
 
 if TYPE_CHECKING:
     from meristem.platform.step import Step
-
-
-class Derivation(Settings):
-    """The typed entry of a derived view. of: the view, drawn or derived before it, that it is made of."""
-
-    of: str
-
-    def check(self, recipe: Any) -> list[str]:
-        """What is impossible about it in this recipe; empty when all is well."""
-        return []
-
-    def derive(self, view: View, name: str, step: Step) -> View:
-        """A new view called `name`; `view` stays as it is. Random numbers: step.rng(purpose, self.of)."""
-        raise NotImplementedError
-
-
-def needs_lattice(recipe: Any, what: str) -> list[str]:
-    """A problem where the recipe's data are sets and `what` is done to arrays."""
-    if all(len(view.size) == len(recipe.modality.axes) for view in recipe.views.values()):
-        return []
-    return [f"it {what} arrays, and {recipe.modality.name} data are sets, which have none"]
 
 
 def radius(shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
@@ -65,6 +45,3 @@ class Frequency(Derivation):
         spectrum = torch.fft.fftn(view.array.float(), dim=axes) * chosen[:, None]
         return replace(view, name=name, array=torch.fft.ifftn(spectrum, dim=axes).real.to(view.array),
                        params={**view.params, "kept": high})
-
-
-DERIVATIONS: dict[str, type[Derivation]] = {"frequency": Frequency}

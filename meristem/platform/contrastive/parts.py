@@ -1,0 +1,8 @@
+"""The parts of the contrastive engine that a recipe may name."""
+
+from __future__ import annotations
+
+from meristem.platform.contrastive.losses import DINO, Cosine, Decorrelation, InfoNCE, LossSettings, Margin, SwAV
+
+LOSSES: dict[str, type[LossSettings]] = {
+    "infonce": InfoNCE, "margin": Margin, "cosine": Cosine, "decorrelation": Decorrelation, "dino": DINO, "swav": SwAV}

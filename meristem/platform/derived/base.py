@@ -1,0 +1,31 @@
+"""Views made of drawn ones on the device, over the whole batch: filtered, corrupted, mixed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from meristem.modalities.base import Settings, View
+
+if TYPE_CHECKING:
+    from meristem.platform.step import Step
+
+
+class Derivation(Settings):
+    """The typed entry of a derived view. of: the view, drawn or derived before it, that it is made of."""
+
+    of: str
+
+    def check(self, recipe: Any) -> list[str]:
+        """What is impossible about it in this recipe; empty when all is well."""
+        return []
+
+    def derive(self, view: View, name: str, step: Step) -> View:
+        """A new view called `name`; `view` stays as it is. Random numbers: step.rng(purpose, self.of)."""
+        raise NotImplementedError
+
+
+def needs_lattice(recipe: Any, what: str) -> list[str]:
+    """A problem where the recipe's data are sets and `what` is done to arrays."""
+    if all(len(view.size) == len(recipe.modality.axes) for view in recipe.views.values()):
+        return []
+    return [f"it {what} arrays, and {recipe.modality.name} data are sets, which have none"]

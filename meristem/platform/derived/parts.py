@@ -1,0 +1,8 @@
+"""The derived views that a recipe may name."""
+
+from __future__ import annotations
+
+from meristem.platform.derived.base import Derivation
+from meristem.platform.derived.frequency import Frequency
+
+DERIVATIONS: dict[str, type[Derivation]] = {"frequency": Frequency}

@@ -1,0 +1,15 @@
+"""The parts of the masked engine that a recipe may name."""
+
+from __future__ import annotations
+
+from meristem.platform.masked.masking import Block, HiddenEdges, Masking, Nothing, Random, Region, Shuffle
+from meristem.platform.masked.predictors import Decoder, Dense, Graph, Linear, PredictorSettings
+from meristem.platform.masked.targets import Chamfer, Content, Cosine, Extent, Features, Surface, TargetSettings
+
+MASKINGS: dict[str, type[Masking]] = {
+    "random": Random, "block": Block, "region": Region, "nothing": Nothing, "edges": HiddenEdges, "shuffle": Shuffle}
+
+PREDICTORS: dict[str, type[PredictorSettings]] = {"linear": Linear, "decoder": Decoder, "dense": Dense, "graph": Graph}
+
+TARGETS: dict[str, type[TargetSettings]] = {
+    "content": Content, "features": Features, "chamfer": Chamfer, "surface": Surface, "cosine": Cosine, "extent": Extent}
