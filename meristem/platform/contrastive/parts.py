@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from meristem.platform.contrastive.decoupled import Decoupled
 from meristem.platform.contrastive.losses import DINO, Cosine, Decorrelation, InfoNCE, LossSettings, Margin, SwAV
 
 LOSSES: dict[str, type[LossSettings]] = {
-    "infonce": InfoNCE, "margin": Margin, "cosine": Cosine, "decorrelation": Decorrelation, "dino": DINO, "swav": SwAV}
+    "infonce": InfoNCE, "margin": Margin, "cosine": Cosine, "decorrelation": Decorrelation, "dino": DINO, "swav": SwAV,
+    "decoupled": Decoupled}
