@@ -32,7 +32,7 @@ from meristem.platform.schedules import Scalar
 from meristem.platform.slots import Slot, validated
 
 # keys that hold a part, `name: {arguments}`
-PARTS = ("modality", "encoder", "predictor", "target", "loss", "task", "sample", "detector")
+PARTS = ("modality", "encoder", "predictor", "target", "loss", "transform", "task", "sample", "detector")
 NAMED = {"views": "names", "readouts": "names", "masking": "parts", "heads": "parts", "objectives": "parts",
          "derived": "parts"}  # the user's names
 Count = Annotated[int, Field(ge=1)]

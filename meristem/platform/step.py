@@ -99,9 +99,12 @@ class Step:
     def value(self, x: float | schedules.Ramp) -> float:
         return schedules.value(x, self.progress)
 
-    def rng(self, purpose: str, view: str) -> Rng:
-        """Randomness for each row of a view: pure in (seed, sample, look, purpose)."""
-        v = self.view(view)
+    def rng(self, purpose: str, of: str | Units) -> Rng:
+        """Randomness for each row of a view, or for each unit: pure in (seed, sample, look, token, purpose)."""
+        if isinstance(of, Units):
+            place = of.key["item"] * LOOKS + of.key["view"]
+            return Rng.of(self._seed, place * 2**20 + of.key["token"] if "token" in of.key else place, purpose)
+        v = self.view(of)
         return Rng.of(self._seed, self.batch.items.cursor[v.item] * LOOKS + v.look, purpose)
 
     def stream(self, view: str) -> TokenStream:

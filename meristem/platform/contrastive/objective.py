@@ -1,4 +1,4 @@
-"""The contrastive engine's objective: level × head × relation × loss."""
+"""The contrastive engine's objective: level × head × relation × transform × loss."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from meristem.errors import RecipeError
 from meristem.modalities.base import Settings
 from meristem.modalities.rng import Rng
 from meristem.platform.contrastive.losses import LossSettings
-from meristem.platform.contrastive.parts import LOSSES
+from meristem.platform.contrastive.parts import LOSSES, TRANSFORMS
 from meristem.platform.contrastive.queue import Queue
 from meristem.platform.contrastive.relations import IDENTITY, Relation, parse
+from meristem.platform.contrastive.transforms import TransformSettings
 from meristem.platform.heads import Prototypes
 from meristem.platform.objectives import Loss, Objective, ObjectiveSettings, Units
 from meristem.platform.slots import Slot
@@ -42,7 +43,7 @@ class Contrastive(ObjectiveSettings):
     relation: what attracts; negatives: what may repel (null: everything else); see `relations`. queue: how many keys of past
     steps stand beside the batch's (MoCo). They are keys like any other: `item` is a sample's place in the run, so that under
     same(item) they only repel. sample: of more queries than this, so many are drawn in each step: the table of all pairs has
-    queries × keys entries (dense levels: nodes squared).
+    queries × keys entries (dense levels: nodes squared). transform: a change of the units in feature space before the loss.
     """
 
     queries: Sources
@@ -56,6 +57,7 @@ class Contrastive(ObjectiveSettings):
     negatives: str | None = None
     queue: Annotated[int, Field(ge=1)] | None = None
     sample: Annotated[int, Field(ge=1)] | None = None
+    transform: Annotated[TransformSettings, Slot("transform", TRANSFORMS)] | None = None
     loss: Annotated[LossSettings, Slot("contrastive loss", LOSSES)]
 
     @field_validator("relation", "negatives")
@@ -96,8 +98,10 @@ class Contrastive(ObjectiveSettings):
             problems.append("this loss only attracts, and would make all units alike; set by: teacher, or stop_gradient: true")
         if self.queue is not None and not constant:
             problems.append("queued keys have no gradient, and the batch's own would; set by: teacher, or stop_gradient: true")
-        if self.queue is not None and not self.loss.repels:
+        if self.queue is not None and not self.loss.repels and self.transform is None:
             problems.append("this loss does not repel, so that it would not use the queue; leave it out")
+        if self.transform is not None:
+            problems += self.transform.check(self)
         return problems + self._check_relation(recipe)
 
     def _check_relation(self, recipe: Any) -> list[str]:
@@ -151,6 +155,7 @@ class ContrastiveObjective(Objective):
         self.settings = settings
         self.relation = Relation(settings.relation, settings.negatives)
         self.loss = settings.loss.build(width)
+        self.transform = None if settings.transform is None else settings.transform.build(width)
         self.queue: Queue | None = None
         if settings.queue is not None:
             identity = IDENTITY if settings.level == "dense" else IDENTITY[:2]
@@ -167,12 +172,17 @@ class ContrastiveObjective(Objective):
             k = k.with_z(k.z.detach())
         if s.loss.repels:
             k = step.gather(k)
-        loss = self.loss(q, k if self.queue is None else Units.cat([k, self.queue.units()]), self.relation, step)
+        keys = k if self.queue is None else Units.cat([k, self.queue.units()])
+        if self.transform is not None:
+            q, keys = self.transform(q, keys, self.relation, step)
+        loss = self.loss(q, keys, self.relation, step)
         if self.queue is not None and self.training:
             self.queue.note(k, step.progress)
         return {"": Loss(loss.total, loss.count, s.weight)}
 
     def after(self, step: Step) -> None:
         self.loss.after()
+        if self.transform is not None:
+            self.transform.after()
         if self.queue is not None:
             self.queue.after()

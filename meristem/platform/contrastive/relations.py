@@ -21,6 +21,7 @@ from meristem.platform.objectives import Pairs, Units
 
 Keys = Mapping[str, Tensor]
 IDENTITY = ("item", "view", "token")  # what tells one unit from another
+ONLY = "only"  # of a key unit that was made for one query: that query's number; −1: all meet it
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,9 @@ class Relation:
         neg = ~pos & ~itself
         if self.repels is not None:
             neg = neg & self.repels.holds(rows, columns)
+        if ONLY in k.key:
+            met = _met(k, torch.arange(len(q), device=pos.device)[:, None])
+            pos, neg = pos & met, neg & met
         return Pairs(pos * k.weight, neg * k.weight)
 
     def matches(self, q: Units, k: Units) -> Matches:
@@ -152,6 +156,9 @@ class Relation:
         i, j = _join(q, k, sorted(self.attracts.joins))
         holds = self.attracts.holds({n: x[i] for n, x in _keys(q).items()}, {n: x[j] for n, x in _keys(k).items()})
         i, j = i[holds], j[holds]
+        if ONLY in k.key:
+            met = _met(k.select(j), i)
+            i, j = i[met], j[met]
         return Matches(i, j, q.weight[i] * k.weight[j])
 
     def _need(self, q: Units, k: Units, reads: frozenset[str]) -> None:
@@ -163,6 +170,11 @@ class Relation:
         if lacking:
             raise RecipeError(f"the relation '{self.text}' needs the key '{lacking[0]}', which these units do not have",
                               f"They have {', '.join(sorted(q.key))}; level: dense adds token, and hidden where masked.")
+
+
+def _met(k: Units, query: Tensor) -> Tensor:
+    """Whether the queries of these numbers meet the key units."""
+    return (k.key[ONLY] < 0) | (k.key[ONLY] == query)
 
 
 def _keys(units: Units) -> dict[str, Tensor]:
