@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from meristem.api import check_data, embed, evaluate, finetune, predict, pretrain, recipe_names, report, show_recipe
+    from meristem.api import check_data, embed, evaluate, export, finetune, predict, pretrain, recipe_names, report, show_recipe
 
-__all__ = ["check_data", "embed", "evaluate", "finetune", "predict", "pretrain", "recipe_names", "report", "show_recipe"]
+__all__ = ["check_data", "embed", "evaluate", "export", "finetune", "predict", "pretrain", "recipe_names", "report",
+           "show_recipe"]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ from meristem.platform.data.guess import guess_modality
 from meristem.platform.data.manifest import Manifest
 from meristem.platform.data.source import open_data
 from meristem.platform.evaluation.results import METADATA
+from meristem.platform.export import export as _export
 from meristem.platform.training import checkpoint
 from meristem.platform.training.joint import pretrain as _pretrain_joint
 from meristem.platform.training.loop import Outcome, first_rank
@@ -32,8 +33,8 @@ from meristem.tasks.base import objective
 from meristem.tasks.embedding import embed as _embed
 from meristem.tasks.inspection import inspect
 
-__all__ = ["check_data", "embed", "evaluate", "finetune", "guess_modality", "predict", "pretrain", "recipe_names", "report",
-           "show_recipe"]
+__all__ = ["check_data", "embed", "evaluate", "export", "finetune", "guess_modality", "predict", "pretrain", "recipe_names",
+           "report", "show_recipe"]
 
 Pathlike = str | Path
 
@@ -209,6 +210,16 @@ def embed(checkpoint_: Pathlike, data: Pathlike, out: Pathlike, *, quiet: bool =
     vectors = _embed(assembly, found, rows)
     np.savez_compressed(path, embedding=vectors, case=[r.case for r in rows], subject=[r.subject for r in rows])
     return path
+
+
+def export(checkpoint_: Pathlike, out: Pathlike, form: str = "torch", size: Sequence[int] | None = None) -> Path:
+    """Write the encoder of a run that transfers into a new folder, for others to read; returns the folder.
+
+    form: `torch` (a program for torch.export.load), `onnx`, `timm` (weights of a timm model, where the encoder is one) or
+    `monai` (a bundle). size: of the arrays that it will be given; None: of the recipe's first view. about.json says how arrays
+    are normalised and what comes out. Raises MeristemError.
+    """
+    return _export(Path(checkpoint_), Path(out), form, size)
 
 
 def check_data(path: Pathlike, modality: str | None = None) -> checking.Report:

@@ -134,6 +134,18 @@ def data_check(path: Annotated[Path, typer.Argument(help=DATA)], as_json: Json =
         raise typer.Exit(1)
 
 
+@app.command()
+def export(checkpoint: Run, out: Annotated[Path, typer.Option("--out", help="A new folder.")],
+           form: Annotated[str, typer.Option("--format", help="torch, onnx, timm or monai.")] = "torch",
+           size: Annotated[str | None, typer.Option("--size", help="Of the arrays, e.g. 96,96,96.",
+                                                    show_default="of the recipe's first view")] = None) -> None:
+    """Write a run's encoder for other programs to use."""
+    from meristem import api
+    if size is not None and not re.fullmatch(r"\d+(,\d+)*", size):
+        raise RecipeError(f"'{size}' is no size", "Write whole numbers with commas, e.g. --size 96,96,96.")
+    print(api.export(checkpoint, out, form, None if size is None else [int(n) for n in size.split(",")]))
+
+
 @recipes_app.command("list")
 def recipes_list(modality: Annotated[str | None, typer.Option("--modality", help="Of one kind of data.")] = None,
                  family: Annotated[str | None, typer.Option("--family", help="masked, contrastive, pretext, …")] = None,

@@ -159,7 +159,7 @@ class Transformer(Encoder):
         prefix = 0
         if self.cls is not None:
             prefix = 1
-            x = torch.cat([self.cls.to(x.dtype).expand(len(x), -1, -1), x], 1)
+            x = torch.cat([self.cls.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
         # a lattice has no padding; knowing it spares the device a round trip
         valid = None if isinstance(stream, LatticeStream) else tokens.valid
         x, layers, attention = self.blocks(x, tokens.position, prefix, valid, want, tokens.structure, tokens.edges)
