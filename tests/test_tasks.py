@@ -38,8 +38,10 @@ QUICK = ["train.workers=0", "train.batch=2", "train.log_every=5", "train.precisi
 @pytest.mark.parametrize("changes", [UNET, VIT, [*VIT, "task.segmentation.decoder=light"],
                                      [*VIT, "modality.volume.patch=[8,4,2]"],
                                      ["encoder={segresnet: {width: 8}}", "views.x.size=[16,16,16]"],
-                                     ["encoder={swin: {width: 12}}", "views.x.size=[32,32,32]"]],
-                         ids=["dense", "unetr", "light", "unetr anisotropic", "segresnet", "swin"])
+                                     ["encoder={swin: {width: 12}}", "views.x.size=[32,32,32]"],
+                                     [*UNET, "task.segmentation.decoder=linear"], [*VIT, "task.segmentation.decoder=linear"]],
+                         ids=["dense", "unetr", "light", "unetr anisotropic", "segresnet", "swin", "linear of levels",
+                              "linear of tokens"])
 def test_a_decoder_gives_a_logit_for_every_voxel_and_trains_the_encoder(changes: list[str]) -> None:
     recipe = resolve("segmentation", "volume", changes)
     assembly = recipe.assemble(3)
@@ -189,6 +191,30 @@ def test_a_probe_leaves_the_encoder_alone(volume_folder: Path, tmp_path: Path) -
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all(name.startswith("objectives.task") for name in moved)
     assert tuned.trainable == sum(p.numel() for name, p in after.items() if name.startswith("objectives.task"))
+
+
+@pytest.mark.parametrize("changes", [
+    VIT, ["encoder={slicewise: {encoder: {timm: {model: resnet10t}}}}", "views.x.size=[4,32,32]",
+          "modality.volume.patch=[1,4,4]"],
+], ids=["tokens", "levels with batch norm"])
+def test_a_linear_decoder_on_a_frozen_encoder_is_a_probe(volume_folder: Path, tmp_path: Path, changes: list[str]) -> None:
+    """Neither weights nor statistics of the encoder move, and the array is not shown to the decoder."""
+    changes = [*changes, *QUICK, "train.steps=3", "train.freeze={encoder: 1.0}", "task.segmentation.decoder=linear"]
+    recipe = resolve("segmentation", "volume", changes)
+    torch.manual_seed(recipe.train.seed)
+    before = recipe.assemble(3).state_dict()
+    tuned = meristem.finetune("segmentation", volume_folder, tmp_path / "run", changes, cache=tmp_path / "c", quiet=True)
+    after = tuned.outcome.assembly.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if name.startswith("objectives.task")}
+    assert tuned.trainable == sum(after[name].numel() for name in moved)
+    batch = noise(recipe)
+    assembly = tuned.outcome.assembly.eval()
+    assembly(batch, 0.0)
+    step, decoder = assembly.last_step, objective(assembly).decoder  # type: ignore[union-attr]
+    encoded, stream = step.encode("x", want=decoder.want), step.stream("x")  # type: ignore[union-attr,operator]
+    other = stream.with_array(torch.randn_like(stream.array))  # type: ignore[union-attr]
+    assert torch.equal(decoder(encoded, stream), decoder(encoded, other))  # type: ignore[operator]
 
 
 class Page(HTMLParser):

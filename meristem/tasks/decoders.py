@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from meristem.modalities.stream import LatticeStream
 from meristem.platform.assembly import Assembly
@@ -140,11 +142,35 @@ class LightDecoder(Decoder):
         return logits
 
 
-def decoder(assembly: Assembly, kind: Literal["auto", "light", "unetr"], base: int, classes: int) -> Decoder:
+class LinearDecoder(Decoder):
+    """A 1×1 convolution of an encoder's tokens, or of each level of its pyramid, enlarged linearly and summed: a probe of what
+    the encoder knows, to which the array itself is not shown.
+    """
+
+    def __init__(self, dims: int, widths: Sequence[int], pyramid: bool, classes: int) -> None:
+        super().__init__()
+        self.want = frozenset({"pyramid"} if pyramid else ())
+        self.out = nn.ModuleList(CONV[dims](width, classes, 1) for width in widths)
+        self.mode = "trilinear" if dims == 3 else "bilinear"
+
+    def forward(self, encoded: Encoded, stream: LatticeStream) -> Tensor:
+        assert encoded.lattice is not None
+        maps = encoded.pyramid or [encoded.tokens.transpose(1, 2).unflatten(2, encoded.lattice)]
+        logits = [F.interpolate(out(x), size=stream.array.shape[2:], mode=self.mode)
+                  for out, x in zip(self.out, maps, strict=True)]
+        return torch.stack(logits).sum(0)
+
+
+Kind = Literal["auto", "light", "unetr", "linear"]
+
+
+def decoder(assembly: Assembly, kind: Kind, base: int, classes: int) -> Decoder:
     """The decoder for an assembly's encoder. auto: its own dense map, else its pyramid, else UNETR."""
     encoder, channels = assembly.encoder, assembly.recipe.modality.channels
     patch: tuple[int, ...] = assembly.recipe.modality.options.patch
     dims = len(assembly.recipe.modality.axes)
+    if kind == "linear":
+        return LinearDecoder(dims, encoder.pyramid_widths or (encoder.width,), "pyramid" in encoder.provides, classes)
     if kind == "auto" and "dense" in encoder.provides:
         return DenseDecoder(dims, encoder.dense_width, classes)
     if "pyramid" in encoder.provides:

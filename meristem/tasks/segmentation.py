@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain, combinations
 from pathlib import Path, PurePosixPath
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from meristem.platform.evaluation.results import Case
 from meristem.platform.objectives import Loss
 from meristem.platform.step import Step
 from meristem.tasks.base import Keep, Scope, TaskObjective, TaskRecipe, TaskSettings, normalised
-from meristem.tasks.decoders import decoder
+from meristem.tasks.decoders import Kind, decoder
 
 WINDOWS = 4  # predicted at once
 
@@ -159,16 +159,16 @@ def label_values(data: Data, rows: Sequence[Row]) -> dict[int, str]:
 
 
 class Segmentation(TaskSettings):
-    """decoder: auto takes the encoder's own dense map, or its pyramid, or UNETR; light is one block. width: channels at full
-    resolution. overlap: of neighbouring windows at prediction. flips: axes mirrored and averaged at prediction (only where the
-    training flips them too). batch_dice: Dice over the whole batch instead of per sample. tolerance: of the NSD, in the
-    modality's unit.
+    """decoder: auto takes the encoder's own dense map, or its pyramid, or UNETR; light is one block; linear, with
+    train.freeze={encoder: 1.0}, is a probe. width: channels at full resolution. overlap: of neighbouring windows at prediction.
+    flips: axes mirrored and averaged at prediction (only where the training flips them too). batch_dice: Dice over the whole
+    batch instead of per sample. tolerance: of the NSD, in the modality's unit.
     """
 
     kind = "segmentation"
     metric = "dice"
     fields: ClassVar[tuple[str, ...]] = ("mask",)
-    decoder: Literal["auto", "light", "unetr"] = "auto"
+    decoder: Kind = "auto"
     width: int = 24
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     flips: tuple[int, ...] = ()
@@ -180,7 +180,7 @@ class Segmentation(TaskSettings):
         dims = len(recipe.modality.axes)
         if any(not 0 <= axis < dims for axis in self.flips):
             problems.append(f"flips {list(self.flips)} are not among the axes 0 to {dims - 1}")
-        if self.decoder != "auto" and "layers" not in provides:
+        if self.decoder in ("light", "unetr") and "layers" not in provides:
             problems.append(f"decoder: {self.decoder} needs a plain transformer; this encoder has its own pyramid, use auto")
         unetr = self.decoder == "unetr" or (self.decoder == "auto" and not provides & {"dense", "pyramid"})
         patch: tuple[int, ...] = getattr(recipe.modality.options, "patch", ())

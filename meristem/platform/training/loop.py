@@ -184,6 +184,7 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
             waited += time.perf_counter() - asked
             progress = step / settings.steps
             rate = optim.schedule(optimiser, settings, step)
+            optim.rest(raw, settings, step)
 
             values: dict[str, Tensor] = {}
             parts = batch.split(settings.accumulate) if settings.accumulate > 1 else [batch]

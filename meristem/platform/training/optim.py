@@ -45,6 +45,10 @@ def groups(assembly: Assembly, settings: TrainSettings) -> list[dict[str, object
 
 
 def optimiser(assembly: Assembly, settings: TrainSettings) -> torch.optim.Optimizer:
+    """What is frozen for the whole run gets no gradient, which spares its computation."""
+    for name, p in assembly.named_parameters():
+        if _under(name, [module for module, until in settings.freeze.items() if until == 1]):
+            p.requires_grad_(False)
     kind = torch.optim.Adam if settings.optimiser == "adam" else torch.optim.AdamW
     fused = next(assembly.parameters()).is_cuda and settings.precision != "fp16"  # fused, it would unscale before the clipping
     return kind(groups(assembly, settings), lr=settings.lr, betas=settings.betas, fused=fused or None)
@@ -77,12 +81,27 @@ def schedule(optimiser: torch.optim.Optimizer, settings: TrainSettings, step: in
     return settings.lr * factor(settings, step, "head")
 
 
-def thaw(assembly: Assembly, settings: TrainSettings, step: int) -> None:
-    """Drop the gradients of modules that are frozen at this step, so that the optimiser leaves them alone."""
+def _frozen(settings: TrainSettings, step: int) -> list[str]:
+    """The modules that are frozen at a step."""
     frozen = [prefix for prefix, until in settings.freeze.items() if step < until * settings.steps]
     if settings.schedule == "sawtooth" and (step + 1) / settings.steps <= settings.head_first:
         frozen.append("encoder")
-    if frozen:
+    return frozen
+
+
+def rest(assembly: Assembly, settings: TrainSettings, step: int) -> None:
+    """Modules that are frozen at this step work as in a test: they gather no statistics and drop nothing."""
+    if settings.freeze or settings.schedule == "sawtooth":
+        frozen = _frozen(settings, step)
+        assembly.train()
+        for name, module in assembly.named_modules():
+            if _under(name, frozen):
+                module.eval()
+
+
+def thaw(assembly: Assembly, settings: TrainSettings, step: int) -> None:
+    """Drop the gradients of modules that are frozen at this step, so that the optimiser leaves them alone."""
+    if frozen := _frozen(settings, step):
         for name, p in assembly.named_parameters():
             if _under(name, frozen):
                 p.grad = None
