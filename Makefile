@@ -5,7 +5,7 @@ DATA ?= demo/phantoms
 OUT ?= demo/$(notdir $(DATA))
 MERISTEM_DATA ?= ../shared/data
 
-.PHONY: demo test bench bench-graphs bench-detection
+.PHONY: demo test bench bench-graphs bench-detection bench-systems
 
 # pretrain on unlabelled scans, fine-tune on few and on all labels beside a scratch arm of equal budget, write one report
 demo: .venv/ready
@@ -37,6 +37,11 @@ bench-graphs: .venv/ready
 # a detector of blood cells, pretrained and from random weights, at 10 % and at all labels: ARGS="--quick" for a tenth of it
 bench-detection: .venv/ready
 	$(BIN)/python benchmarks/cells.py --data $(MERISTEM_DATA)/bccd/BCCD $(ARGS)
+
+# every published system beside random weights and the plain method: hours on a CPU; ARGS="cae mfm" for some, docs/systems.md
+bench-systems: .venv/ready
+	$(BIN)/python benchmarks/systems.py --data $(MERISTEM_DATA) $(ARGS)
+	$(BIN)/python benchmarks/systems.py --table
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
