@@ -17,6 +17,7 @@ from meristem.errors import RecipeError
 from meristem.modalities.base import Modality, Settings, ViewSettings, modality_class
 from meristem.platform.contrastive.infomax import Infomax
 from meristem.platform.contrastive.objective import Contrastive
+from meristem.platform.contrastive.words import BagOfWords
 from meristem.platform.derived.base import Derivation
 from meristem.platform.derived.parts import DERIVATIONS
 from meristem.platform.encoders import ENCODERS
@@ -38,7 +39,8 @@ NAMED = {"views": "names", "readouts": "names", "masking": "parts", "heads": "pa
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 OBJECTIVES: dict[str, type[ObjectiveSettings]] = {"masked": Masked, "contrastive": Contrastive, "infomax": Infomax,
-                                                  "pretext": Pretext, "links": Links, "hops": Hops, "property": Property}
+                                                  "bag_of_words": BagOfWords, "pretext": Pretext, "links": Links, "hops": Hops,
+                                                  "property": Property}
 
 
 class TeacherSettings(Settings):
