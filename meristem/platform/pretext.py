@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from meristem.errors import RecipeError
+from meristem.platform.derived.montage import needs_montage
 from meristem.platform.objectives import Loss, Objective, ObjectiveSettings, answered
-from meristem.platform.step import drawn_labels
 
 if TYPE_CHECKING:
     from meristem.platform.assembly import Assembly
@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 class Pretext(ObjectiveSettings):
     """Classify what was drawn for each row of a view: its turn, speed, order, direction.
 
-    label: the drawn number, of 0 … classes − 1. level: of the units: mean, cls or global (cls where there is one). head: a
-    named head between them and the linear classifier.
+    label: the drawn number, of 0 … classes − 1. level: of the units: mean, cls, global (cls where there is one) or tiles (of a
+    montage, which have the label `part` beside those of what they show). head: a named head between them and the linear
+    classifier.
     """
 
     view: str
     label: str
     classes: Annotated[int, Field(ge=2)]
-    level: Literal["global", "cls", "mean"] = "global"
+    level: Literal["global", "cls", "mean", "tiles"] = "global"
     head: str | None = None
 
     def check(self, recipe: Any) -> list[str]:
@@ -39,7 +40,7 @@ class Pretext(ObjectiveSettings):
             problems.append(f"there is no head '{self.head}' (heads: {', '.join(recipe.heads) or 'none'})")
         if self.level == "cls" and "cls" not in recipe.encoder.provides:
             problems.append("level cls needs an encoder with a class token; use level: global or mean")
-        return problems
+        return problems + (needs_montage(recipe, self.view) if self.level == "tiles" else [])
 
     def build(self, assembly: Assembly) -> PretextObjective:
         return PretextObjective(self, assembly.head_width(self.head))
@@ -55,7 +56,9 @@ class PretextObjective(Objective):
 
     def forward(self, step: Step) -> dict[str, Loss]:
         s = self.settings
-        drawn = drawn_labels(step.view(s.view))
+        units = step.units(s.view, level=s.level, head=s.head)
+        known = ("item", "row", "view", *step.batch.items.labels)  # all but what was drawn
+        drawn = {name: key for name, key in units.key.items() if name not in known}
         if s.label not in drawn:
             raise RecipeError(f"view '{s.view}' draws no '{s.label}' for a pretext",
                               f"It draws {', '.join(drawn)}." if drawn else f"Set an option of views.{s.view} that draws one.")
@@ -65,6 +68,6 @@ class PretextObjective(Objective):
             remedy = f"set classes to at least {high + 1}." if low >= 0 else f"'{s.label}' cannot be a pretext's label."
             raise RecipeError(f"view '{s.view}' drew {s.label} {min(low, 0) or high}, and the pretext has {s.classes} classes",
                               f"Classes are numbered from 0: {remedy}")
-        logits = self.classifier(step.units(s.view, level=s.level, head=s.head).z).float()
+        logits = self.classifier(units.z).float()
         wrong = (logits.argmax(1) != target).float().sum()
         return answered(F.cross_entropy(logits, target, reduction="sum"), wrong, len(target), s.weight)

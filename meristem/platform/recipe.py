@@ -188,7 +188,7 @@ class Recipe(Settings):
         """Every view, derived ones too, and how what it shows was drawn."""
         found = dict(self.views)
         for name, view in self.derived.items():
-            found[name] = found[view.of]
+            found[name] = view.shown(found[view.of])
         return found
 
     def of(self, modality: Modality) -> Self:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
+from meristem.errors import RecipeError
 from meristem.modalities.base import LOOKS, View
 from meristem.modalities.rng import Rng
 from meristem.modalities.stream import TokenStream, gather
 from meristem.platform import schedules
+from meristem.platform.derived.montage import Montage
 from meristem.platform.objectives import Encoded, Items, Plan, Units
 
 if TYPE_CHECKING:
@@ -139,7 +142,8 @@ class Step:
               masked: bool = False) -> Units:
         """Encoded view to a table of vectors, through a named head and those that it stands on.
 
-        level: `cls`, `mean`, `sum`, `max`, `global` (cls where there is one, else mean) or `dense` (every encoded token).
+        level: `cls`, `mean`, `sum`, `max`, `global` (cls where there is one, else mean), `dense` (every encoded token) or
+        `tiles` (of a montage).
         """
         key = (by, view, level, head, masked)
         if key not in self._made_units:
@@ -153,14 +157,12 @@ class Step:
         return self._made_units[key]
 
     def _units(self, by: str, view: str, level: str, masked: bool) -> Units:
-        encoded, looks = self.encode(view, by, masked), self.view(view)
+        encoded = self.encode(view, by, masked)
+        if level == "tiles":
+            return self._tiles(view, encoded)
         if level == "global":
             level = "cls" if "cls" in encoded.summary else "mean"
-        keys = {name: label[looks.item] for name, label in self.batch.items.labels.items()
-                if label.ndim == 1 and not label.is_floating_point()}
-        keys |= drawn_labels(looks)
-        keys |= {"item": self.batch.items.cursor[looks.item], "row": self.batch.items.row[looks.item],
-                 "view": looks.look + self.assembly.look_offset[view]}
+        keys = self._keys(view)
         point = None
         if level == "dense":
             b, n = encoded.valid.shape
@@ -181,6 +183,29 @@ class Step:
         else:
             z = encoded.summary[level]
         return Units(z, keys, torch.ones(z.shape[0], device=z.device), point)
+
+    def _keys(self, view: str) -> dict[str, Tensor]:
+        """Keys (B,) of the rows of a view: whose, which look, labels, and what was drawn."""
+        looks = self.view(view)
+        keys = {name: label[looks.item] for name, label in self.batch.items.labels.items()
+                if label.ndim == 1 and not label.is_floating_point()}
+        keys |= drawn_labels(looks)
+        return keys | {"item": self.batch.items.cursor[looks.item], "row": self.batch.items.row[looks.item],
+                       "view": looks.look + self.assembly.look_offset[view]}
+
+    def _tiles(self, view: str, encoded: Encoded) -> Units:
+        """The tiles of montages: means over each one's share of the encoder's lattice, with the keys of what it shows."""
+        montage = self.assembly.recipe.derived[view]
+        assert isinstance(montage, Montage)
+        if encoded.lattice is None:
+            raise RecipeError(f"the tiles of '{view}' are parts of a lattice, and this encoder's tokens have none",
+                              "Choose encoder: transformer, unet or timm.")
+        rows = self.view(view).params["rows"].flatten()
+        keys = self._keys(montage.of) | {"part": self.view(montage.of).look}
+        maps = encoded.tokens.transpose(1, 2).unflatten(2, encoded.lattice)
+        pool: Any = F.adaptive_avg_pool2d if len(montage.grid) == 2 else F.adaptive_avg_pool3d
+        z = pool(maps, montage.grid).flatten(2).transpose(1, 2).flatten(0, 1)
+        return Units(z, {name: key[rows] for name, key in keys.items()}, torch.ones(len(z), device=z.device))
 
     def gather(self, units: Units) -> Units:
         """The same units of every rank, in rank order; every rank must hold as many."""

@@ -15,6 +15,7 @@ from meristem.platform.contrastive.parts import LOSSES, TRANSFORMS
 from meristem.platform.contrastive.queue import Queue
 from meristem.platform.contrastive.relations import IDENTITY, Relation, parse
 from meristem.platform.contrastive.transforms import TransformSettings
+from meristem.platform.derived.montage import needs_montage
 from meristem.platform.heads import Prototypes
 from meristem.platform.objectives import Loss, Objective, ObjectiveSettings, Units
 from meristem.platform.slots import Slot
@@ -38,8 +39,8 @@ class Contrastive(ObjectiveSettings):
     """Relate units of views to each other.
 
     queries: encoded by the student. keys: encoded by `by`; stop_gradient: as if constant (SimSiam). level: of the units: cls,
-    mean, sum, max, global (cls where there is one) or dense (tokens). head: of both sides; predictor: a head on it, for queries
-    only.
+    mean, sum, max, global (cls where there is one), dense (tokens) or tiles (of a montage). head: of both sides; predictor: a
+    head on it, for queries only.
     relation: what attracts; negatives: what may repel (null: everything else); see `relations`. queue: how many keys of past
     steps stand beside the batch's (MoCo). They are keys like any other: `item` is a sample's place in the run, so that under
     same(item) they only repel. sample: of more queries than this, so many are drawn in each step: the table of all pairs has
@@ -50,7 +51,7 @@ class Contrastive(ObjectiveSettings):
     keys: Sources
     by: Literal["encoder", "teacher"] = "encoder"
     stop_gradient: bool = False
-    level: Literal["global", "cls", "mean", "sum", "max", "dense"] = "global"
+    level: Literal["global", "cls", "mean", "sum", "max", "dense", "tiles"] = "global"
     head: str | None = None
     predictor: str | None = None
     relation: str = "same(item) - same(view)"
@@ -84,6 +85,10 @@ class Contrastive(ObjectiveSettings):
         if self.level in ("cls", "sum", "max") and self.level not in recipe.encoder.provides:
             problems.append("level cls needs an encoder with a class token; use level: global or mean" if self.level == "cls"
                             else f"this encoder has no {self.level} vector; use level: mean")
+        if self.level == "tiles":
+            problems += [p for source in (*self.queries, *self.keys) for p in needs_montage(recipe, source.view, source.masked)]
+            if problems:
+                return [*dict.fromkeys(problems)]
         if self.by == "teacher":
             copied = recipe.teacher.of if recipe.teacher is not None else ()
             needs, head = ["encoder"], self.head
@@ -127,7 +132,8 @@ class Contrastive(ObjectiveSettings):
             return []  # labels are known to the data only
 
         def units(sources: Sources) -> Units:
-            looks = sorted({offset[s.view] + i for s in sources for i in range(recipe.looks[s.view].count)})
+            shown = [recipe.derived[s.view].of if self.level == "tiles" else s.view for s in sources]
+            looks = sorted({offset[view] + i for view in shown for i in range(recipe.looks[view].count)})
             names = ("item", "view", "token") if self.level == "dense" else ("item", "view")
             values = torch.cartesian_prod(*(torch.tensor(v) for v in ([0, 1], looks, [0, 1])[:len(names)]))
             keys = dict(zip(names, values.T, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from meristem.modalities.base import Settings, View
+from meristem.modalities.base import Settings, View, ViewSettings
 
 if TYPE_CHECKING:
     from meristem.platform.step import Step
@@ -18,6 +18,10 @@ class Derivation(Settings):
     def check(self, recipe: Any) -> list[str]:
         """What is impossible about it in this recipe; empty when all is well."""
         return []
+
+    def shown(self, of: ViewSettings) -> ViewSettings:
+        """How many looks it has, and of what size; of: those that it is made of."""
+        return of
 
     def derive(self, view: View, name: str, step: Step) -> View:
         """A new view called `name`; `view` stays as it is. Random numbers: step.rng(purpose, self.of)."""

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from meristem.platform.derived.base import Derivation
 from meristem.platform.derived.frequency import Frequency
+from meristem.platform.derived.montage import Montage
 
-DERIVATIONS: dict[str, type[Derivation]] = {"frequency": Frequency}
+DERIVATIONS: dict[str, type[Derivation]] = {"frequency": Frequency, "montage": Montage}
