@@ -62,10 +62,18 @@ STUDIES = {
     "chest": Study("PneumoniaMNIST, chest X-rays of 28×28", "pneumoniamnist/pneumoniamnist_union.npz",
                    ("modality.image.channels=1", "modality.image.patch=4", "train.batch=64", "train.workers=0"), 300,
                    "image/classification", ("linear", "knn"), ("views.x.size=[28,28]", "train.workers=0")),
+    "hippocampus": Study("Medical Decathlon, hippocampus in brain MR; a linear decoder on frozen tokens",
+                         "msd-task04-hippocampus", ("modality.volume.patch=[6,6,6]", "train.batch=8", "train.workers=0"), 120,
+                         "volume/segmentation", ("finetune",),
+                         ("task.segmentation.decoder=linear", "train.freeze={encoder: 1.0}", "views.x.size=[36,48,36]",
+                          "train.steps=100", "train.batch=4", "train.lr=1.0e-2", "train.ema=null", "train.precision=fp32",
+                          "train.workers=0")),
 }
 PLAIN = {  # what the plain method is, by study and name
     ("chest", "mae"): ("image/mae", ("views.x.size=[28,28]", SMALL_DECODER)),
     ("chest", "simclr"): ("image/simclr", ("views.v.size=[28,28]",)),
+    ("hippocampus", "mae"): ("volume/mae", ("views.x.size=[36,36,36]", SMALL_DECODER)),
+    ("hippocampus", "simclr"): ("volume/simclr", ("views.v.size=[24,24,24]",)),
 }
 
 

@@ -11,8 +11,11 @@ import yaml
 CONFIGS = Path(__file__).parent / "configs"
 STATUSES = ("verified", "tested", "expressible")
 # of the engine that an objective belongs to; a test holds every objective to be here
-FAMILIES = {"masked": "masked", "contrastive": "contrastive", "infomax": "contrastive", "bag_of_words": "contrastive",
-            "pretext": "pretext", "links": "relational", "hops": "relational", "property": "relational"}
+FAMILIES = {
+    "masked": "masked",
+    "contrastive": "contrastive", "infomax": "contrastive", "bag_of_words": "contrastive", "overlap": "contrastive",
+    "pretext": "pretext",
+    "links": "relational", "hops": "relational", "property": "relational"}
 
 
 def names() -> list[str]:

@@ -51,6 +51,12 @@ class Frame:
         points = self.to_source(corners)
         return torch.stack([points.amin(1), points.amax(1)], -1)
 
+    def cubes(self) -> Tensor:
+        """(B, C+1, C+1): the unit cube to the source, as the lattice with its voxel edges fills it."""
+        inner = torch.diag(torch.tensor([*map(float, self.shape), 1.0]))
+        inner[:-1, -1] = -0.5
+        return self.affine @ inner.to(self.affine)
+
     def compose(self, inner: Tensor, shape: tuple[int, ...] | None = None) -> Frame:
         """The frame of a lattice whose index maps to this one's by `inner` (B, C+1, C+1)."""
         return replace(self, affine=self.affine @ inner.to(self.affine), shape=shape or self.shape)

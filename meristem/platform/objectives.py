@@ -71,13 +71,15 @@ class Units:
 
     z: (M, D). key: name -> (M,) int64: always `item` (unique over ranks) and `view` (which look of which view); `token`,
     `label`, `subject`, … where they mean something. weight: (M,) of each unit in a loss. point: (M, C) where each lies in its
-    sample, in source coordinates, where that is known.
+    sample, in source coordinates, where that is known. cube: (M, C+1, C+1) the unit cube to the box that each shows of its
+    sample, in source coordinates, of whole looks at lattices.
     """
 
     z: Tensor
     key: Mapping[str, Tensor]
     weight: Tensor
     point: Tensor | None = None
+    cube: Tensor | None = None
 
     def __len__(self) -> int:
         return self.z.shape[0]
@@ -87,15 +89,19 @@ class Units:
 
     def select(self, rows: Tensor) -> Units:
         return Units(self.z[rows], {k: v[rows] for k, v in self.key.items()}, self.weight[rows],
-                     None if self.point is None else self.point[rows])
+                     None if self.point is None else self.point[rows], None if self.cube is None else self.cube[rows])
 
     @staticmethod
     def cat(tables: Iterable[Units]) -> Units:
         tables = list(tables)
         keys = set(tables[0].key).intersection(*(t.key for t in tables))
-        points = [t.point for t in tables if t.point is not None]
+
+        def joined(some: Iterable[Tensor | None]) -> Tensor | None:
+            known = [x for x in some if x is not None]
+            return torch.cat(known) if len(known) == len(tables) else None
+
         return Units(torch.cat([t.z for t in tables]), {k: torch.cat([t.key[k] for t in tables]) for k in sorted(keys)},
-                     torch.cat([t.weight for t in tables]), torch.cat(points) if len(points) == len(tables) else None)
+                     torch.cat([t.weight for t in tables]), joined(t.point for t in tables), joined(t.cube for t in tables))
 
 
 @dataclass(frozen=True)

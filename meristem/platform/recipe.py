@@ -17,6 +17,7 @@ from meristem.errors import RecipeError
 from meristem.modalities.base import Modality, Settings, ViewSettings, modality_class
 from meristem.platform.contrastive.infomax import Infomax
 from meristem.platform.contrastive.objective import Contrastive
+from meristem.platform.contrastive.overlap import Overlap
 from meristem.platform.contrastive.words import BagOfWords
 from meristem.platform.derived.base import Derivation
 from meristem.platform.derived.parts import DERIVATIONS
@@ -38,9 +39,11 @@ NAMED = {"views": "names", "readouts": "names", "masking": "parts", "heads": "pa
          "derived": "parts"}  # the user's names
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-OBJECTIVES: dict[str, type[ObjectiveSettings]] = {"masked": Masked, "contrastive": Contrastive, "infomax": Infomax,
-                                                  "bag_of_words": BagOfWords, "pretext": Pretext, "links": Links, "hops": Hops,
-                                                  "property": Property}
+OBJECTIVES: dict[str, type[ObjectiveSettings]] = {
+    "masked": Masked,
+    "contrastive": Contrastive, "infomax": Infomax, "bag_of_words": BagOfWords, "overlap": Overlap,
+    "pretext": Pretext,
+    "links": Links, "hops": Hops, "property": Property}
 
 
 class TeacherSettings(Settings):

@@ -162,8 +162,8 @@ class Step:
             return self._tiles(view, encoded)
         if level == "global":
             level = "cls" if "cls" in encoded.summary else "mean"
-        keys = self._keys(view)
-        point = None
+        keys, looks = self._keys(view), self.view(view)
+        point = cube = None
         if level == "dense":
             b, n = encoded.valid.shape
             index = encoded.index
@@ -182,7 +182,9 @@ class Step:
             z = encoded.tokens[encoded.valid]
         else:
             z = encoded.summary[level]
-        return Units(z, keys, torch.ones(z.shape[0], device=z.device), point)
+            if looks.frame.affine.shape[-1] == looks.frame.dims + 1:  # elements of a set carry their own coordinates
+                cube = looks.frame.cubes()
+        return Units(z, keys, torch.ones(z.shape[0], device=z.device), point, cube)
 
     def _keys(self, view: str) -> dict[str, Tensor]:
         """Keys (B,) of the rows of a view: whose, which look, labels, and what was drawn."""
@@ -210,4 +212,5 @@ class Step:
     def gather(self, units: Units) -> Units:
         """The same units of every rank, in rank order; every rank must hold as many."""
         return Units(all_ranks(units.z), {k: all_ranks(v) for k, v in units.key.items()}, all_ranks(units.weight),
-                     None if units.point is None else all_ranks(units.point))
+                     None if units.point is None else all_ranks(units.point),
+                     None if units.cube is None else all_ranks(units.cube))

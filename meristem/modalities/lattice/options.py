@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+import math
+from typing import Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from meristem.modalities.base import Settings, ViewSettings
 
@@ -53,7 +54,11 @@ class LatticeViewOptions(ViewSettings):
                about the proportions of `size`, resized to `size` (Szegedy et al. 2015, RandomResizedCrop);
       whole    the centre `size` elements, padded where the sample is smaller;
       cover    the largest centred window with the proportions of `size` that lies inside the sample, resized;
-      contain  the smallest one that holds the whole sample, padded and resized.
+      contain  the smallest one that holds the whole sample, padded and resized;
+      tile     look i shows tile i of the whole sample, cut into as many along each axis as `tiles` says, resized;
+      part     a random window as large as a tile, resized;
+      slice    of tile i one element, drawn for all views alike, along the axes that are cut; resized along the others.
+               Tiles and slices have the parameter `tile`, their number.
     margin: elements read beyond each side of `size`, so that a rotated view shows the sample and not padding.
     foreground: probability that a crop is centred on one of the sample's anchors.
     flip: probability for each axis, or () for none.
@@ -64,7 +69,8 @@ class LatticeViewOptions(ViewSettings):
     """
 
     size: tuple[int, ...]
-    window: Literal["crop", "area", "whole", "cover", "contain"] = "crop"
+    window: Literal["crop", "area", "whole", "cover", "contain", "tile", "part", "slice"] = "crop"
+    tiles: tuple[Annotated[int, Field(ge=1)], ...] = ()
     zoom: Range = (1.0, 1.0)
     area: Range = (0.2, 1.0)
     aspect: Range = (0.75, 4 / 3)
@@ -85,7 +91,7 @@ class LatticeViewOptions(ViewSettings):
 
     def plain(self) -> Self:
         """The whole sample: covered where training draws areas of it, else its centre at the sample's own scale."""
-        window = {"area": "cover", "crop": "whole"}.get(self.window, self.window)
+        window = self.window if self.window in ("cover", "contain") else "cover" if self.window == "area" else "whole"
         return type(self).model_validate({"size": self.size, "window": window})
 
     @model_validator(mode="after")
@@ -93,6 +99,12 @@ class LatticeViewOptions(ViewSettings):
         dims = len(self.size)
         if min(self.size, default=0) < 1:
             raise ValueError(f"size needs a positive number for each axis, got {list(self.size)}")
+        if bool(self.tiles) != (self.window in ("tile", "part", "slice")) or (self.tiles and len(self.tiles) != dims):
+            raise ValueError(f"tiles: {dims} numbers go with the windows tile, part and slice, and with no other")
+        if self.tiles and self.margin:
+            raise ValueError("a window of tiles has no margin")
+        if self.window in ("tile", "slice") and self.count != math.prod(self.tiles):
+            raise ValueError(f"count: {self.count} looks for {math.prod(self.tiles)} tiles, {list(self.tiles)}")
         if self.flip and len(self.flip) != dims:
             raise ValueError(f"flip has {len(self.flip)} probabilities for {dims} axes")
         turns = 3 if dims == 3 else 1

@@ -11,6 +11,7 @@ from meristem.errors import RecipeError
 from meristem.modalities.base import Settings
 from meristem.modalities.rng import Rng
 from meristem.platform.contrastive.losses import LossSettings
+from meristem.platform.contrastive.overlap import boxes
 from meristem.platform.contrastive.parts import LOSSES, TRANSFORMS
 from meristem.platform.contrastive.queue import Queue
 from meristem.platform.contrastive.relations import IDENTITY, Relation, parse
@@ -119,6 +120,11 @@ class Contrastive(ObjectiveSettings):
             return [f"relation '{self.relation}' compares places; set level: dense"]
         if "point" in reads and self.queue is not None:
             return [f"relation '{self.relation}' compares places, which queued keys do not have; leave the queue out"]
+        if "cube" in reads:
+            if self.level == "dense" or self.queue is not None:
+                return [f"relation '{self.relation}' compares boxes of whole looks; set level: global or mean, without a queue"]
+            if problems := [p for x in (*self.queries, *self.keys) for p in boxes(recipe, x.view)]:
+                return [*dict.fromkeys(problems)]
         if "hidden" in reads:
             if self.level != "dense":
                 return [f"relation '{self.relation}' asks what was hidden; set level: dense"]

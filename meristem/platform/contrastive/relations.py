@@ -2,7 +2,8 @@
 
 An expression combines terms with `&` (and), `|` (or), `-` (and not) and `~` (not), with Python's precedence:
 `same(item) - same(view)` pairs the looks of a sample, `same(item) & same(view) & same(token) & hidden` a hidden token with
-itself, `near(0.1) & same(item) - same(view)` tokens of two looks that show one place.
+itself, `near(0.1) & same(item) - same(view)` tokens of two looks that show one place. A term may hold in part, from 0 to 1,
+as `overlap` does: `&` multiplies, `|` takes the larger, `~` what is left to 1.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from meristem.errors import RecipeError
+from meristem.platform.contrastive.overlap import overlap
 from meristem.platform.objectives import Pairs, Units
 
 Keys = Mapping[str, Tensor]
@@ -28,8 +30,8 @@ ONLY = "only"  # of a key unit that was made for one query: that query's number;
 class Term:
     """A predicate of a query and a key unit.
 
-    holds: keys of queries and of keys, of shapes that broadcast, to bool. joins: keys that are equal wherever it holds.
-    reads: keys that it needs.
+    holds: keys of queries and of keys, of shapes that broadcast, to bool, or to a share from 0 to 1. joins: keys that are equal
+    wherever it holds. reads: keys that it needs.
     """
 
     holds: Callable[[Keys, Keys], Tensor]
@@ -76,21 +78,40 @@ def near(*arguments: str | float) -> Term:
     return Term(holds, frozenset(), frozenset({"point"}))
 
 
-TERMS: dict[str, Callable[..., Term]] = {"same": same, "hidden": hidden, "near": near}
+def overlapping(*keys: str) -> Term:
+    """The share of the box that the query shows of their sample which the key shows too."""
+    if keys:
+        raise ValueError("overlap takes no key")
+    return Term(lambda q, k: overlap(q["cube"], k["cube"]), frozenset(), frozenset({"cube"}))
+
+
+TERMS: dict[str, Callable[..., Term]] = {"same": same, "hidden": hidden, "near": near, "overlap": overlapping}
+
+
+def _and(a: Tensor, b: Tensor) -> Tensor:
+    return a & b if a.dtype == b.dtype == torch.bool else a * b
+
+
+def _or(a: Tensor, b: Tensor) -> Tensor:
+    return a | b if a.dtype == b.dtype == torch.bool else torch.maximum(a.float(), b.float())
+
+
+def _not(a: Tensor) -> Tensor:
+    return ~a if a.dtype == torch.bool else 1 - a
 
 
 def _term(node: ast.expr) -> Term:
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
         inner = _term(node.operand)
-        return Term(lambda q, k: ~inner.holds(q, k), frozenset(), inner.reads)
+        return Term(lambda q, k: _not(inner.holds(q, k)), frozenset(), inner.reads)
     if isinstance(node, ast.BinOp):
         a, b = _term(node.left), _term(node.right)
         if isinstance(node.op, ast.BitAnd):
-            return Term(lambda q, k: a.holds(q, k) & b.holds(q, k), a.joins | b.joins, a.reads | b.reads)
+            return Term(lambda q, k: _and(a.holds(q, k), b.holds(q, k)), a.joins | b.joins, a.reads | b.reads)
         if isinstance(node.op, ast.BitOr):
-            return Term(lambda q, k: a.holds(q, k) | b.holds(q, k), a.joins & b.joins, a.reads | b.reads)
+            return Term(lambda q, k: _or(a.holds(q, k), b.holds(q, k)), a.joins & b.joins, a.reads | b.reads)
         if isinstance(node.op, ast.Sub):
-            return Term(lambda q, k: a.holds(q, k) & ~b.holds(q, k), a.joins, a.reads | b.reads)
+            return Term(lambda q, k: _and(a.holds(q, k), _not(b.holds(q, k))), a.joins, a.reads | b.reads)
     name, arguments = node, []
     if isinstance(node, ast.Call) and not node.keywords:
         name, arguments = node.func, node.args
@@ -142,9 +163,9 @@ class Relation:
         rows, columns = {n: x[:, None] for n, x in _keys(q).items()}, {n: x[None] for n, x in _keys(k).items()}
         pos = self.attracts.holds(rows, columns)
         itself = same(*(n for n in IDENTITY if n in q.key and n in k.key)).holds(rows, columns)
-        neg = ~pos & ~itself
+        neg = (pos == 0) & ~itself
         if self.repels is not None:
-            neg = neg & self.repels.holds(rows, columns)
+            neg = _and(neg, self.repels.holds(rows, columns))
         if ONLY in k.key:
             met = _met(k, torch.arange(len(q), device=pos.device)[:, None])
             pos, neg = pos & met, neg & met
@@ -163,6 +184,9 @@ class Relation:
 
     def _need(self, q: Units, k: Units, reads: frozenset[str]) -> None:
         ours, theirs = _keys(q), _keys(k)
+        if "cube" in reads and not ("cube" in ours and "cube" in theirs):
+            raise RecipeError(f"the relation '{self.text}' asks which box of its sample a unit shows, and these show none",
+                              "Use whole looks at images or volumes: level: global or mean, and no queue.")
         lacking = sorted(n for n in reads if n not in ours or (n not in theirs and n != "hidden"))
         if lacking == ["point"]:
             raise RecipeError(f"the relation '{self.text}' asks where units lie, and these have no place in their sample",
@@ -178,8 +202,9 @@ def _met(k: Units, query: Tensor) -> Tensor:
 
 
 def _keys(units: Units) -> dict[str, Tensor]:
-    """By name: the keys (M,) of units and, where they have any, their points (M, C)."""
-    return dict(units.key) if units.point is None else {**units.key, "point": units.point}
+    """By name: the keys (M,) of units and, where they have any, their points (M, C) and cubes (M, C+1, C+1)."""
+    places = {"point": units.point, "cube": units.cube}
+    return {**units.key, **{name: x for name, x in places.items() if x is not None}}
 
 
 def _join(q: Units, k: Units, names: list[str]) -> tuple[Tensor, Tensor]:
