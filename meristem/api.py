@@ -137,10 +137,10 @@ def evaluate(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
 
     task: as in `finetune`, `propagation` or `keypoints`. inits: pretraining runs; an arm from scratch is added; `metadata` is
     one that knows what files say before any pixel. All arms share the first checkpoint's architecture. labels: budgets as in
-    `finetune`. seeds: draws of labels and trainings per cell. protocols: of those the task has (classification: finetune,
-    attentive, linear, svm, knn; or few-shot or retrieval alone). split: as in `pretrain`; evaluations of all folds into a
-    directory each can be pooled by `report`. Finished cells are kept in `out`/cells: the same call goes on where one was
-    stopped. Raises MeristemError, before any training where it can.
+    `finetune`. seeds: draws of labels and trainings per cell. protocols: ways to train on labels (finetune, frozen, warmup,
+    sawtooth, lora), and those the task has (classification: attentive, linear, svm, knn; or few-shot or retrieval alone).
+    split: as in `pretrain`; evaluations of all folds, into a directory each, can be pooled by `report`. Finished cells stay in
+    `out`/cells: the same call goes on where one was stopped. Raises MeristemError, before any training where it can.
     """
     quiet = quiet or not first_rank()
     runs = [Path(init) for init in inits if init not in (tuning.SCRATCH, METADATA)]
@@ -195,7 +195,7 @@ def embed(checkpoint_: Pathlike, data: Pathlike, out: Pathlike, *, quiet: bool =
     Labels in `data` are not looked at. Raises MeristemError.
     """
     card = checkpoint.read_card(Path(checkpoint_))
-    without = {"task", "probe", "objectives", "heads", "teacher", "masking"}
+    without = recipes.TASK_ONLY | {"objectives", "heads", "teacher", "masking", "derived"}
     settings = recipes.build({k: v for k, v in card["recipe"].items() if k not in without}, recipes.Recipe)
     assembly = Assembly(settings)
     checkpoint.load_encoder(Path(checkpoint_), assembly.encoder, settings.modality, settings.encoder.sees)

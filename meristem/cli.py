@@ -46,7 +46,8 @@ Labels = Annotated[str, typer.Option("--labels", help="Labelled subjects to use:
 TrainOn = Annotated[str, typer.Option("--train-on", help="Splits to learn from: train, or train,val once all is tuned.")]
 Budgets = Annotated[list[str] | None, typer.Option("--labels", help="Label budgets: counts, fractions or all; repeatable.")]
 Protocols = Annotated[list[str] | None, typer.Option(
-    "--protocol", help="finetune, attentive, linear, svm, knn, …; default: the task's usual one; repeatable.")]
+    "--protocol", help="finetune, frozen, warmup, sawtooth or lora to train on labels; attentive, linear, svm, knn, …; "
+                       "default: the task's usual one; repeatable.")]
 
 
 @app.command()

@@ -20,7 +20,7 @@ from meristem.modalities.stream import LatticeStream
 from meristem.platform.assembly import Assembly
 from meristem.platform.encoders.base import Encoder
 from meristem.platform.encoders.timm import TimmPyramid, TimmSettings, TimmViT
-from meristem.platform.recipe import Recipe, build
+from meristem.platform.recipe import TASK_ONLY, Recipe, build
 from meristem.platform.training import checkpoint
 
 INPUTS, OUTPUTS = ("array", "spacing"), ("embedding", "tokens")
@@ -53,7 +53,7 @@ def embedder(run: Path, size: tuple[int, ...] | None = None) -> tuple[Embedder, 
     size: of the arrays; None: of the recipe's first view. Raises MeristemError.
     """
     card = checkpoint.read_card(run)
-    without = {"task", "probe", "objectives", "heads", "teacher", "masking", "derived"}
+    without = TASK_ONLY | {"objectives", "heads", "teacher", "masking", "derived"}
     recipe = build({k: v for k, v in card["recipe"].items() if k not in without}, Recipe)
     size = size or tuple(next(iter(recipe.views.values())).size)  # type: ignore[attr-defined]
     if len(size) != len(recipe.modality.axes):

@@ -37,6 +37,7 @@ from meristem.platform.slots import Slot, validated
 PARTS = ("modality", "encoder", "predictor", "target", "loss", "transform", "task", "sample", "detector")
 NAMED = {"views": "names", "readouts": "names", "masking": "parts", "heads": "parts", "objectives": "parts",
          "derived": "parts"}  # the user's names
+TASK_ONLY = frozenset({"task", "probe", "lora"})  # keys of a task's recipe that a plain one lacks
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 OBJECTIVES: dict[str, type[ObjectiveSettings]] = {

@@ -17,6 +17,7 @@ from meristem.modalities.base import Header, Settings
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
+from meristem.platform.encoders.lora import Lora
 from meristem.platform.evaluation.results import Case
 from meristem.platform.objectives import Objective
 from meristem.platform.recipe import Recipe
@@ -126,10 +127,11 @@ TASKS: dict[str, type[TaskSettings]] = {}
 
 
 class TaskRecipe(Recipe):
-    """A recipe with a task. probe: the encoder stays as it is and only the head learns."""
+    """A recipe with a task. probe: the encoder stays as it is and only the head learns. lora: it learns by low-rank parts."""
 
     task: Annotated[TaskSettings, Slot("task", TASKS)]
     probe: bool = False
+    lora: Lora | None = None
 
     @model_validator(mode="after")
     def _trains_on_x(self) -> Any:
@@ -138,6 +140,8 @@ class TaskRecipe(Recipe):
         patch, size = getattr(self.modality.options, "patch", ()), getattr(self.views["x"], "size", ())
         if any(n % p for n, p in zip(size, patch, strict=False)):
             raise ValueError(f"views.x.size {list(size)} is not a multiple of the patch {list(patch)}")
+        if self.probe and self.lora is not None:
+            raise ValueError("probe: true leaves the encoder as it is, and lora adapts it; leave one out")
         if problems := self.task.check(self):
             raise ValueError("; ".join(problems))
         return self

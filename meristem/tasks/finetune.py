@@ -19,6 +19,7 @@ from meristem.platform.data.loader import loader
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
 from meristem.platform.data.splits import NAMES, budget
+from meristem.platform.encoders.lora import adapt
 from meristem.platform.evaluation import detection
 from meristem.platform.evaluation.metrics import means, set_metrics
 from meristem.platform.evaluation.results import METADATA, QUERIES, SHAPES, Case
@@ -102,6 +103,8 @@ def tune(recipe: TaskRecipe, data: Data, rows: Sequence[Row], scope: Scope, init
         load = checkpoint.load_encoder(init, assembly.encoder, recipe.modality, recipe.encoder.sees)
         if not quiet and fabric.global_rank == 0:
             print(f"{title}  {load.line()}", file=sys.stderr)
+    if recipe.lora is not None:
+        adapt(assembly.encoder, recipe.lora)
 
     samples = objective(assembly).learn_from(data, rows)
 

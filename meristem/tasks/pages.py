@@ -26,7 +26,7 @@ from meristem.platform.evaluation.folds import pooled
 from meristem.platform.evaluation.results import Cell, Results
 from meristem.platform.masked.objective import MaskedObjective
 from meristem.platform.objectives import Encoded, Items
-from meristem.platform.recipe import Recipe, build, read
+from meristem.platform.recipe import TASK_ONLY, Recipe, build, read
 from meristem.platform.report.figures import Curve, found_of
 from meristem.platform.report.page import write_report
 from meristem.platform.report.pictures import (
@@ -49,6 +49,7 @@ from meristem.platform.training import checkpoint
 from meristem.tasks.base import TaskRecipe
 from meristem.tasks.propagation import Keypoints, dots, points_of
 from meristem.tasks.transfer import arms
+from meristem.tasks.ways import kept
 
 SHOWN = 4  # reconstructions of each masked run
 ATTENDED = 3  # samples whose attention is shown
@@ -208,7 +209,7 @@ def _drawn(directory: Path, results: Results, data: Data) -> list[_Drawn]:
     cells = _first(results)
     maps = {}
     for cell in cells:
-        file = directory / "pictures" / f"{cell.arm}, {cell.labels} labels.npz"
+        file = directory / "pictures" / f"{kept(cell.protocol, cell.arm, cell.labels)}.npz"
         if file.is_file():
             with np.load(file, allow_pickle=False) as stored:
                 maps[cell.arm] = {name: stored[name] for name in stored.files}
@@ -373,7 +374,7 @@ def attended(encoded: Encoded) -> torch.Tensor:
 def reconstructions(init: Path, data: Data) -> list[Reconstruction]:
     """What a masked run fills in on test samples it has not seen; none for a run without a masked objective."""
     card = checkpoint.read_card(init)
-    recipe = build({k: v for k, v in card["recipe"].items() if k not in ("task", "probe")}, Recipe)
+    recipe = build({k: v for k, v in card["recipe"].items() if k not in TASK_ONLY}, Recipe)
     assembly = Assembly(recipe)
     masked = next((o for o in assembly.objectives.values() if isinstance(o, MaskedObjective)), None)
     rows = (data.rows("test") or data.rows())[:SHOWN]

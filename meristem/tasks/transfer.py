@@ -24,6 +24,7 @@ from meristem.platform.assembly import Assembly
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
 from meristem.platform.data.splits import NAMES
+from meristem.platform.encoders.lora import adapt
 from meristem.platform.evaluation.leakage import audit
 from meristem.platform.evaluation.metrics import LABELS
 from meristem.platform.evaluation.results import FEW, METADATA, QUERIES, Budget, Cell, Counts, Dataset, Results
@@ -35,6 +36,7 @@ from meristem.tasks.classification import Classifying
 from meristem.tasks.finetune import SCRATCH, choose, mean_scores, score, tune
 from meristem.tasks.probing import Frozen, Headers, probe
 from meristem.tasks.propagation import Carrying
+from meristem.tasks.ways import WAYS, kept
 
 RETRIEVAL = "R@1"  # by which retrieval is compared
 ALONE = {"retrieval": RETRIEVAL, "few-shot": FEW}  # protocols with a metric of their own
@@ -91,11 +93,13 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
     """Run the grid. Finished cells are kept in `directory`/cells and not run again.
 
     Writes results.json (every case), metrics.json (a line per cell) and recipe.yaml.
-    protocols: the task's first where none is named. A seed draws the labelled subjects and trains; all arms share the draw.
+    protocols: of the task's and of `WAYS` to train on labels; the task's first where none is named. A seed draws the
+    labelled subjects and trains; all arms share the draw.
     Label maps and logs of the first seed's cells are kept for the report. Where nothing is trained, a seed draws the random
     weights of the scratch arm, and the others are tested once.
     """
     offered, learns = recipe.task.protocols, recipe.task.learns
+    offered += tuple(way for way in WAYS if learns and way not in offered)
     protocols = list(dict.fromkeys(protocols)) or [offered[0]]
     unfit = [p for p in protocols if p not in offered]
     if unfit:
@@ -147,7 +151,7 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
                 cell = next(c for c in cells if c.arm == arm.name).model_copy(update={"seed": seed})
             else:
                 # fine-tuning has a bar of its own; a probe would leave the terminal still for minutes
-                still = protocol != "finetune" and not quiet and first_rank() and sys.stderr.isatty()
+                still = protocol not in WAYS and not quiet and first_rank() and sys.stderr.isatty()
                 with Console(stderr=True).status(title) if still else nullcontext():
                     cell = _run(seeded, data, arm, protocol, budget, rows, test, scope, seed, title, frozen[arm],
                                 directory if seed == 0 and first_rank() else None, quiet)
@@ -173,16 +177,17 @@ def _run(recipe: TaskRecipe, data: Data, arm: Arm, protocol: str, labels: str, r
     chosen: dict[str, float] = {}
     subjects = len({row.subject for row in rows})
     amount: int | Literal["all"] = "all" if labels == "all" and recipe.task.learns else subjects
-    name = f"{arm.name}, {amount} labels"
+    name = kept(protocol, arm.name, amount)
     maps: dict[str, np.ndarray] = {}
-    if protocol == "finetune":
+    if protocol in WAYS:
+        recipe = WAYS[protocol](recipe)
         with tempfile.TemporaryDirectory() as folder:
             tuned = tune(recipe, data, rows, scope, arm.init, title, log=Path(folder), quiet=quiet)
             if tuned.outcome.stopped:
                 raise MeristemError(f"stopped in the middle of {title}", "The same command goes on with what is left.")
             if keep is not None:
                 (keep / "logs").mkdir(exist_ok=True)
-                shutil.copyfile(Path(folder) / "metrics.jsonl", keep / "logs" / f"fine-tuning {name}.jsonl")
+                shutil.copyfile(Path(folder) / "metrics.jsonl", keep / "logs" / f"{name}.jsonl")
         cases = score(tuned.outcome.assembly, data, test, scope, lambda row, map_: maps.__setitem__(row.case, map_))
         cost = Budget(steps=tuned.outcome.steps, batch=recipe.train.batch, trainable=tuned.trainable,
                       seconds=round(time.perf_counter() - began, 2))
@@ -270,6 +275,8 @@ def reload(run: Path) -> tuple[Assembly, TaskRecipe, Scope]:
     recipe = build(found["recipe"], TaskRecipe)
     scope = Scope(dict(enumerate(found["classes"])), tuple(found["scored"]), next((axis["unit"] for axis in found["axes"]), ""))
     assembly = recipe.assemble(scope.classes)
+    if recipe.lora is not None:
+        adapt(assembly.encoder, recipe.lora)
     assembly.load_state_dict(checkpoint.read_weights(run))
     return assembly.eval(), recipe, scope
 

@@ -420,7 +420,9 @@ class Group:
 
 PROTOCOLS = {"finetune": "fine-tuned", "attentive": "attentive probe", "linear": "linear probe",
              "svm": "support vector machine", "few-shot": "few-shot support vector machine", "knn": "nearest neighbours",
-             "retrieval": "retrieval", "propagate": "label propagation"}
+             "retrieval": "retrieval", "propagate": "label propagation", "frozen": "trained on a frozen encoder",
+             "warmup": "fine-tuned after a warm-up", "sawtooth": "fine-tuned after the head", "lora": "fine-tuned by LoRA"}
+TRAINED = ("finetune", "frozen", "warmup", "sawtooth", "lora")  # protocols whose seeds are trainings
 METADATA = "metadata"  # the arm that knows what a file's header says and no pixel
 MANY = 30  # classes, beyond which the areas under their curves take minutes to resample
 QUERIES = "queries"  # the one class of retrieval: all of them
@@ -504,7 +506,7 @@ def _shortcuts(results: Results, rows: Sequence[Row]) -> list[str]:
 def _thin(made: Mapping[tuple[str, str, Labels], Group], tested: str) -> list[str]:
     """Too few seeds or subjects to conclude much."""
     said = []
-    single = [key for key, group in made.items() if len(group.seeds) < 3 and key[1] == "finetune"]
+    single = [key for key, group in made.items() if len(group.seeds) < 3 and key[1] in TRAINED]
     if single:
         said.append(f"Fewer than three seeds in {len(single)} of {len(made)} rows: the spread between runs is not known there.")
     fewest = min(len(group.subjects) for group in made.values())

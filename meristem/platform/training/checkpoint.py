@@ -25,6 +25,7 @@ from meristem.errors import CheckpointError
 from meristem.modalities.base import Modality
 from meristem.modalities.rng import Rng
 from meristem.platform.encoders.base import Encoder
+from meristem.platform.encoders.lora import merged
 
 FORMAT = 1
 LIBRARIES = ("meristem", "torch", "timm", "monai", "numpy", "nibabel", "lightning-fabric")
@@ -279,7 +280,7 @@ def load_encoder(path: Path, encoder: Encoder, modality: Modality, sees: frozens
     card, weights = read_card(path), read_weights(path)
     (kind, options), = card["recipe"]["modality"].items()
     prefix = card["transfer"]
-    own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    own = merged({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     wanted_patch = tuple(getattr(modality.options, "patch", ()))
     report = fit(encoder, own, (card["channels"], modality.channels), (tuple(options.get("patch", ())), wanted_patch))
     if report.coverage < minimum:
