@@ -23,7 +23,7 @@ def _step(recipe_name: str, overrides: list[str]) -> Step:
 
 
 def test_low_and_high_frequencies_add_up_and_share_none() -> None:
-    made = "derived={low: {frequency: {of: x, radius: 5, keep: low}}, high: {frequency: {of: x, radius: 5, keep: high}}}"
+    made = "derived={low: {frequency: {of: x, radius: 5, low: 1}}, high: {frequency: {of: x, radius: 5, low: 0}}}"
     step = _step("image/mae", [made, "views.x.size=[24,32]"])
     low, high, x = step.view("low").array, step.view("high").array, step.view("x").array
     torch.testing.assert_close(low + high, x, atol=1e-5, rtol=0)

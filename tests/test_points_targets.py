@@ -194,7 +194,7 @@ def test_extent_counts_tokens_of_segments_only() -> None:
     position = torch.randn(1, 4, 3)
     stream = TokenStream(torch.zeros(1, 4, 3), position, torch.ones(1, 4, dtype=torch.bool), None,
                          kind={"segment": torch.tensor([[3, -1, 3, -1]])})
-    step: Any = SimpleNamespace(stream=lambda name: stream, batch=SimpleNamespace(views={"x": view}))
+    step: Any = SimpleNamespace(stream=lambda name: stream, view=lambda name: view)
     box = Extent().boxes(view, torch.tensor([[3]])).expand(1, 4, 8)
     made = torch.cat([box[..., :3] - position, box[..., 3:]], -1)
     made[:, 1::2] += 5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
@@ -26,22 +26,23 @@ class Frequency(Derivation):
     """Only the low or only the high frequencies (MFM, Xie et al. 2023, section 3.2).
 
     radius: cycles per view on either side of which they are told apart (16 at 224 pixels), as their code a circle around the
-    constant. keep: `low`, `high`, or `either`, drawn for each row with equal chances. The parameter `kept` is 0 where the low
-    ones were kept and 1 where the high ones were.
+    constant. low: share of the rows whose low ones are kept, drawn for each row (0.5 for their transformer, 0.3 for their
+    ResNet). The parameter `kept` is 0 where the low ones were kept and 1 where the high ones were.
     """
 
     radius: Annotated[float, Field(gt=0)] = 16.0
-    keep: Literal["low", "high", "either"] = "either"
+    low: Annotated[float, Field(ge=0, le=1)] = 0.5
 
     def check(self, recipe: Any) -> list[str]:
         return needs_lattice(recipe, "filters the frequencies of")
 
     def derive(self, view: View, name: str, step: Step) -> View:
-        high = step.rng("frequency", self.of).integers("kept", 2)
-        if self.keep != "either":
-            high = torch.full_like(high, self.keep == "high")
-        shape, axes = tuple(view.array.shape[2:]), tuple(range(2, view.array.ndim))
-        chosen = (radius(shape, view.array.device) < self.radius) ^ (high > 0).reshape(-1, *[1] * len(shape))
-        spectrum = torch.fft.fftn(view.array.float(), dim=axes) * chosen[:, None]
-        return replace(view, name=name, array=torch.fft.ifftn(spectrum, dim=axes).real.to(view.array),
-                       params={**view.params, "kept": high})
+        high = (step.rng("frequency", self.of).uniform("kept") >= self.low).long()
+        made, axes = replace(view, name=name, params={**view.params, "kept": high}), tuple(range(2, view.array.ndim))
+        spectrum = torch.fft.fftn(view.array.float(), dim=axes) * self.kept(made)[:, None]
+        return replace(made, array=torch.fft.ifftn(spectrum, dim=axes).real.to(view.array))
+
+    def kept(self, view: View) -> Tensor:
+        """(B, *S) bool: the bins of torch.fft.fftn that a view derived here has of the one it was made of."""
+        shape = tuple(view.array.shape[2:])
+        return (radius(shape, view.array.device) < self.radius) ^ (view.params["kept"] > 0).reshape(-1, *[1] * len(shape))

@@ -24,9 +24,13 @@ if TYPE_CHECKING:
 
 
 class Readout(Settings):
-    """One line of a masked objective: predicted by its own head, compared with a target, in a region, with a weight."""
+    """One line of a masked objective: predicted by its own head, compared with a target, in a region, with a weight.
+
+    of: the view that the target is made of, whose tokens lie as those of the encoded one do; null: the encoded one itself.
+    """
 
     target: Annotated[TargetSettings, Slot("target", TARGETS)]
+    of: str | None = None
     region: Literal["hidden", "visible", "all"] = "hidden"
     weight: float = 1.0
 
@@ -62,6 +66,14 @@ class Masked(ObjectiveSettings):
         problems = self.predictor.check(name, recipe.encoder, masking)
         for line, readout in self.readouts.items():
             problems += readout.target.check(recipe)
+            of = readout.of or self.encode
+            if of not in recipe.looks:
+                problems.append(f"readout '{line}' is of '{of}': there is no such view (views: {', '.join(recipe.looks)})")
+            elif any(getattr(recipe.looks[of], x) != getattr(recipe.looks[self.encode], x) for x in ("size", "count")):
+                problems.append(f"readout '{line}' is of '{of}', whose tokens are not those of '{self.encode}'; choose a view "
+                                "of its size and count")
+            if readout.target.whole and readout.region != "all":
+                problems.append(f"readout '{line}' compares whole views; set its region to all")
             if masking.decode is not None and readout.region != "hidden":
                 problems.append(f"readout '{line}' is of the {readout.region} region, but only some places are decoded; set "
                                 f"its region to hidden, or masking.{self.encode}.….decode to null")
@@ -90,14 +102,14 @@ class MaskedObjective(Objective):
         view = self.settings.encode
         stream, plan = step.stream(view), step.plan(view)
         for readout in self.settings.readouts.values():
-            readout.target.prepare(step, view)
+            readout.target.prepare(step, readout.of or view)
         losses = {}
         for name, prediction in self._predict(step, plan).items():
             readout = self.settings.readouts[name]
             weight = _region(readout.region, stream, plan)
             if prediction.index is not None:
                 weight = weight.gather(1, prediction.index)
-            total, count = readout.target.compare(step, view, prediction.index, prediction.value, weight)
+            total, count = readout.target.compare(step, readout.of or view, prediction.index, prediction.value, weight)
             # a batch may have no masked row when rows are masked with a probability: no loss then, not 0/0
             losses["" if len(self.settings.readouts) == 1 else name] = Loss(
                 total, count.clamp_min(1e-12), self.settings.weight * readout.weight)
@@ -121,8 +133,9 @@ class MaskedObjective(Objective):
         if stream.lattice is None or not any(isinstance(r.target, Content) for r in self.settings.readouts.values()):
             return {}
         for name, prediction in self._predict(step, plan).items():
-            target = self.settings.readouts[name].target
+            target, of = self.settings.readouts[name].target, self.settings.readouts[name].of
             if isinstance(target, Content):
+                stream = stream if of is None else step.stream(of)
                 mean, std = target.statistics(stream, step.assembly.recipe.modality.channels)
                 hidden, content = plan.hidden[..., None], stream.content
                 value = prediction.value.to(content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from meristem.platform.masked.masking import Block, HiddenEdges, Masking, Nothing, Random, Region, Shuffle
 from meristem.platform.masked.predictors import Decoder, Dense, Graph, Linear, PredictorSettings
+from meristem.platform.masked.spectrum import Spectrum
 from meristem.platform.masked.targets import Chamfer, Content, Cosine, Extent, Features, Surface, TargetSettings
 
 MASKINGS: dict[str, type[Masking]] = {
@@ -12,4 +13,5 @@ MASKINGS: dict[str, type[Masking]] = {
 PREDICTORS: dict[str, type[PredictorSettings]] = {"linear": Linear, "decoder": Decoder, "dense": Dense, "graph": Graph}
 
 TARGETS: dict[str, type[TargetSettings]] = {
-    "content": Content, "features": Features, "chamfer": Chamfer, "surface": Surface, "cosine": Cosine, "extent": Extent}
+    "content": Content, "features": Features, "chamfer": Chamfer, "surface": Surface, "cosine": Cosine, "extent": Extent,
+    "spectrum": Spectrum}

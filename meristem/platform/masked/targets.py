@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,12 @@ ElementLoss = Literal["mse", "l1", "smooth_l1"]
 
 
 class TargetSettings(Settings):
-    """The typed entry of a target: it makes the target, which has no gradient, and owns the loss."""
+    """The typed entry of a target: it makes the target, which has no gradient, and owns the loss.
+
+    whole: whether it compares views as wholes, and so asks for a prediction of every token.
+    """
+
+    whole: ClassVar[bool] = False
 
     def check(self, recipe: Any) -> list[str]:
         """What is impossible about this target in this recipe; empty when all is well."""
