@@ -73,6 +73,7 @@ PLAIN = {  # what the plain method is, by study and name
     ("chest", "mae"): ("image/mae", ("views.x.size=[28,28]", SMALL_DECODER)),
     ("chest", "mae-unet"): ("image/mae-unet", ("views.x.size=[28,28]", "masking.x.random.unit=1",
                                                "objectives.pixels.masked.predictor=linear")),
+    ("chest", "ibot"): ("image/ibot", ("views.g.size=[28,28]", "views.l.size=[16,16]")),
     ("chest", "simclr"): ("image/simclr", ("views.v.size=[28,28]",)),
     ("hippocampus", "mae"): ("volume/mae", ("views.x.size=[36,36,36]", SMALL_DECODER)),
     ("hippocampus", "simclr"): ("volume/simclr", ("views.v.size=[24,24,24]",)),

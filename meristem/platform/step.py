@@ -117,13 +117,15 @@ class Step:
 
     def plan(self, view: str) -> Plan:
         if view not in self._plans:
-            masking = self.assembly.recipe.masking[view]
-            self._plans[view] = masking.plan(self.stream(view), self.rng("mask", view), self.assembly.encoder.mask_unit)
+            self._plans[view] = self.assembly.recipe.masking[view].decide(self, view)
         return self._plans[view]
 
     def encode(self, view: str, by: str = "encoder", masked: bool = False, want: frozenset[str] = frozenset()) -> Encoded:
-        """One pass of a view through `encoder` or `teacher`; masked: with the view's plan."""
-        key = (by, view, masked, want)
+        """One pass of a view through `encoder` or `teacher`; masked: with the view's plan.
+
+        A pass that was asked for more serves those who want less of it.
+        """
+        key = next((k for k in self._encoded if k[:3] == (by, view, masked) and want <= k[3]), (by, view, masked, want))
         if key not in self._encoded:
             encoder = self.assembly.module(by, "encoder")
             plan = self.plan(view) if masked else None

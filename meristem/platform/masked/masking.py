@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -15,6 +15,9 @@ from meristem.modalities.rng import Rng
 from meristem.modalities.stream import TokenStream, gather
 from meristem.platform.objectives import Plan
 from meristem.platform.slots import Slot
+
+if TYPE_CHECKING:
+    from meristem.platform.step import Step
 
 Positive = Annotated[int, Field(ge=1)]
 Unit = Positive | tuple[Positive | None, ...]  # tokens per axis; None: as many as the axis has
@@ -54,7 +57,7 @@ class RunningCell(Settings):
         if len(self.cell) != len(stream.lattice):
             raise RecipeError(f"a running cell has {len(self.cell)} axes, the tokens {len(stream.lattice)}: {stream.lattice}",
                               "Give masking.….decode.running_cell.cell one entry per axis, null for the one it runs along.")
-        _grain(stream, tuple(n or 1 for n in self.cell))  # whole cells only: all rows decode equally many places
+        in_cells(stream, tuple(n or 1 for n in self.cell))  # whole cells only: all rows decode equally many places
         token = torch.arange(math.prod(stream.lattice), device=rng.key.device)
         step = place = torch.zeros_like(token)  # along the axis it runs; number within the cell
         for at, n in zip(torch.unravel_index(token, stream.lattice), self.cell, strict=True):
@@ -108,6 +111,10 @@ class Masking(Settings):
             return ["it swaps contents of tokens, which this encoder cannot take; set swap: 0"]
         return []
 
+    def decide(self, step: Step, view: str) -> Plan:
+        """The plan of a view in this step: of its stream alone, unless a masking looks at more than that."""
+        return self.plan(step.stream(view), step.rng("mask", view), step.assembly.encoder.mask_unit)
+
     def plan(self, stream: TokenStream, rng: Rng, unit: tuple[int, ...]) -> Plan:
         """unit: grain, in tokens per lattice axis, at which the encoder can be masked; () for one token."""
         raise NotImplementedError
@@ -140,11 +147,11 @@ def informative(stream: TokenStream) -> Tensor:
     return stream.valid if weight is None else stream.valid & (weight > 0).any(-1)
 
 
-def _rounded(count: int, ratio: float) -> int:
+def rounded(count: int, ratio: float) -> int:
     return math.floor(count * ratio + 0.5)
 
 
-def _grain(stream: TokenStream, *units: int | tuple[int | None, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def in_cells(stream: TokenStream, *units: int | tuple[int | None, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The common multiple of the units, in tokens per axis (one number: of each), and the lattice of cells that it makes.
 
     A set of tokens without a lattice is one axis of cells of one token. Raises RecipeError when cells do not fill the lattice.
@@ -170,14 +177,14 @@ def _grain(stream: TokenStream, *units: int | tuple[int | None, ...]) -> tuple[t
     return unit, tuple(n // u for n, u in zip(lattice, unit, strict=True))
 
 
-def _to_cells(tokens: Tensor, cells: tuple[int, ...], unit: tuple[int, ...]) -> Tensor:
-    """(B, N) bool per token to (B, M) bool per cell: true where any token is."""
+def to_cells(tokens: Tensor, cells: tuple[int, ...], unit: tuple[int, ...]) -> Tensor:
+    """(B, N) per token to (B, M, tokens of a cell)."""
     split = [n for pair in zip(cells, unit, strict=True) for n in pair]
     grid = tokens.reshape(-1, *split).permute(0, *range(1, len(split), 2), *range(2, len(split) + 1, 2))
-    return grid.reshape(len(tokens), math.prod(cells), -1).any(-1)
+    return grid.reshape(len(tokens), math.prod(cells), -1)
 
 
-def _to_tokens(cell: Tensor, cells: tuple[int, ...], unit: tuple[int, ...]) -> Tensor:
+def to_tokens(cell: Tensor, cells: tuple[int, ...], unit: tuple[int, ...]) -> Tensor:
     """(B, M) per cell to (B, N) per token."""
     grid = cell.reshape(-1, *cells)
     for axis, u in enumerate(unit):
@@ -186,7 +193,14 @@ def _to_tokens(cell: Tensor, cells: tuple[int, ...], unit: tuple[int, ...]) -> T
     return grid.flatten(1)
 
 
-def _feasible(hidden: int, cells: int, ratio: float) -> None:
+def first(order: Tensor, live: Tensor, hide: Tensor, hide_live: Tensor) -> Tensor:
+    """(B, M) bool: the first `hide_live` (B, 1) of a row's live cells (B, M) in `order` (B, M), which names them before the
+    others, and the first of those, so that there are `hide` (B, 1) in all."""
+    rank = torch.zeros_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    return torch.where(live, rank < hide_live, rank - live.sum(1, keepdim=True) < hide - hide_live)
+
+
+def feasible(hidden: int, cells: int, ratio: float) -> None:
     if not 0 < hidden < cells:
         raise RecipeError(f"masking {ratio:g} of {cells} cells hides {hidden} of them",
                           "Choose a larger view, a smaller patch or mask unit, or another ratio.")
@@ -206,36 +220,28 @@ class Random(Masking):
     unit: Unit = 1
 
     def plan(self, stream: TokenStream, rng: Rng, unit: tuple[int, ...]) -> Plan:
-        grain, cells = _grain(stream, self.unit, unit)
+        grain, cells = in_cells(stream, self.unit, unit)
         live = informative(stream)
-        live_cell = _to_cells(live, cells, grain)
-        batch, m = live_cell.shape
-        hide = _rounded(m, self.ratio)
-        _feasible(hide, m, self.ratio)
+        live_cell = to_cells(live, cells, grain).any(-1)
+        m = live_cell.shape[1]
+        hide = rounded(m, self.ratio)
+        feasible(hide, m, self.ratio)
         # rank of each cell: the informative ones first, in random order; then the others, in random order
         draw = rng.uniform("cells", m) + (~live_cell).float()
         order = draw.argsort(dim=1, stable=True)
-        rank = torch.zeros_like(order).scatter_(1, order, torch.arange(m, device=order.device).expand(batch, m))
-        n_live = live_cell.sum(1, keepdim=True)
-        hide_live = (n_live.double() * self.ratio + 0.5).floor().long()  # rounds as `hide` does
-        hidden_cell = torch.where(live_cell, rank < hide_live, rank - n_live < hide - hide_live)
-        hidden = _to_tokens(hidden_cell, cells, grain)
+        hide_live = (live_cell.sum(1, keepdim=True).double() * self.ratio + 0.5).floor().long()  # rounds as `hide` does
+        hidden = to_tokens(first(order, live_cell, torch.full_like(hide_live, hide), hide_live), cells, grain)
         return self._finish(stream, rng, hidden, live, (m - hide) * math.prod(grain))
 
 
-class Block(Masking):
-    """Boxes of cells until the wanted number is reached exactly (BEiT, Bao et al. 2022, algorithm 1; iBOT, Zhou et al. 2022).
+class Shares(Masking):
+    """A masking whose rows may differ in how much they hide.
 
-    ratio: hidden fraction, or a range it is drawn from for each row. min_block: least cells of a box; its volume is uniform
-    between this and the wanted number. aspect: the ratio of any two sides lies in [aspect, 1/aspect]. prob: of a row being
-    masked at all. unit: as in `Random`. A range or prob < 1 makes the count differ from row to row, which only `replace` can
-    take. Departs from BEiT: the last box is cut to fit where BEiT rejects those that do not, and works in any dimension; an
-    axis that is one cell long (unit null) is not one of them.
+    ratio: hidden fraction, or a range it is drawn from for each row. prob: of a row being masked at all. unit: as in `Random`.
+    A range or prob < 1 makes the count differ from row to row, which only `replace` can take.
     """
 
     ratio: Fraction | tuple[Fraction, Fraction] = 0.4
-    min_block: Positive = 4
-    aspect: Annotated[float, Field(gt=0, le=1)] = 0.3
     prob: Annotated[float, Field(gt=0, le=1)] = 1.0
     unit: Unit = 1
 
@@ -252,47 +258,71 @@ class Block(Masking):
     def _top(self) -> float:
         return self.ratio[1] if isinstance(self.ratio, tuple) else self.ratio
 
+    def _shares(self, rng: Rng) -> Tensor:
+        """(B,) what each row hides of its cells; 0 where it is not masked."""
+        if isinstance(self.ratio, tuple):
+            ratio = rng.uniform("ratio", low=self.ratio[0], high=self.ratio[1])
+        else:
+            ratio = torch.full_like(rng.key, self.ratio, dtype=torch.float64)
+        return ratio.where(rng.uniform("masked") < self.prob, 0.0)
+
+
+class Block(Shares):
+    """Boxes of cells until the wanted number is reached exactly (BEiT, Bao et al. 2022, algorithm 1; iBOT, Zhou et al. 2022).
+
+    min_block: least cells of a box; its volume is uniform between this and the wanted number. aspect: the ratio of any two
+    sides lies in [aspect, 1/aspect]. Departs from BEiT: the last box is cut to fit where BEiT rejects those that do not, and
+    works in any dimension; an axis that is one cell long (unit null) is not one of them.
+    """
+
+    ratio: Fraction | tuple[Fraction, Fraction] = 0.4
+    min_block: Positive = 4
+    aspect: Annotated[float, Field(gt=0, le=1)] = 0.3
+
     def plan(self, stream: TokenStream, rng: Rng, unit: tuple[int, ...]) -> Plan:
         if stream.lattice is None:
             raise RecipeError("block masking needs tokens on a lattice, and these lie on none", "Use `random` masking.")
-        grain, cells = _grain(stream, self.unit, unit)
+        grain, cells = in_cells(stream, self.unit, unit)
         m = math.prod(cells)
-        most = _rounded(m, self._top)
-        _feasible(most, m, self._top)
-        hide = torch.full_like(rng.key, most)
-        if isinstance(self.ratio, tuple):
-            hide = (m * rng.uniform("ratio", low=self.ratio[0], high=self._top) + 0.5).floor().long()
+        most = rounded(m, self._top)
+        feasible(most, m, self._top)
+        hide = (m * self._shares(rng) + 0.5).floor().long()
         when = self._first_covered(rng, tuple(n for n in cells if n > 1), hide)
         order = when.argsort(dim=1, stable=True)
         rank = torch.zeros_like(order).scatter_(1, order, torch.arange(m, device=order.device).expand_as(order))
-        masked = rng.uniform("masked") < self.prob
-        hidden = _to_tokens((rank < hide[:, None]) & masked[:, None], cells, grain)
+        hidden = to_tokens(rank < hide[:, None], cells, grain)
         return self._finish(stream, rng, hidden, informative(stream), (m - most) * math.prod(grain))
 
     def _first_covered(self, rng: Rng, cells: tuple[int, ...], hide: Tensor) -> Tensor:
-        """(B, M): when each cell is hidden: the number of the first box over it; within a box, from one of its corners on.
-
-        The number of boxes is such that if all were of the least volume, their expected union would exceed what is wanted.
-        """
-        m, d = math.prod(cells), len(cells)
-        boxes = math.ceil(2 * math.log(1 - self._top) / math.log(1 - min(self.min_block / m, 0.5))) + 4
+        """(B, M): when each cell is hidden."""
+        d, boxes = len(cells), enough_boxes(self._top, self.min_block / math.prod(cells))
         least = torch.full_like(hide, self.min_block)
         volume = least[:, None] + rng.uniform("volume", boxes) * (hide - least).clamp_min(0)[:, None]
         stretch = (rng.uniform("aspect", boxes, d) - 0.5) * -math.log(self.aspect)  # any two differ by at most −log aspect
-        side = volume[..., None].pow(1 / d) * (stretch - stretch.mean(-1, keepdim=True)).exp()
-        number = torch.arange(boxes, device=hide.device)[None, :, None]
-        depth = torch.zeros((), device=hide.device)  # (B, boxes, M): how far from that corner, in sides of the box
-        inside = torch.ones((), dtype=torch.bool, device=hide.device)
-        for axis, (n, grid) in enumerate(zip(cells, torch.unravel_index(torch.arange(m, device=hide.device), cells),
-                                             strict=True)):
-            length = side[..., axis].round().clamp(1, n)
-            start = (rng.uniform(f"start{axis}", boxes) * (n - length + 1)).floor()
-            along = (grid + 0.5 - start[..., None]) / length[..., None]
-            inside = inside & (along > 0) & (along < 1)
-            far = rng.integers(f"corner{axis}", 2, boxes)[..., None]
-            depth = torch.maximum(depth, (along - far).abs())
-        never = boxes + rng.uniform("rest", m)  # what no box reached is hidden one by one, at random
-        return torch.minimum(torch.where(inside, number + depth.clamp(0, 1), torch.inf).amin(1), never)
+        return first_covered(rng, cells, volume[..., None].pow(1 / d) * (stretch - stretch.mean(-1, keepdim=True)).exp())
+
+
+def enough_boxes(ratio: float, volume: float) -> int:
+    """So many boxes that if all were of this volume, their expected union would exceed the ratio; both parts of the whole."""
+    return math.ceil(2 * math.log(1 - ratio) / math.log(1 - min(volume, 0.5))) + 4
+
+
+def first_covered(rng: Rng, cells: tuple[int, ...], side: Tensor) -> Tensor:
+    """(B, M): when boxes at random places, of sides (B, boxes, d), cover each cell: the number of the first box over it; within
+    a box, from one of its corners on."""
+    m, boxes, device = math.prod(cells), side.shape[1], side.device
+    number = torch.arange(boxes, device=device)[None, :, None]
+    depth = torch.zeros((), device=device)  # (B, boxes, M): how far from that corner, in sides of the box
+    inside = torch.ones((), dtype=torch.bool, device=device)
+    for axis, (n, grid) in enumerate(zip(cells, torch.unravel_index(torch.arange(m, device=device), cells), strict=True)):
+        length = side[..., axis].round().clamp(1, n)
+        start = (rng.uniform(f"start{axis}", boxes) * (n - length + 1)).floor()
+        along = (grid + 0.5 - start[..., None]) / length[..., None]
+        inside = inside & (along > 0) & (along < 1)
+        far = rng.integers(f"corner{axis}", 2, boxes)[..., None]
+        depth = torch.maximum(depth, (along - far).abs())
+    never = boxes + rng.uniform("rest", m)  # what no box reached is hidden one by one, at random
+    return torch.minimum(torch.where(inside, number + depth.clamp(0, 1), torch.inf).amin(1), never)
 
 
 class HiddenEdges(Masking):
@@ -365,25 +395,22 @@ class Region(Masking):
     regions: Positive = 4
 
     def plan(self, stream: TokenStream, rng: Rng, unit: tuple[int, ...]) -> Plan:
-        if math.prod(_grain(stream, 1, unit)[0]) > 1:
+        if math.prod(in_cells(stream, 1, unit)[0]) > 1:
             raise RecipeError("region masking hides single tokens, and this encoder is masked in units of several",
                               "Use `block` masking.")
         if stream.position is None:
             raise RecipeError("region masking needs tokens with positions, and these have none", "Use `random` masking.")
         live, m = informative(stream), len(stream)
-        hide = _rounded(m, self.ratio)
-        _feasible(hide, m, self.ratio)
+        hide = rounded(m, self.ratio)
+        feasible(hide, m, self.ratio)
         order = (rng.uniform("regions", m) + (~live).float()).argsort(dim=1, stable=True)
         centre = order[:, :self.regions]
         far = (stream.position[:, :, None] - gather(stream.position, centre)[:, None]).square().sum(-1)
         far = far.masked_fill(~gather(live, centre)[:, None], torch.inf).amin(-1)  # fewer informative tokens than regions
         # the informative ones first, from near to far
         nearest = torch.where(live, far, torch.inf).argsort(dim=1, stable=True)
-        rank = torch.zeros_like(nearest).scatter_(1, nearest, torch.arange(m, device=nearest.device).expand_as(nearest))
-        n_live = live.sum(1, keepdim=True)
-        hide_live = (n_live.double() * self.ratio + 0.5).floor().long()  # rounds as `hide` does
-        hidden = torch.where(live, rank < hide_live, rank - n_live < hide - hide_live)
-        return self._finish(stream, rng, hidden, live, m - hide)
+        hide_live = (live.sum(1, keepdim=True).double() * self.ratio + 0.5).floor().long()  # rounds as `hide` does
+        return self._finish(stream, rng, first(nearest, live, torch.full_like(hide_live, hide), hide_live), live, m - hide)
 
 
 class Nothing(Masking):

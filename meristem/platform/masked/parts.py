@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from meristem.platform.masked.guides import Guided
 from meristem.platform.masked.masking import Block, HiddenEdges, Masking, Nothing, Random, Region, Shuffle
 from meristem.platform.masked.predictors import Decoder, Dense, Graph, Linear, PredictorSettings
 from meristem.platform.masked.spectrum import Spectrum
 from meristem.platform.masked.targets import Chamfer, Content, Cosine, Extent, Features, Surface, TargetSettings
 
 MASKINGS: dict[str, type[Masking]] = {
-    "random": Random, "block": Block, "region": Region, "nothing": Nothing, "edges": HiddenEdges, "shuffle": Shuffle}
+    "random": Random, "block": Block, "region": Region, "nothing": Nothing, "edges": HiddenEdges, "shuffle": Shuffle,
+    "guided": Guided}
 
 PREDICTORS: dict[str, type[PredictorSettings]] = {"linear": Linear, "decoder": Decoder, "dense": Dense, "graph": Graph}
 

@@ -1,0 +1,158 @@
+"""Maskings that follow a score of each token: how much a teacher attends to it, or noise of a colour."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from meristem.errors import RecipeError
+from meristem.modalities.base import Settings
+from meristem.modalities.rng import Rng
+from meristem.modalities.stream import TokenStream
+from meristem.platform.derived.base import needs_lattice
+from meristem.platform.masked.masking import (
+    Fraction,
+    Shares,
+    feasible,
+    first,
+    in_cells,
+    informative,
+    rounded,
+    to_cells,
+    to_tokens,
+)
+from meristem.platform.objectives import Plan
+from meristem.platform.slots import Slot
+
+if TYPE_CHECKING:
+    from meristem.platform.step import Step
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Guide(Settings):
+    """The typed entry of a guide."""
+
+    def check(self, recipe: Any) -> list[str]:
+        """What is impossible about it in this recipe; empty when all is well."""
+        return []
+
+    def score(self, step: Step, view: str) -> Tensor:
+        """(B, N) of each token of a view. It may make passes, but none of the masked view."""
+        raise NotImplementedError
+
+
+class Attention(Guide):
+    """How much the teacher's class token attends to each token in the last block, mean over its heads, nothing hidden (AttMask,
+    Kakogeorgiou et al. 2022, section 3.2). Its pass serves the losses that compare with the same teacher."""
+
+    def check(self, recipe: Any) -> list[str]:
+        problems = [f"it follows attention, and this encoder gives no {need}; choose encoder: transformer with cls: true, or "
+                    "masking: random" for need in ("attention", "cls") if need not in recipe.encoder.provides][:1]
+        if recipe.teacher is None or "encoder" not in recipe.teacher.of:
+            problems.append("it follows the attention of a teacher, and there is none; add `teacher: {of: [encoder]}`")
+        return problems
+
+    def score(self, step: Step, view: str) -> Tensor:
+        attention = step.encode(view, by="teacher", want=frozenset({"attention"})).attention
+        assert attention is not None
+        return attention[:, :, 0, 1:].mean(1)
+
+
+class Noise(Guide):
+    """White noise W through a filter, the same for whatever it masks (ColorMAE, Hinojosa et al. 2024, section 3).
+
+    colour: `red` G_wide∗W (blobs), `blue` W − G_narrow∗W (apart from each other), `green` (G_narrow − G_wide)∗W (blobs of one
+    size), `purple` W − green. G: Gaussians of the deviations narrow and wide, in tokens. The noise is wider than the lattice by
+    six deviations per axis, so that its ends know nothing of each other.
+    """
+
+    colour: Literal["red", "blue", "green", "purple"] = "green"
+    narrow: Positive = 0.5
+    wide: Positive = 1.5
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.narrow >= self.wide:
+            raise ValueError(f"narrow {self.narrow:g} must be less than wide {self.wide:g}")
+        return self
+
+    def check(self, recipe: Any) -> list[str]:
+        return needs_lattice(recipe, "follows noise on the lattices of")
+
+    def gain(self, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+        """(*shape) of the filter, at each bin of torch.fft.fftn."""
+        axes = torch.meshgrid(*(torch.fft.fftfreq(n, device=device) for n in shape), indexing="ij")
+        square = torch.stack(axes).square().sum(0)
+        narrow, wide = (torch.exp(-2 * (math.pi * s) ** 2 * square) for s in (self.narrow, self.wide))
+        return {"red": wide, "blue": 1 - narrow, "green": narrow - wide, "purple": 1 - (narrow - wide)}[self.colour]
+
+    def score(self, step: Step, view: str) -> Tensor:
+        lattice = step.stream(view).lattice
+        assert lattice is not None  # checked
+        return self.noise(lattice, step.rng("guide", view)).flatten(1)
+
+    def noise(self, lattice: tuple[int, ...], rng: Rng) -> Tensor:
+        """(B, *lattice)."""
+        shape = tuple(n + math.ceil(6 * self.wide) for n in lattice)
+        axes = tuple(range(1, len(shape) + 1))
+        white = torch.fft.fftn(rng.normal("noise", *shape), dim=axes)
+        made = torch.fft.ifftn(white * self.gain(shape, rng.key.device), dim=axes).real
+        for axis, n in enumerate(lattice, 1):
+            made = made.narrow(axis, 0, n)
+        return made
+
+
+GUIDES: dict[str, type[Guide]] = {"attention": Attention, "noise": Noise}
+
+
+class Guided(Shares):
+    """The cells of the highest score.
+
+    guide: what gives the score; a cell's is the mean of its tokens'. hide: the highest or the lowest. hints: of the cells that
+    score highest, this share, some are shown again, drawn at random: as large a part of them as the row hides of all (AttMask,
+    its Hints). The ratio holds among informative tokens and among the rest separately, as in `Random`.
+    """
+
+    guide: Annotated[Guide, Slot("guide", GUIDES)]
+    hide: Literal["highest", "lowest"] = "highest"
+    hints: Fraction | None = None
+
+    @model_validator(mode="after")
+    def _shows(self) -> Self:
+        if self.hints is not None and self.corruption == "drop":
+            raise ValueError("hints: rows then hide different numbers of tokens, which cannot be dropped; set corruption: "
+                             "replace")
+        return self
+
+    def check(self, recipe: Any) -> list[str]:
+        return [*super().check(recipe), *self.guide.check(recipe)]
+
+    def decide(self, step: Step, view: str) -> Plan:
+        return self.follow(self.guide.score(step, view), step.stream(view), step.rng("mask", view),
+                           step.assembly.encoder.mask_unit)
+
+    def follow(self, score: Tensor, stream: TokenStream, rng: Rng, unit: tuple[int, ...]) -> Plan:
+        """score: (B, N)."""
+        if score.shape != stream.valid.shape:
+            raise RecipeError(f"the guide scores {score.shape[1]} tokens, and the view has {len(stream)}",
+                              "Choose an encoder whose tokens are those of the view, or masking: random.")
+        grain, cells = in_cells(stream, self.unit, unit)
+        live = informative(stream)
+        live_cell, scored = to_cells(live, cells, grain).any(-1), to_cells(score.float(), cells, grain).mean(-1)
+        m = scored.shape[1]
+        most = rounded(m, self._top)
+        feasible(most, m, self._top)
+        order = (scored if self.hide == "lowest" else -scored).masked_fill(~live_cell, torch.inf).argsort(dim=1, stable=True)
+        share = self._shares(rng)[:, None]
+        hide, hide_live = ((count * share + 0.5).floor().long() for count in (m, live_cell.sum(1, keepdim=True)))
+        chosen = first(order, live_cell, hide, hide_live)
+        if self.hints is not None:
+            top = rounded(m, self.hints)
+            drawn = rng.uniform("hints", top).argsort(dim=1, stable=True).argsort(dim=1) < (top * share + 0.5).floor()
+            chosen = chosen.scatter(1, order[:, :top], chosen.gather(1, order[:, :top]) & ~drawn)
+        return self._finish(stream, rng, to_tokens(chosen, cells, grain), live, (m - most) * math.prod(grain))
