@@ -21,6 +21,14 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return torch.gather(x, 1, index.reshape(shape).expand(*index.shape, *x.shape[2:]))
 
 
+def fold(content: Tensor, lattice: tuple[int, ...], patch: tuple[int, ...]) -> Tensor:
+    """Content (B, N, C·prod(patch)) of a whole lattice of tokens to the array (B, C, *S) they are cut from."""
+    d = len(lattice)
+    cells = content.reshape(len(content), *lattice, -1, *patch)
+    order = [0, d + 1, *(axis for i in range(d) for axis in (1 + i, d + 2 + i))]
+    return cells.permute(order).reshape(len(content), -1, *(g * p for g, p in zip(lattice, patch, strict=True)))
+
+
 def mostly_zero(x: Tensor) -> bool:
     """Whether so few numbers are not 0 (bags of words) that a processor is faster when it deals with those alone."""
     return x.device.type == "cpu" and int(x.count_nonzero()) < 0.1 * x.numel()
@@ -133,6 +141,10 @@ class TokenStream:
                            {k: gather(v, index) for k, v in self.aux.items()}, pick(self.weight),
                            None if self.edges is None else self.edges.take(index))
 
+    def showing(self, content: Tensor) -> TokenStream:
+        """The same tokens with other content (B, N, P)."""
+        return replace(self, content=content)
+
     def seen(self, sees: frozenset[str]) -> TokenStream:
         """What an encoder is given: content, validity, and only the named fields; the rest is gone, not merely ignored."""
         empty: dict[str, Any] = {"kind": {}, "aux": {}}
@@ -226,6 +238,14 @@ class LatticeStream(TokenStream):
             frame = replace(frame, affine=torch.diag_embed(own))
         return LatticeStream(self.array, self.patch, frame, self.item if "item" in sees else None,
                              self.weight_array if "weight" in sees else None, self.aux if "aux" in sees else None, sees)
+
+    def showing(self, content: Tensor) -> LatticeStream:
+        """The same tokens with other content (B, N, P); what belongs to no token stays."""
+        assert self.lattice is not None
+        array, made = self.array.clone(), fold(content, self.lattice, self.patch)
+        covered: tuple[Any, ...] = (..., *map(slice, made.shape[2:]))
+        array[covered] = made.to(array)
+        return self.with_array(array)
 
     def with_array(self, array: Tensor) -> LatticeStream:
         """The same tokens with other content (a corrupted copy)."""

@@ -27,6 +27,7 @@ class Plan:
     swap: (B, N) number of the token whose content a hidden one shows to the encoder, −1 where it shows a mask token.
     remask: (K, B, N) bool, the tokens whose encoding a decoder is not given, in each of its K passes; None: the hidden ones.
     edges: (E,) bool, the edges of the stream that are hidden.
+    fill: (B, N, P) content that hidden tokens show in place of their own, so that an encoder has nothing left to hide.
     """
 
     hidden: Tensor
@@ -36,9 +37,12 @@ class Plan:
     swap: Tensor | None = None
     remask: Tensor | None = None
     edges: Tensor | None = None
+    fill: Tensor | None = None
 
     def shown(self, stream: TokenStream) -> TokenStream:
-        """The stream without its hidden edges; tokens are hidden by whoever embeds them."""
+        """The stream without its hidden edges and with what fills hidden tokens; others are hidden by whoever embeds them."""
+        if self.fill is not None:
+            stream = stream.showing(self.fill.to(stream.content).where(self.hidden[..., None], stream.content))
         if self.edges is None or stream.edges is None:
             return stream
         return replace(stream, edges=stream.edges.where(~self.edges))

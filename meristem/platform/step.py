@@ -133,7 +133,7 @@ class Step:
             stream = stream if plan is None else plan.shown(stream)
             self.passes.append(f"{by}({view}{', plan' if masked else ''})")
             with torch.set_grad_enabled(torch.is_grad_enabled() and by == "encoder"):
-                self._encoded[key] = encoder(stream, plan, want=want)
+                self._encoded[key] = encoder(stream, None if plan is None or plan.fill is not None else plan, want=want)
         return self._encoded[key]
 
     def summary(self) -> Tensor | None:

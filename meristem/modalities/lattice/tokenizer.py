@@ -7,7 +7,7 @@ import math
 from torch import Tensor, nn
 
 from meristem.modalities.base import Tokenizer, View
-from meristem.modalities.stream import LatticeStream, TokenStream
+from meristem.modalities.stream import LatticeStream, TokenStream, fold
 
 
 class PatchEmbedding(nn.Module):
@@ -42,8 +42,4 @@ class LatticeTokenizer(Tokenizer):
         return PatchEmbedding(self.token_size, width)
 
     def fold(self, content: Tensor, lattice: tuple[int, ...]) -> Tensor:
-        d = len(lattice)
-        cells = content.reshape(len(content), *lattice, self.channels, *self.patch)
-        order = [0, d + 1, *(axis for i in range(d) for axis in (1 + i, d + 2 + i))]
-        shape = (g * p for g, p in zip(lattice, self.patch, strict=True))
-        return cells.permute(order).reshape(len(content), self.channels, *shape)
+        return fold(content, lattice, self.patch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from meristem.platform.masked.groups import Groups
 from meristem.platform.masked.guides import Guided
 from meristem.platform.masked.masking import Block, HiddenEdges, Masking, Nothing, Random, Region, Shuffle
 from meristem.platform.masked.predictors import Decoder, Dense, Graph, Linear, PredictorSettings
@@ -10,7 +11,7 @@ from meristem.platform.masked.targets import Chamfer, Content, Cosine, Extent, F
 
 MASKINGS: dict[str, type[Masking]] = {
     "random": Random, "block": Block, "region": Region, "nothing": Nothing, "edges": HiddenEdges, "shuffle": Shuffle,
-    "guided": Guided}
+    "guided": Guided, "groups": Groups}
 
 PREDICTORS: dict[str, type[PredictorSettings]] = {"linear": Linear, "decoder": Decoder, "dense": Dense, "graph": Graph}
 
