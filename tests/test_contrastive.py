@@ -163,7 +163,7 @@ def test_ibots_centres_follow_each_its_own_line() -> None:
     assert torch.equal(kept["objectives.cls.loss.centre"], assembly.objectives["cls"].loss.centre)
 
 
-@pytest.mark.parametrize("method", ["simclr", "moco-v3", "dino"])
+@pytest.mark.parametrize("method", ["simclr", "moco-v3", "dino", "dcl", "groco", "mochi"])
 def test_two_ranks_sum_to_one(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Halves of a batch, keys gathered, against the whole; norms do not look at the batch here."""
     layer = [f"heads.{head}.mlp.norm=layer" for head in load(f"image/{method}").heads if head != "head"]

@@ -17,8 +17,9 @@ from meristem.errors import RecipeError
 from meristem.modalities.rng import Rng
 from meristem.platform.assembly import Assembly, total
 from meristem.platform.contrastive.losses import infonce
+from meristem.platform.contrastive.parts import TRANSFORMS
 from meristem.platform.contrastive.relations import ONLY, Relation
-from meristem.platform.contrastive.transforms import Mix, added, mixtures
+from meristem.platform.contrastive.transforms import Mix, Transform, TransformSettings, added, mixtures
 from meristem.platform.objectives import Units
 from meristem.platform.recipe import load
 from meristem.platform.step import Step
@@ -106,6 +107,37 @@ def test_added_keys_are_met_by_one_query_and_have_the_keys_of_whom_they_stand_fo
     dense = torch.zeros(4, 12)
     dense[matches.q, matches.k] = matches.weight
     assert torch.equal(dense, pairs.pos)
+
+
+class Towards(TransformSettings):
+    """Every key half-way to the nearest one of the queue: a positive that nobody drew."""
+
+    def build(self, width: int) -> Transform:
+        return Halfway()
+
+
+class Halfway(Transform):
+    def forward(self, q: Units, k: Units, relation: Relation, step: Step) -> tuple[Units, Units]:
+        fresh, past = k.z[:-20], k.z[-20:]
+        near = past[F.normalize(fresh, dim=1).matmul(F.normalize(past, dim=1).T).argmax(1)]
+        return q, k.with_z(torch.cat([fresh + near, past]))
+
+
+def test_a_transform_may_move_keys_and_read_the_queue_of_all_ranks_under_a_loss_that_only_attracts(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TRANSFORMS, "towards", Towards)
+    assembly = assemble(f"{LINE}.transform=towards", f"{LINE}.loss={{cosine: {{}}}}", f"{LINE}.negatives=null")
+    monkeypatch.setattr(Step, "gather", lambda step, k: Units.cat([k, k.with_z(-k.z)]))
+    run(assembly, [draw(assembly)], 0.0)
+    queue = assembly.objectives["contrast"].queue
+    assert int(queue.place) == 16  # the other rank's keys too
+    monkeypatch.undo()
+    batch = draw(assembly, 4)
+    step = Step(assembly, batch, 0.1, 1)
+    q, k = (step.units("v", by, "mean", "projector").z.detach() for by in ("encoder", "teacher"))
+    moved = k + queue.z[(F.normalize(k, dim=1) @ F.normalize(queue.z, dim=1).T).argmax(1)]
+    expected = 2 - 2 * F.cosine_similarity(q, moved[torch.arange(8) ^ 1], dim=1).mean()
+    assert mean(assembly(batch, 0.1)["contrast"]) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_the_recipe_by_hand_and_that_no_gradient_passes_through_a_mixture() -> None:

@@ -182,7 +182,7 @@ class ContrastiveObjective(Objective):
             q = q.select(Rng(rng.key[:1]).permutation("queries", len(q))[0, :s.sample])
         if s.stop_gradient:
             k = k.with_z(k.z.detach())
-        if s.loss.repels:
+        if s.loss.repels or self.queue is not None:
             k = step.gather(k)
         keys = k if self.queue is None else Units.cat([k, self.queue.units()])
         if self.transform is not None:
