@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from meristem.platform.derived.again import Again
 from meristem.platform.derived.base import Derivation
 from meristem.platform.derived.frequency import Frequency
 from meristem.platform.derived.montage import Montage
 
-DERIVATIONS: dict[str, type[Derivation]] = {"frequency": Frequency, "montage": Montage}
+DERIVATIONS: dict[str, type[Derivation]] = {"frequency": Frequency, "montage": Montage, "again": Again}

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from meristem.errors import RecipeError
 from meristem.modalities.base import Settings
 from meristem.modalities.stream import TokenStream
 from meristem.platform.masked.masking import informative
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
 class Readout(Settings):
     """One line of a masked objective: predicted by its own head, compared with a target, in a region, with a weight.
 
-    of: the view that the target is made of, whose tokens lie as those of the encoded one do; null: the encoded one itself.
+    output: the predictor's output of this name in place of a head of its own. of: the view that the target is made of, whose
+    tokens lie as those of the encoded one do; null: the encoded one itself.
     """
 
     target: Annotated[TargetSettings, Slot("target", TARGETS)]
+    output: str | None = None
     of: str | None = None
     region: Literal["hidden", "visible", "all"] = "hidden"
     weight: float = 1.0
@@ -65,8 +68,14 @@ class Masked(ObjectiveSettings):
         name, masking = next(n for n, part in PREDICTORS.items() if part is type(self.predictor)), recipe.masking[self.encode]
         problems = self.predictor.check(name, recipe.encoder, masking)
         for line, readout in self.readouts.items():
-            problems += readout.target.check(recipe)
             of = readout.of or self.encode
+            problems += readout.target.fits(recipe, of)
+            if readout.output is not None and readout.output not in self.predictor.outputs:
+                problems.append(f"readout '{line}' is of output '{readout.output}', which the {name} predictor does not have "
+                                f"(outputs: {', '.join(sorted(self.predictor.outputs)) or 'none'})")
+            if readout.region != "hidden" and not self.predictor.everywhere:
+                problems.append(f"readout '{line}' is of the {readout.region} region, and the {name} predictor fills in "
+                                "what is hidden alone; set its region to hidden")
             if of not in recipe.looks:
                 problems.append(f"readout '{line}' is of '{of}': there is no such view (views: {', '.join(recipe.looks)})")
             elif any(getattr(recipe.looks[of], x) != getattr(recipe.looks[self.encode], x) for x in ("size", "count")):
@@ -94,6 +103,10 @@ class MaskedObjective(Objective):
         recipe = assembly.recipe
         self.settings, self.sees = settings, recipe.encoder.sees
         sizes = {name: readout.target.size(assembly.tokenizer, assembly.encoder) for name, readout in settings.readouts.items()}
+        for name in [name for name, readout in settings.readouts.items() if readout.output is not None]:
+            if (size := sizes.pop(name)) != assembly.encoder.width:
+                raise RecipeError(f"readout '{name}' compares {size} numbers per token with an output of "
+                                  f"{assembly.encoder.width}", "Leave its output out, or choose target: features.")
         everywhere = any(readout.region != "hidden" for readout in settings.readouts.values())
         self.predictor = settings.predictor.build(assembly.encoder, assembly.tokenizer, recipe.modality.axes,
                                                   recipe.modality.channels, sizes, everywhere)
@@ -104,8 +117,9 @@ class MaskedObjective(Objective):
         for readout in self.settings.readouts.values():
             readout.target.prepare(step, readout.of or view)
         losses = {}
-        for name, prediction in self._predict(step, plan).items():
-            readout = self.settings.readouts[name]
+        predictions = self._predict(step, plan)
+        for name, readout in self.settings.readouts.items():
+            prediction = predictions[readout.output or name]
             weight = _region(readout.region, stream, plan)
             if prediction.index is not None:
                 weight = weight.gather(1, prediction.index)
@@ -132,10 +146,11 @@ class MaskedObjective(Objective):
         stream, plan = step.stream(self.settings.encode), replace(step.plan(self.settings.encode), decode=None)
         if stream.lattice is None or not any(isinstance(r.target, Content) for r in self.settings.readouts.values()):
             return {}
-        for name, prediction in self._predict(step, plan).items():
-            target, of = self.settings.readouts[name].target, self.settings.readouts[name].of
+        predictions = self._predict(step, plan)
+        for name, readout in self.settings.readouts.items():
+            target, prediction = readout.target, predictions[readout.output or name]
             if isinstance(target, Content):
-                stream = stream if of is None else step.stream(of)
+                stream = stream if readout.of is None else step.stream(readout.of)
                 mean, std = target.statistics(stream, step.assembly.recipe.modality.channels)
                 hidden, content = plan.hidden[..., None], stream.content
                 value = prediction.value.to(content)

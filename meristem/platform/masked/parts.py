@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from meristem.platform.masked.complement import Complement
 from meristem.platform.masked.groups import Groups
 from meristem.platform.masked.guides import Guided
 from meristem.platform.masked.masking import Block, HiddenEdges, Masking, Nothing, Random, Region, Shuffle
 from meristem.platform.masked.predictors import Decoder, Dense, Graph, Linear, PredictorSettings
+from meristem.platform.masked.regressor import Regressor
 from meristem.platform.masked.spectrum import Spectrum
 from meristem.platform.masked.targets import Chamfer, Content, Cosine, Extent, Features, Surface, TargetSettings
 
 MASKINGS: dict[str, type[Masking]] = {
     "random": Random, "block": Block, "region": Region, "nothing": Nothing, "edges": HiddenEdges, "shuffle": Shuffle,
-    "guided": Guided, "groups": Groups}
+    "guided": Guided, "groups": Groups, "complement": Complement}
 
-PREDICTORS: dict[str, type[PredictorSettings]] = {"linear": Linear, "decoder": Decoder, "dense": Dense, "graph": Graph}
+PREDICTORS: dict[str, type[PredictorSettings]] = {
+    "linear": Linear, "decoder": Decoder, "dense": Dense, "graph": Graph, "regressor": Regressor}
 
 TARGETS: dict[str, type[TargetSettings]] = {
     "content": Content, "features": Features, "chamfer": Chamfer, "surface": Surface, "cosine": Cosine, "extent": Extent,

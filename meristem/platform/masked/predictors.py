@@ -37,8 +37,15 @@ def blind(stream: TokenStream) -> TokenStream:
     return replace(stream, content=torch.zeros_like(stream.content))
 
 
+def hidden_places(plan: Plan) -> Tensor:
+    """(B, n) the numbers of the tokens that a masking dropped, ascending."""
+    assert plan.keep is not None
+    hidden = plan.hidden.shape[1] - plan.keep.shape[1]
+    return (~plan.hidden).to(torch.uint8).argsort(dim=1, stable=True)[:, :hidden]
+
+
 class Predictor(nn.Module):
-    """Has one head per output, named as the readouts are."""
+    """Has one head per readout, named as the readouts are, and the named outputs of its settings, which have none."""
 
     def forward(self, encoded: Encoded, stream: TokenStream, plan: Plan) -> dict[str, Prediction]:
         """stream: blind, and with nothing but the fields that the recipe's encoder sees."""
@@ -48,12 +55,16 @@ class Predictor(nn.Module):
 class PredictorSettings(Settings):
     """The typed entry of a predictor. corruption: the kind of masking it works on. want: what it needs of the encoder.
 
-    remasks: whether it works on tokens as the encoder made them, some of which a masking may keep from it.
+    remasks: whether it works on tokens as the encoder made them, some of which a masking may keep from it. outputs: what it
+    gives beside its heads', vectors of the encoder's width, for readouts that name them. everywhere: whether it can predict
+    where nothing is hidden.
     """
 
     corruption: ClassVar[str]
     want: ClassVar[frozenset[str]] = frozenset()
     remasks: ClassVar[bool] = False
+    outputs: ClassVar[frozenset[str]] = frozenset()
+    everywhere: ClassVar[bool] = True
 
     def check(self, name: str, encoder: EncoderSettings, masking: Masking) -> list[str]:
         """What is impossible about it with this encoder and masking; name: as the recipe calls it."""
@@ -146,8 +157,7 @@ class DecoderPredictor(Predictor):
                               structure=stream.structure, edges=stream.edges)
         index = None
         if not self.everywhere:
-            hidden = plan.hidden.shape[1] - plan.keep.shape[1]
-            index = (~plan.hidden).to(torch.uint8).argsort(dim=1, stable=True)[:, :hidden]
+            index = hidden_places(plan)
             x = gather(x, index)
         return {name: Prediction(head(x), index) for name, head in self.heads.items()}
 

@@ -34,6 +34,10 @@ class TargetSettings(Settings):
         """What is impossible about this target in this recipe; empty when all is well."""
         return []
 
+    def fits(self, recipe: Any, view: str) -> list[str]:
+        """What is impossible about it for tokens of a view; where that is more than `check` knows."""
+        return self.check(recipe)
+
     def size(self, tokenizer: Tokenizer, encoder: Encoder) -> int:
         """Numbers per token that a predictor must give."""
         raise NotImplementedError
@@ -122,34 +126,47 @@ class Cosine(TargetSettings):
 class Features(TargetSettings):
     """The tokens that the teacher makes of the whole view, nothing hidden (V-JEPA, Bardes et al. 2024, section 3).
 
-    norm: `layer` gives every target token mean 0 and variance 1 over its channels, without parameters (appendix of the same).
-    loss: of each channel; beta: where `smooth_l1` turns from square to straight. With `l1` the loss is their equation 1.
+    by: the teacher, or the encoder itself, through which no gradient then flows. masked: of the tokens that the view's masking
+    shows, alone. norm: `layer` gives every target token mean 0 and variance 1 over its channels, without parameters (appendix
+    of the same). loss: of each channel; beta: where `smooth_l1` turns from square to straight. With `l1` the loss is their
+    equation 1.
     """
 
-    by: Literal["teacher"] = "teacher"
+    by: Literal["teacher", "encoder"] = "teacher"
+    masked: bool = False
     norm: Literal["none", "layer"] = "layer"
     loss: ElementLoss = "l1"
     beta: Annotated[float, Field(gt=0)] = 1.0
 
     def check(self, recipe: Any) -> list[str]:
         problems = []
-        if recipe.teacher is None:
+        if self.by == "teacher" and recipe.teacher is None:
             problems.append("the features target is made by a teacher, and there is none; add `teacher: {of: [encoder]}`")
-        elif "encoder" not in recipe.teacher.of:
+        elif self.by == "teacher" and "encoder" not in recipe.teacher.of:
             problems.append("the features target is made by the teacher's encoder; add `encoder` to teacher.of")
         if "drop" not in recipe.encoder.takes:
             problems.append("the features target is one vector per token, and this encoder's tokens are not those of the view; "
                             "choose one that can be masked token by token")
         return problems
 
+    def fits(self, recipe: Any, view: str) -> list[str]:
+        missing = self.masked and view not in recipe.masking
+        return [*self.check(recipe), *([f"the features target is of '{view}' masked; set masking.{view}"] if missing else [])]
+
     def size(self, tokenizer: Tokenizer, encoder: Encoder) -> int:
         return encoder.width
 
     def prepare(self, step: Step, view: str) -> None:
-        step.encode(view, by=self.by)
+        step.encode(view, by=self.by, masked=self.masked)
 
     def compare(self, step: Step, view: str, index: Tensor | None, prediction: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        target = step.encode(view, by=self.by).tokens.detach()
+        encoded = step.encode(view, by=self.by, masked=self.masked)
+        target = encoded.tokens.detach()
+        if encoded.index is not None:  # of some tokens: those it lacks do not count
+            there = encoded.index[..., None].expand_as(target)
+            lacks = torch.ones_like(step.stream(view).valid).scatter(1, encoded.index, False)
+            target = target.new_zeros(*lacks.shape, target.shape[2]).scatter(1, there, target)
+            weight = weight.masked_fill(lacks if index is None else gather(lacks, index), 0)
         target = (target if index is None else gather(target, index)).float()
         if self.norm == "layer":
             target = F.layer_norm(target, target.shape[-1:])
