@@ -129,6 +129,21 @@ def test_one_pass_of_the_teacher_tells_what_to_hide_and_what_to_learn() -> None:
     assert all(p.grad is None for p in assembly.teacher.parameters())
 
 
+def test_attmask_resumes_from_its_state() -> None:
+    """Weights, teacher and centres decide the next step: a second assembly that is given them goes on alike."""
+    (going, data), (resumed, _) = batch("image/attmask", ["views.l.count=1"]), batch("image/attmask", ["views.l.count=1"])
+    optimiser = torch.optim.AdamW([p for p in going.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        loss = total(going(data, 0.1))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        going.after(0.1)
+    assert total(going(data, 0.2)) != total(resumed(data, 0.2))
+    resumed.load_state_dict(going.state_dict())
+    assert total(going(data, 0.2)) == total(resumed(data, 0.2))
+
+
 def test_blurs_are_those_of_a_convolution() -> None:
     """The filters beside a direct sum with sampled Gaussians, on a ring."""
     n, impulse = 32, torch.zeros(32)
@@ -145,6 +160,14 @@ def test_blurs_are_those_of_a_convolution() -> None:
 def alike(masks: torch.Tensor) -> float:
     """Share of neighbours that are both hidden or both shown."""
     return float((masks[:, 1:] == masks[:, :-1]).float().mean() + (masks[:, :, 1:] == masks[:, :, :-1]).float().mean()) / 2
+
+
+def test_masks_of_noise_are_those_of_the_authors_code() -> None:
+    """models/utils/masking_generator.py of carlosh93/ColorMAE at f0ad557: color_noise_mask of rand(4, 14, 14) of
+    manual_seed(0), ratio 0.75: numbers of the hidden tokens, summed. Their stored patterns are not in the repository."""
+    window = torch.rand(4, 196, generator=torch.Generator().manual_seed(0))
+    hidden = Guided(guide="noise", ratio=0.75, hide="lowest").follow(window, lattice((14, 14), 4), rng(4), ()).hidden
+    assert (hidden * torch.arange(196)).sum(1).tolist() == [14197, 13494, 14461, 14357]
 
 
 def test_colours_make_blobs_or_keep_tokens_apart() -> None:
