@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from meristem.platform.derived.again import Again
 from meristem.platform.derived.base import Derivation
+from meristem.platform.derived.crop import Crop
 from meristem.platform.derived.frequency import Frequency
 from meristem.platform.derived.montage import Montage
 
-DERIVATIONS: dict[str, type[Derivation]] = {"frequency": Frequency, "montage": Montage, "again": Again}
+DERIVATIONS: dict[str, type[Derivation]] = {
+    "frequency": Frequency,
+    "montage": Montage,
+    "again": Again,
+    "crop": Crop,
+}

@@ -12,6 +12,7 @@ from torch import Tensor
 from meristem.errors import RecipeError
 from meristem.modalities.base import Settings
 from meristem.modalities.stream import TokenStream
+from meristem.platform.masked.cross import Context
 from meristem.platform.masked.masking import informative
 from meristem.platform.masked.parts import PREDICTORS, TARGETS
 from meristem.platform.masked.predictors import Prediction, PredictorSettings, blind
@@ -41,11 +42,13 @@ class Readout(Settings):
 class Masked(ObjectiveSettings):
     """Predict what was hidden in the view `encode`, which must have an entry under `masking`.
 
-    readouts: by a name of the user's, which is also the name of the loss. `target: …` alone is short for one readout of the
-    hidden region.
+    context: another view of as many looks, encoded whole, that the predictor may look at (`cross`): the i-th looks of a sample
+    are pairs. readouts: by a name of the user's, which is also the name of the loss. `target: …` alone is short for one readout
+    of the hidden region.
     """
 
     encode: str
+    context: str | None = None
     predictor: Annotated[PredictorSettings, Slot("predictor", PREDICTORS)]
     readouts: Annotated[dict[str, Readout], Field(min_length=1)]
 
@@ -66,7 +69,7 @@ class Masked(ObjectiveSettings):
         if recipe.masking[self.encode].hides != "tokens":
             return [f"masking.{self.encode} hides {recipe.masking[self.encode].hides} and no token's content; use `random`"]
         name, masking = next(n for n, part in PREDICTORS.items() if part is type(self.predictor)), recipe.masking[self.encode]
-        problems = self.predictor.check(name, recipe.encoder, masking)
+        problems = self.predictor.check(name, recipe.encoder, masking) + self._check_context(name, recipe)
         for line, readout in self.readouts.items():
             of = readout.of or self.encode
             problems += readout.target.fits(recipe, of)
@@ -88,6 +91,19 @@ class Masked(ObjectiveSettings):
                                 f"its region to hidden, or masking.{self.encode}.….decode to null")
         return problems
 
+    def _check_context(self, name: str, recipe: Any) -> list[str]:
+        if self.context is None:
+            return [f"the {name} predictor looks at another view; name it as context"] if self.predictor.context else []
+        if not self.predictor.context:
+            return [f"the {name} predictor looks at no other view; leave context out, or choose predictor: cross"]
+        if self.context == self.encode:
+            return ["context is the view whose tokens are hidden; name another one"]
+        if self.context not in recipe.looks:
+            return [f"context names '{self.context}': there is no such view (views: {', '.join(recipe.looks)})"]
+        mine, other = (recipe.looks[view].count for view in (self.encode, self.context))
+        return [] if mine == other else [f"'{self.encode}' has {mine} looks, its context '{self.context}' {other}; pairs take "
+                                         "as many of either"]
+
     def build(self, assembly: Assembly) -> Objective:
         return MaskedObjective(self, assembly)
 
@@ -95,7 +111,7 @@ class Masked(ObjectiveSettings):
 class MaskedObjective(Objective):
     """Encodes the masked view once, predicts, and compares with every readout's target.
 
-    The predictor is given the places of the tokens and nothing of their content.
+    The predictor is given the places of the tokens and nothing of their content; of the context, what the encoder made of it.
     """
 
     def __init__(self, settings: Masked, assembly: Assembly) -> None:
@@ -132,7 +148,9 @@ class MaskedObjective(Objective):
     def _predict(self, step: Step, plan: Plan) -> dict[str, Prediction]:
         view = self.settings.encode
         encoded = step.encode(view, masked=True, want=self.settings.predictor.want)
-        predictions: dict[str, Prediction] = self.predictor(encoded, blind(step.stream(view).seen(self.sees)), plan)
+        other = self.settings.context
+        context = () if other is None else (Context(step.encode(other), blind(step.stream(other).seen(self.sees))),)
+        predictions: dict[str, Prediction] = self.predictor(encoded, blind(step.stream(view).seen(self.sees)), plan, *context)
         return predictions
 
     @torch.no_grad()

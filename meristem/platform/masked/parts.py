@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from meristem.platform.masked.complement import Complement
+from meristem.platform.masked.cross import Cross
 from meristem.platform.masked.groups import Groups
 from meristem.platform.masked.guides import Guided
 from meristem.platform.masked.masking import Block, HiddenEdges, Masking, Nothing, Random, Region, Shuffle
@@ -12,12 +13,32 @@ from meristem.platform.masked.spectrum import Spectrum
 from meristem.platform.masked.targets import Chamfer, Content, Cosine, Extent, Features, Surface, TargetSettings
 
 MASKINGS: dict[str, type[Masking]] = {
-    "random": Random, "block": Block, "region": Region, "nothing": Nothing, "edges": HiddenEdges, "shuffle": Shuffle,
-    "guided": Guided, "groups": Groups, "complement": Complement}
+    "random": Random,
+    "block": Block,
+    "region": Region,
+    "nothing": Nothing,
+    "edges": HiddenEdges,
+    "shuffle": Shuffle,
+    "guided": Guided,
+    "groups": Groups,
+    "complement": Complement,
+}
 
 PREDICTORS: dict[str, type[PredictorSettings]] = {
-    "linear": Linear, "decoder": Decoder, "dense": Dense, "graph": Graph, "regressor": Regressor}
+    "linear": Linear,
+    "decoder": Decoder,
+    "cross": Cross,
+    "dense": Dense,
+    "graph": Graph,
+    "regressor": Regressor,
+}
 
 TARGETS: dict[str, type[TargetSettings]] = {
-    "content": Content, "features": Features, "chamfer": Chamfer, "surface": Surface, "cosine": Cosine, "extent": Extent,
-    "spectrum": Spectrum}
+    "content": Content,
+    "features": Features,
+    "chamfer": Chamfer,
+    "surface": Surface,
+    "cosine": Cosine,
+    "extent": Extent,
+    "spectrum": Spectrum,
+}

@@ -57,7 +57,7 @@ class PredictorSettings(Settings):
 
     remasks: whether it works on tokens as the encoder made them, some of which a masking may keep from it. outputs: what it
     gives beside its heads', vectors of the encoder's width, for readouts that name them. everywhere: whether it can predict
-    where nothing is hidden.
+    where nothing is hidden. context: whether it looks at another view, as `cross` does.
     """
 
     corruption: ClassVar[str]
@@ -65,6 +65,7 @@ class PredictorSettings(Settings):
     remasks: ClassVar[bool] = False
     outputs: ClassVar[frozenset[str]] = frozenset()
     everywhere: ClassVar[bool] = True
+    context: ClassVar[bool] = False
 
     def check(self, name: str, encoder: EncoderSettings, masking: Masking) -> list[str]:
         """What is impossible about it with this encoder and masking; name: as the recipe calls it."""
@@ -138,7 +139,7 @@ class DecoderPredictor(Predictor):
         self.everywhere = everywhere
         self.enter = nn.Linear(encoder.width, settings.width)
         self.mask_token = nn.Parameter(torch.empty(settings.width).normal_(std=0.02))
-        self.blocks = Blocks(settings.width, settings.depth, settings.heads, axes, tokenizer=tokenizer)
+        self.blocks = settings.blocks(axes, tokenizer)
         self.heads = nn.ModuleDict({name: nn.Linear(settings.width, size) for name, size in sizes.items()})
         for layer in (self.enter, *self.heads.values()):
             if isinstance(layer, nn.Linear):
@@ -150,11 +151,18 @@ class DecoderPredictor(Predictor):
         seen = self.enter(encoded.tokens)
         if plan.decode is not None:
             return self._some(seen, stream, plan.keep, plan.decode)
+        x, _, _ = self.blocks(self._filled(seen, plan), stream.position, valid=padding(stream), structure=stream.structure,
+                              edges=stream.edges)
+        return self._read(x, plan)
+
+    def _filled(self, seen: Tensor, plan: Plan) -> Tensor:
+        """Entered tokens in their places (B, N, D), mask tokens in all others."""
+        assert plan.keep is not None
         x = self.mask_token.to(seen).expand(*plan.hidden.shape, -1)
-        x = x.scatter(1, plan.keep[..., None].expand_as(seen), seen)
-        # a lattice has no padding; knowing it spares the device a round trip
-        x, _, _ = self.blocks(x, stream.position, valid=None if isinstance(stream, LatticeStream) else stream.valid,
-                              structure=stream.structure, edges=stream.edges)
+        return x.scatter(1, plan.keep[..., None].expand_as(seen), seen)
+
+    def _read(self, x: Tensor, plan: Plan) -> dict[str, Prediction]:
+        assert plan.keep is not None
         index = None
         if not self.everywhere:
             index = hidden_places(plan)
@@ -170,6 +178,11 @@ class DecoderPredictor(Predictor):
         x, _, _ = self.blocks(x, position, valid=valid)
         x = x[:, keep.shape[1]:]
         return {name: Prediction(head(x), decode) for name, head in self.heads.items()}
+
+
+def padding(stream: TokenStream) -> Tensor | None:
+    """`valid` where there may be padding: a lattice has none, and knowing it spares the device a round trip."""
+    return None if isinstance(stream, LatticeStream) else stream.valid
 
 
 class Decoder(PredictorSettings):
@@ -192,6 +205,9 @@ class Decoder(PredictorSettings):
             problems.append(f"the {name} predictor cannot tell mask tokens apart without positions or structure; add one to "
                             "encoder.….sees")
         return problems
+
+    def blocks(self, axes: tuple[Axis, ...], tokenizer: Tokenizer) -> nn.Module:
+        return Blocks(self.width, self.depth, self.heads, axes, tokenizer=tokenizer)
 
     def build(self, encoder: Encoder, tokenizer: Tokenizer, axes: tuple[Axis, ...], channels: int, sizes: Mapping[str, int],
               everywhere: bool) -> Predictor:
