@@ -44,7 +44,7 @@ class Study:
     """Real data, what is laid over every recipe pretrained on them, and how what was learnt is probed.
 
     title, data: what it is, and where under --data. split: of the data. steps: of pretraining. task, probes, over: what is
-    evaluated, by which protocols, and what is laid over the task's recipe.
+    evaluated, by which protocols, and what is laid over the task's recipe. on: other data to evaluate on, and their split.
     """
 
     title: str
@@ -55,10 +55,16 @@ class Study:
     probes: tuple[str, ...]
     over: tuple[str, ...] = ()
     split: str = "auto"
+    on: tuple[str, str] | None = None
 
 
 SMALL_DECODER = "objectives.pixels.masked.predictor.decoder={depth: 2, width: 96, heads: 3}"
 STUDIES = {
+    "films": Study("Surveillance clips, probed by carrying masks through four sequences of DAVIS 2016",
+                   "surv-camera-fight/clips.csv",
+                   ("modality.video={patch: [1, 8, 8], store: decoded, resize: 112}", "train.batch=64", "train.workers=0"), 300,
+                   "video/propagation", ("propagate",), ("task.propagation.size=240", "train.workers=0"), "1,0,0",
+                   ("davis2016-val", "0,0,1")),
     "chest": Study("PneumoniaMNIST, chest X-rays of 28×28", "pneumoniamnist/pneumoniamnist_union.npz",
                    ("modality.image.channels=1", "modality.image.patch=4", "train.batch=64", "train.workers=0"), 300,
                    "image/classification", ("linear", "knn"), ("views.x.size=[28,28]", "train.workers=0")),
@@ -70,6 +76,8 @@ STUDIES = {
                           "train.workers=0")),
 }
 PLAIN = {  # what the plain method is, by study and name
+    ("films", "mae"): ("video/saycam-videomae", ("views.x={size: [1, 64, 64], sample: {stride: 1}}", SMALL_DECODER,
+                                                 "masking.x.random.ratio=0.75")),
     ("chest", "mae"): ("image/mae", ("views.x.size=[28,28]", SMALL_DECODER)),
     ("chest", "mae-unet"): ("image/mae-unet", ("views.x.size=[28,28]", "masking.x.random.unit=1",
                                                "objectives.pixels.masked.predictor=linear")),
@@ -137,8 +145,9 @@ def measure(system: System, given: argparse.Namespace) -> dict[str, Any]:
     runs = {name: pretrained(name, *job, study, given) for name, job in jobs(system).items()}
     run = runs[system.name]
     inits = [*map(str, runs.values()), SCRATCH]
-    page = meristem.evaluate(study.task, given.data / study.data, run / "probed", [*study.over, *system.probed], inits=inits,
-                             protocols=study.probes, split=study.split, seeds=SEEDS)
+    place, split = study.on or (study.data, study.split)
+    page = meristem.evaluate(study.task, given.data / place, run / "probed", [*study.over, *system.probed], inits=inits,
+                             protocols=study.probes, split=split, seeds=SEEDS)
     summary = summarise(Results.load(page.parent / "results.json"))
     named = dict(zip((arm.name for arm in arms(inits)), (*runs, RANDOM), strict=True))
     rows = [row for row in summary.rows if row.metric == summary.metric]

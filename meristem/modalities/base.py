@@ -209,9 +209,13 @@ class Tokenizer(nn.Module):
 
 
 class ViewSettings(Settings):
-    """What every modality's view has in common; a modality adds its own size, crop and augmentation keys."""
+    """What every modality's view has in common; a modality adds its own size, crop and augmentation keys.
+
+    partner: shows not the sample itself but the other one of a pair with it; of several one that is drawn for each step.
+    """
 
     count: int = 1
+    partner: bool = False
 
     def plain(self) -> Self:
         """The view of a whole sample as evaluation shows it: nothing random, of the same size; its looks are averaged."""

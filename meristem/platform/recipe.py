@@ -163,6 +163,7 @@ class Recipe(Settings):
                 problems.append(f"derived view '{name}' has the name of a drawn one; give it another")
             if view.of not in (*self.views, *list(self.derived)[:i]):
                 problems.append(f"derived view '{name}' is made of '{view.of}', which is no view before it")
+                continue
             problems += [f"derived view '{name}': {problem}" for problem in view.check(self)]
         if problems:
             raise ValueError("; ".join(problems))
@@ -192,7 +193,8 @@ class Recipe(Settings):
         """Every view, derived ones too, and how what it shows was drawn."""
         found = dict(self.views)
         for name, view in self.derived.items():
-            found[name] = view.shown(found[view.of])
+            if view.of in found:
+                found[name] = view.shown(found[view.of])
         return found
 
     def of(self, modality: Modality) -> Self:

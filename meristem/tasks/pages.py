@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from meristem.errors import MeristemError
+from meristem.errors import DataError, MeristemError
 from meristem.modalities.base import Draw, Header, Modality, View
 from meristem.modalities.stream import LatticeStream
 from meristem.platform.assembly import Assembly
-from meristem.platform.data.loader import whole
+from meristem.platform.data.loader import loader, whole
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
 from meristem.platform.evaluation.detection import Detections
@@ -323,6 +323,17 @@ def _first_look(data: Data, rows: Sequence[Row], recipe: Recipe, name: str) -> V
     return view
 
 
+def _looks(data: Data, assembly: Assembly, paired: bool) -> Batch:
+    """Some test samples: first plain looks, or looks as training draws them, since plain ones of a pair would be one."""
+    rows, recipe = data.rows("test") or data.rows(), assembly.recipe
+    if paired:
+        train = recipe.train.model_copy(update={"batch": min(SHOWN, len(rows))})
+        some = loader(data.cache, rows, recipe.model_copy(update={"train": train}), steps=1, workers=0, labels=())
+        return assembly.prepare(next(iter(some)))
+    index = torch.tensor([row.index for row in rows[:SHOWN]])
+    return Batch(Items(index, index), {name: _first_look(data, rows[:SHOWN], recipe, name) for name in recipe.views})
+
+
 @torch.no_grad()
 def attentions(recipe: Path, pretrained: Mapping[str, Path], data: Data) -> list[Attention]:
     """Where the pretrained encoders of an evaluation, whose task recipe is given, attend in some test samples, one per class
@@ -377,29 +388,33 @@ def reconstructions(init: Path, data: Data) -> list[Reconstruction]:
     recipe = build({k: v for k, v in card["recipe"].items() if k not in TASK_ONLY}, Recipe)
     assembly = Assembly(recipe)
     masked = next((o for o in assembly.objectives.values() if isinstance(o, MaskedObjective)), None)
-    rows = (data.rows("test") or data.rows())[:SHOWN]
     if masked is None or card["kind"] != "pretraining" or recipe.modality.options != data.modality.options:
         return []
     assembly.load_state_dict(checkpoint.read_weights(init))
     assembly.eval()
-    views = {name: _first_look(data, rows, recipe, name) for name in recipe.views}
-    index = torch.tensor([row.index for row in rows])
-    drawn = masked.reconstruct(Step(assembly, Batch(Items(index, index), views), 1.0, 0))
+    try:
+        batch = _looks(data, assembly, paired=masked.settings.context is not None)
+    except DataError:  # no sample has a partner here
+        return []
+    step = Step(assembly, batch, 1.0, 0)
+    drawn = masked.reconstruct(step)
     if not drawn:
         return []
+    view = step.view(masked.settings.encode)
+    headers = [data.cache.header(int(row)) for row in batch.items.row[view.item]]
     found: list[Reconstruction] = []
     for i, parts in enumerate(zip(*(drawn[k].float().numpy() for k in ("original", "masked", "prediction")), strict=True)):
         original = parts[0]
         if timed(recipe.modality):
-            frame = views[masked.settings.encode].frame
+            frame = view.frame
             places = _spread(0, original.shape[1] - 1)
             index = torch.tensor([[float(t), 0.0, 0.0] for t in places])
             times = frame.select(slice(i, i + 1)).local(index[None])[0, :, 0]
             aspect = float(frame.spacing[i, 1] / frame.spacing[i, 2])
-            shown = [_frames(x, places, data.cache.header(rows[i].index)) for x in parts]
+            shown = [_frames(x, places, headers[i]) for x in parts]
             found.append(Reconstruction(shown[0], shown[1], shown[2], aspect, recipe.name, tuple(times.tolist())))
             continue
-        plane = pick_slice(np.zeros(original.shape[1:], np.uint8), data.cache.header(rows[i].index).spacing)
+        plane = pick_slice(np.zeros(original.shape[1:], np.uint8), headers[i].spacing)
         if original.ndim == 3:
             plane = Slice(None, 0, 1.0)
         shown = [plane.of(_picture(x)) for x in parts]

@@ -118,6 +118,8 @@ class Contrastive(ObjectiveSettings):
             return [f"relation '{self.relation}' compares tokens; set level: dense"]
         if "point" in reads and self.level != "dense":
             return [f"relation '{self.relation}' compares places; set level: dense"]
+        if "point" in reads and any(recipe.looks[source.view].partner for source in (*self.queries, *self.keys)):
+            return [f"relation '{self.relation}' compares places in one sample, and a partner is another"]
         if "point" in reads and self.queue is not None:
             return [f"relation '{self.relation}' compares places, which queued keys do not have; leave the queue out"]
         if "cube" in reads:

@@ -99,6 +99,7 @@ class Search:
         self.frames: dict[Path, int] = {}  # folder that is a sample, relative to where it was looked for -> files in it
         self.found: list[Found] = []
         self.lost: list[tuple[str, str, str, str]] = []  # reason, local, message, remedy
+        self.pairs: list[tuple[Path, Path]] = []
         self.layout = ""
         self.ranked = False  # a list says whose the samples are
         self.class_names: tuple[str, ...] = ()

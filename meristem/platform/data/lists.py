@@ -12,6 +12,7 @@ from pathlib import Path
 
 from meristem.errors import DataError
 from meristem.platform.data.layouts import SPLITS, Search
+from meristem.platform.data.pairs import join_subjects
 
 PATH = ("path", "file", "filename", "video", "clip")  # names of a column, likeliest first
 SUBJECT = ("subject", "patient", "group", "source")
@@ -58,6 +59,8 @@ def read(search: Search, splits: Mapping[Path, str]) -> Path:
         raise DataError("split", f"the lists name {torn} samples for more than one split",
                         "Are they folds? Put the lists of one fold into a folder of their own.")
     search.name_subjects()
+    if search.pairs and not search.ranked:
+        join_subjects(search)
     root = next(iter(splits)).parent
     inside = all(p.is_relative_to(root) for f in search.found for p in f.paths)
     return root if inside or not search.found else Path(os.path.commonpath([f.paths[0].parent for f in search.found]))
@@ -98,7 +101,11 @@ def _moved(search: Search, path: Path) -> bool:
 
 
 def _table(search: Search, path: Path, text: str, default: str) -> None:
-    """A header with `path` (or `path_0`, `path_1`, …, or a synonym) and perhaps subject, split, mask, class."""
+    """A header with `path` (or `path_0`, `path_1`, …, or a synonym) and perhaps subject, split, mask, class, pair.
+
+    pair: another sample that shows the same scene; one that no line is about is added. Where it may differ from line to line, a
+    sample may have several lines: all but the first only name another pair of it.
+    """
     reader = csv.DictReader(io.StringIO(text))
     columns = [c.strip() for c in reader.fieldnames or ()]
     reader.fieldnames = columns
@@ -110,8 +117,10 @@ def _table(search: Search, path: Path, text: str, default: str) -> None:
     numbered = sorted((c for c in columns if re.fullmatch(r"path_\d+", c.lower())), key=lambda c: int(c[5:]))
     one = first(PATH)
     paths = numbered if numbered and "path" not in lower else [one] if one else []
-    subject, label, split, mask = first(SUBJECT), first(LABEL), first(("split",)), first(("mask",))
-    known = {*paths, subject, label, split, mask}
+    subject, label, split, mask, pair = (first(names) for names in (SUBJECT, LABEL, ("split",), ("mask",), ("pair",)))
+    known = {*paths, subject, label, split, mask, pair}
+    others: dict[str, tuple[str, str]] = {}  # what is named as a pair -> subject and split of the first line that does
+    seen: set[tuple[str, ...]] = set()
     search.layout = f"CSV, subjects by column `{subject}`" if subject else "CSV"
     search.ranked |= subject is not None
     for line in reader:
@@ -125,8 +134,18 @@ def _table(search: Search, path: Path, text: str, default: str) -> None:
                                 "Fill it in, or remove the line."))
             continue
         meta = {k: number(v) for k, v in r.items() if k not in known and v}
-        search.listed(path.parent, tuple(r[c] for c in paths), (r[mask] or None) if mask else None,
-                      r[subject] if subject else "", SPLITS.get(said, default), (r[label] or None) if label else None, meta)
+        names, whose, where = tuple(r[c] for c in paths), r[subject] if subject else "", SPLITS.get(said, default)
+        if pair and r[pair]:
+            search.pairs.append((path.parent / names[0], path.parent / r[pair]))
+            others.setdefault(r[pair], (whose, where))
+        if pair and names in seen:
+            continue
+        seen.add(names)
+        search.listed(path.parent, names, (r[mask] or None) if mask else None, whose, where,
+                      (r[label] or None) if label else None, meta)
+    for other, (whose, where) in others.items():
+        if (other,) not in seen:
+            search.listed(path.parent, (other,), None, whose, where)
 
 
 def _lines(search: Search, path: Path, text: str, split: str) -> None:

@@ -76,10 +76,17 @@ def loader(cache: Cache, rows: Sequence[Row], recipe: Recipe, *, fields: Sequenc
     many = [name for name, view in recipe.views.items() if view.count > LOOKS]
     if many:
         raise RecipeError(f"view '{many[0]}' has more than {LOOKS} looks", f"Set views.{many[0]}.count to at most {LOOKS}.")
+    here = {r.index for r in usable}
+    partners = [sorted(here.intersection(r.partners)) for r in usable]  # of the same split: what is tested is nobody's partner
+    if any(view.partner for view in recipe.views.values()):
+        usable, partners = [r for r, others in zip(usable, partners, strict=True) if others], [p for p in partners if p]
+        if not usable:
+            raise DataError("pairs", f"a view shows the partner of a sample, and none of {len(rows)} rows has one",
+                            "Give a CSV whose column `pair` names the other one, or take partner out of the view.")
     names = sorted({name for r in usable for name in r.labels}) if labels is None else labels
     table = {name: torch.tensor([r.labels.get(name, IGNORED) for r in usable]) for name in names}
     batches = _Batches(cache, [(r.index, r.element) for r in usable], table, recipe.modality, recipe.views, tuple(fields),
-                       train.seed, train.batch, rank, world)
+                       train.seed, train.batch, rank, world, partners)
     return Loader(batches, start, steps, train.workers if workers is None else workers)
 
 
@@ -109,9 +116,10 @@ class _Batches(Dataset[Batch | DataError]):
 
     def __init__(self, cache: Cache, rows: Sequence[tuple[int, int]], labels: Mapping[str, Tensor], modality: Modality,
                  views: Mapping[str, ViewSettings], fields: tuple[str, ...], seed: int, batch: int, rank: int,
-                 world: int) -> None:
+                 world: int, partners: Sequence[Sequence[int]] = ()) -> None:
         self.cache, self.rows, self.labels, self.modality, self.views = cache, list(rows), labels, modality, views
         self.fields, self.seed, self.batch, self.rank, self.share = fields, seed, batch, rank, batch // world
+        self.partners = partners
         self._epoch: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __getitem__(self, step: int) -> Batch | DataError:
@@ -135,9 +143,14 @@ class _Batches(Dataset[Batch | DataError]):
         return int(self._epoch[1][at])
 
     def _view(self, name: str, settings: ViewSettings, places: Sequence[int], cursors: range) -> View:
-        looks = [(*self.rows[p], c, i, look) for i, (p, c) in enumerate(zip(places, cursors, strict=True))
+        shown = [self._partner(p, c) if settings.partner else self.rows[p] for p, c in zip(places, cursors, strict=True)]
+        looks = [(*row, c, i, look) for i, (row, c) in enumerate(zip(shown, cursors, strict=True))
                  for look in range(settings.count)]
         return self.collate(name, settings, looks)
+
+    def _partner(self, place: int, cursor: int) -> tuple[int, int]:
+        others = self.partners[place]
+        return others[int(Rng.of(self.seed, cursor, "partner").integers("which", len(others))[0])], -1
 
     def collate(self, name: str, settings: ViewSettings, looks: Sequence[tuple[int, int, int, int, int]],
                 given: Sequence[Draw] = ()) -> View:

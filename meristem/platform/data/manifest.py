@@ -23,6 +23,7 @@ from meristem.platform.data import lists
 from meristem.platform.data.annotated import format_of
 from meristem.platform.data.layouts import Search, relative, splits_of
 from meristem.platform.data.lists import number
+from meristem.platform.data.pairs import partners
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Row:
     identify a person, so they are in no table. rank: place of the subject among all by true name, where a table names it.
     fold: of a declared cross-validation, the one that tests it; −1 where none is declared. element: number of the part of the
     sample that is meant (a node), where a task counts parts; −1: all of it. other: that of the second of a pair of parts.
-    objects: that are annotated in it, none perhaps; None where nobody looked.
+    objects: that are annotated in it, none perhaps; None where nobody looked. partners: indices of rows that are pairs of it.
     """
 
     index: int
@@ -52,6 +53,7 @@ class Row:
     element: int = -1
     other: int = -1
     objects: Objects | None = field(default=None, repr=False, compare=False)
+    partners: tuple[int, ...] = ()
 
     @property
     def labelled(self) -> bool:
@@ -194,6 +196,7 @@ def _manifest(search: Search, root: Path) -> Manifest:
     ranks = {s: i for i, s in enumerate(sorted({f.subject for f in search.found}))} if search.ranked else {}
     rows, lines = [], []
     sizes: dict[Path, str] = {}
+    paired = partners(search)
     for i, f in enumerate(search.found):
         files = (*f.paths, *((f.mask,) if f.mask else ()))
         local = [relative(p, root) for p in files]
@@ -205,10 +208,10 @@ def _manifest(search: Search, root: Path) -> Manifest:
                 sizes[file] = f"{sum(inside)} in {len(inside)}" if inside else str(file.stat().st_size)
             local.append(sizes[file])
         labels = {} if f.label is None else {"class": index[f.label]}
-        lines.append([*local, f.label or "", f.split, f.subject, *_digested(f.objects)])
+        lines.append([*local, f.label or "", f.split, f.subject, *_digested(f.objects), *map(str, paired[i])])
         rows.append(Row(i, pseudonym("case", local[0], key), pseudonym("sub", f.subject, key), f.paths, f.local,
                         {"mask": f.mask} if f.mask else {}, labels, f.split, f.meta, ranks.get(f.subject, 0), f.fold,
-                        objects=f.objects))
+                        objects=f.objects, partners=paired[i]))
     digest = hashlib.sha256(json.dumps([lines, names, search.mask_names, *search.object_names]).encode()).hexdigest()[:16]
     problems = tuple(Problem(pseudonym("case", local, key), reason, message, remedy, local)
                      for reason, local, message, remedy in search.lost)

@@ -6,6 +6,7 @@ from meristem.platform.derived.again import Again
 from meristem.platform.derived.base import Derivation
 from meristem.platform.derived.crop import Crop
 from meristem.platform.derived.frequency import Frequency
+from meristem.platform.derived.look import Look
 from meristem.platform.derived.montage import Montage
 
 DERIVATIONS: dict[str, type[Derivation]] = {
@@ -13,4 +14,5 @@ DERIVATIONS: dict[str, type[Derivation]] = {
     "montage": Montage,
     "again": Again,
     "crop": Crop,
+    "look": Look,
 }
