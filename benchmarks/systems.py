@@ -26,6 +26,7 @@ from timing import seconds
 
 import meristem
 from meristem import catalogue
+from meristem.modalities.points.pictures import write_pictures
 from meristem.platform.assembly import Assembly, total
 from meristem.platform.data.loader import loader
 from meristem.platform.data.source import open_data
@@ -34,7 +35,7 @@ from meristem.platform.recipe import digest, load
 from meristem.tasks.finetune import SCRATCH
 from meristem.tasks.transfer import arms
 
-RANDOM, SEEDS = "random", 1
+RANDOM, SEEDS, PICTURES = "random", 1, 48
 HERE = Path(__file__).parent
 SYSTEMS, FIGURES, TABLE = HERE / "systems", HERE.parent / "docs" / "systems", HERE.parent / "docs" / "systems.md"
 
@@ -74,6 +75,15 @@ STUDIES = {
                          ("task.segmentation.decoder=linear", "train.freeze={encoder: 1.0}", "views.x.size=[36,48,36]",
                           "train.steps=100", "train.batch=4", "train.lr=1.0e-2", "train.ema=null", "train.precision=fp32",
                           "train.workers=0")),
+    # half of the shapes are tested, so that they can tell encoders apart; those of a class stand alike: looks turn little
+    "shapes": Study("Princeton shapes of 19 classes, 512 points in 32 groups of 16", "psb-labeled-points",
+                    ("modality.points.count=32", "modality.points.size=16", "train.batch=32", "train.workers=0"), 400,
+                    "points/classification", ("svm", "linear", "knn"), ("views.x.size=[512]", "train.workers=0"),
+                    "0.4,0.1,0.5"),
+    "citations": Study("Cora, one graph of 2,708 nodes, public split", "planetoid-cora-citeseer/ind.cora.graph",
+                       ("train.workers=0",), 120, "graph/node-classification", ("linear", "knn"), ("train.workers=0",)),
+    "compounds": Study("NCI1, graphs of 4,110 compounds", "tu-graphs/NCI1", ("train.workers=0", "train.batch=64"), 300,
+                       "graph/classification", ("svm", "linear"), ("train.workers=0",), "0.6,0.1,0.3"),
 }
 PLAIN = {  # what the plain method is, by study and name
     ("films", "mae"): ("video/saycam-videomae", ("views.x={size: [1, 64, 64], sample: {stride: 1}}", SMALL_DECODER,
@@ -85,13 +95,21 @@ PLAIN = {  # what the plain method is, by study and name
     ("chest", "simclr"): ("image/simclr", ("views.v.size=[28,28]",)),
     ("hippocampus", "mae"): ("volume/mae", ("views.x.size=[36,36,36]", SMALL_DECODER)),
     ("hippocampus", "simclr"): ("volume/simclr", ("views.v.size=[24,24,24]",)),
+    ("shapes", "mae"): ("points/mae", ("views.x.size=[512]",
+                                     "objectives.points.masked.predictor.decoder={depth: 2, width: 96, heads: 3}")),
+    ("shapes", "simclr"): ("points/simclr", ("views.v.size=[512]", "views.v.rotate=15", "views.v.crop=[0.7,1.0]")),
+    ("citations", "graphmae"): ("graph/graphmae", ("train.batch=1", "train.lr=1.0e-3", "masking.x.random.swap=0.05",
+                                                   "objectives.features.masked.target.cosine.exponent=3")),
+    ("citations", "grace"): ("graph/grace", ()),
+    ("compounds", "graphmae"): ("graph/graphmae-nci1", ()),
 }
 
 
 @dataclass(frozen=True)
 class System:
     """recipe; study; against: the plain methods; net: the encoder, of all of them; laid: over the recipe beside that and what
-    the study lays; probed: over the task's recipe; value: what its loss was held against, in a line.
+    the study lays; probed: over the task's recipe; onlooker: over the recipe of images by which a model is pretrained on
+    pictures of the training clouds, for the system's foreign model `eye`; value: what its loss was held against, in a line.
     """
 
     name: str
@@ -101,6 +119,7 @@ class System:
     net: tuple[str, ...] = ("encoder.transformer={width: 128, depth: 4, heads: 4}",)
     laid: tuple[str, ...] = ()
     probed: tuple[str, ...] = ()
+    onlooker: tuple[str, ...] = ()
     value: str = ""
 
     @classmethod
@@ -118,6 +137,20 @@ def jobs(system: System) -> dict[str, tuple[str, list[str]]]:
     study = STUDIES[system.study]
     found = {system.name: (system.recipe, system.laid)} | {name: PLAIN[system.study, name] for name in system.against}
     return {name: (recipe, [*study.pretraining, *system.net, *laid]) for name, (recipe, laid) in found.items()}
+
+
+def onlooker(system: System, study: Study, given: argparse.Namespace) -> list[str]:
+    """What tells a recipe where its foreign model lies; that is pretrained on pictures of the clouds that it may see."""
+    if not system.onlooker:
+        return []
+    recipe, *laid = system.onlooker
+    out: Path = given.out / f"onlooker-{digest([study.data, study.split, *system.onlooker])}"
+    if not finished(out):
+        data = open_data(given.data / study.data, load(system.recipe).modality, study.split, None, quiet=True)
+        folder, clouds = out.with_name(f"{out.name}-pictures"), [row.paths[0] for row in data.rows("train")]
+        write_pictures(clouds, given.data / study.data, folder, data.modality, size=PICTURES)
+        meristem.pretrain(recipe, folder, out, laid, split="1,0,0", resume=out.is_dir())
+    return [f"foreign.eye.run.weights={out}", f"foreign.eye.run.size={PICTURES}"]
 
 
 def pretrained(name: str, recipe: str, laid: list[str], study: Study, given: argparse.Namespace) -> Path:
@@ -142,7 +175,9 @@ def rounded(numbers: Iterable[float | None]) -> list[float | None]:
 
 def measure(system: System, given: argparse.Namespace) -> dict[str, Any]:
     study = STUDIES[system.study]
-    runs = {name: pretrained(name, *job, study, given) for name, job in jobs(system).items()}
+    eye = onlooker(system, study, given)
+    runs = {name: pretrained(name, recipe, [*laid, *(eye if name == system.name else ())], study, given)
+            for name, (recipe, laid) in jobs(system).items()}
     run = runs[system.name]
     inits = [*map(str, runs.values()), SCRATCH]
     place, split = study.on or (study.data, study.split)
@@ -163,6 +198,7 @@ def measure(system: System, given: argparse.Namespace) -> dict[str, Any]:
 def timed(system: System, given: argparse.Namespace) -> dict[str, float]:
     """Median seconds of a step, from a batch at hand to new weights; the system and the plain methods take turns."""
     study, torch_jobs = STUDIES[system.study], jobs(system)
+    torch_jobs[system.name][1].extend(onlooker(system, study, given))
     taken = seconds([job(recipe, laid, study, given) for recipe, laid in torch_jobs.values()], repeats=10)
     return {name: round(s, 4) for name, s in zip(torch_jobs, taken, strict=True)}
 

@@ -16,7 +16,6 @@ from meristem.errors import DataError, RecipeError
 from meristem.modalities.base import modality_class
 from meristem.platform import joint
 from meristem.platform import recipe as recipes
-from meristem.platform.assembly import Assembly
 from meristem.platform.data import check as checking
 from meristem.platform.data.guess import guess_modality
 from meristem.platform.data.manifest import Manifest
@@ -27,6 +26,7 @@ from meristem.platform.training import checkpoint
 from meristem.platform.training.joint import pretrain as _pretrain_joint
 from meristem.platform.training.loop import Outcome, first_rank
 from meristem.platform.training.pretrain import pretrain as _pretrain
+from meristem.platform.training.restore import restored
 from meristem.tasks import finetune as tuning
 from meristem.tasks import pages, transfer
 from meristem.tasks.base import objective
@@ -194,14 +194,10 @@ def embed(checkpoint_: Pathlike, data: Pathlike, out: Pathlike, *, quiet: bool =
     Writes and returns `out`/embeddings.npz: embedding (n, D) float32, case and subject (pseudonyms) in the order of the files.
     Labels in `data` are not looked at. Raises MeristemError.
     """
-    card = checkpoint.read_card(Path(checkpoint_))
-    without = recipes.TASK_ONLY | {"objectives", "heads", "teacher", "masking", "derived"}
-    settings = recipes.build({k: v for k, v in card["recipe"].items() if k not in without}, recipes.Recipe)
-    assembly = Assembly(settings)
-    checkpoint.load_encoder(Path(checkpoint_), assembly.encoder, settings.modality, settings.encoder.sees)
+    assembly = restored(Path(checkpoint_))
     if torch.cuda.is_available():
         assembly = assembly.cuda()
-    found = open_data(Path(data), settings.modality, "auto", None, quiet, labels=False)
+    found = open_data(Path(data), assembly.recipe.modality, "auto", None, quiet, labels=False)
     rows = found.rows()
     path = Path(out) / "embeddings.npz"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,8 @@ FAMILIES = {
     "masked": "masked",
     "contrastive": "contrastive", "infomax": "contrastive", "bag_of_words": "contrastive", "overlap": "contrastive",
     "pretext": "pretext",
-    "links": "relational", "hops": "relational", "property": "relational"}
+    "links": "relational", "hops": "relational", "property": "relational",
+    "distil": "distillation"}
 
 
 def names() -> list[str]:

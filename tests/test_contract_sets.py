@@ -123,13 +123,13 @@ def test_padding_and_batch_mates_change_no_token(modality: str) -> None:
 
 
 BLIND = [name for name in names() if name.startswith("points/") and name.split("/")[1] in
-         {"mae", "maskfeat3d", "3d-jepa", "simclr", "dino", "recon"}]
+         {"mae", "maskfeat3d", "3d-jepa", "simclr", "dino", "recon-alone"}]
 
 
 @pytest.mark.parametrize("name", BLIND)
 def test_losses_of_points_know_nothing_of_where_clouds_lay(name: str) -> None:
     """Whole recipes stay bit-equal for other source geometry; those with `near` or segments ask for it."""
-    inner = "encoder.reader.encoder.transformer" if name.endswith("recon") else "encoder.transformer"
+    inner = "encoder.reader.encoder.transformer" if name.endswith("recon-alone") else "encoder.transformer"
     recipe = recipes.load(name, [f"{inner}.{key}" for key in ("depth=1", "width=24", "heads=2")])
     torch.manual_seed(0)
     assembly = Assembly(recipe).eval()

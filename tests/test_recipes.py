@@ -64,7 +64,7 @@ def test_every_recipe_loads_again_from_its_dump(name: str) -> None:
     assert recipe.name == name.split("/")[1] and recipe.follows
 
 
-@pytest.mark.parametrize("name", [name for name in ALONE if kind(name) is Recipe])
+@pytest.mark.parametrize("name", [name for name in ALONE if kind(name) is Recipe and not read(name).get("foreign")])
 def test_every_pretraining_recipe_does_a_step(name: str) -> None:
     encoder, = load(name).dump()["encoder"]
     features = ["modality.graph.channels=7"] if name.startswith("graph/") else []  # of one alone the cosine is always ±1

@@ -55,6 +55,7 @@ class Assembly(nn.Module):
         self.heads = nn.ModuleDict()
         for name, head in recipe.heads.items():
             self.heads[name] = head.build(self.head_width(head.input))
+        self.foreign = {name: settings.build(name) for name, settings in recipe.foreign.items()}  # no modules of the run
         self.objectives = nn.ModuleDict()
         for name, settings in recipe.objectives.items():
             self.objectives[name] = settings.build(self)

@@ -17,11 +17,11 @@ from meristem.modalities.base import View
 from meristem.modalities.frame import Frame
 from meristem.modalities.rng import Rng
 from meristem.modalities.stream import LatticeStream
-from meristem.platform.assembly import Assembly
 from meristem.platform.encoders.base import Encoder
 from meristem.platform.encoders.timm import TimmPyramid, TimmSettings, TimmViT
-from meristem.platform.recipe import TASK_ONLY, Recipe, build
+from meristem.platform.recipe import Recipe
 from meristem.platform.training import checkpoint
+from meristem.platform.training.restore import restored
 
 INPUTS, OUTPUTS = ("array", "spacing"), ("embedding", "tokens")
 
@@ -52,15 +52,12 @@ def embedder(run: Path, size: tuple[int, ...] | None = None) -> tuple[Embedder, 
 
     size: of the arrays; None: of the recipe's first view. Raises MeristemError.
     """
-    card = checkpoint.read_card(run)
-    without = TASK_ONLY | {"objectives", "heads", "teacher", "masking", "derived"}
-    recipe = build({k: v for k, v in card["recipe"].items() if k not in without}, Recipe)
+    assembly = restored(run)
+    recipe = assembly.recipe
     size = size or tuple(next(iter(recipe.views.values())).size)  # type: ignore[attr-defined]
     if len(size) != len(recipe.modality.axes):
         raise RecipeError(f"{recipe.modality.name} data are sets, and an exported encoder takes arrays of one size",
                           "Use `meristem embed`, or load the checkpoint in Python.")
-    assembly = Assembly(recipe)
-    checkpoint.load_encoder(run, assembly.encoder, recipe.modality, recipe.encoder.sees)
     view = recipe.modality.example(size, Rng.of(0, torch.arange(2), "reference"))
     stream = assembly.tokenizer.stream(view)
     assert isinstance(stream, LatticeStream)

@@ -21,8 +21,10 @@ from meristem.platform.contrastive.overlap import Overlap
 from meristem.platform.contrastive.words import BagOfWords
 from meristem.platform.derived.base import Derivation
 from meristem.platform.derived.parts import DERIVATIONS
+from meristem.platform.distil import Distil
 from meristem.platform.encoders import ENCODERS
 from meristem.platform.encoders.base import EncoderSettings
+from meristem.platform.foreign import FOREIGN, Foreign
 from meristem.platform.heads import HEADS, HeadSettings
 from meristem.platform.masked.masking import Masking
 from meristem.platform.masked.objective import Masked
@@ -36,7 +38,7 @@ from meristem.platform.slots import Slot, validated
 # keys that hold a part, `name: {arguments}`
 PARTS = ("modality", "encoder", "predictor", "target", "loss", "transform", "task", "sample", "detector", "guide")
 NAMED = {"views": "names", "readouts": "names", "masking": "parts", "heads": "parts", "objectives": "parts",
-         "derived": "parts"}  # the user's names
+         "derived": "parts", "foreign": "parts"}  # the user's names
 TASK_ONLY = frozenset({"task", "probe", "lora"})  # keys of a task's recipe that a plain one lacks
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -44,7 +46,8 @@ OBJECTIVES: dict[str, type[ObjectiveSettings]] = {
     "masked": Masked,
     "contrastive": Contrastive, "infomax": Infomax, "bag_of_words": BagOfWords, "overlap": Overlap,
     "pretext": Pretext,
-    "links": Links, "hops": Hops, "property": Property}
+    "links": Links, "hops": Hops, "property": Property,
+    "distil": Distil}
 
 
 class TeacherSettings(Settings):
@@ -104,7 +107,7 @@ class Recipe(Settings):
 
     follows: what it implements; departs: where it differs. status: verified | tested | expressible. transfer: whose encoder
     is taken downstream. summary: which of its vectors stands for a whole sample there: the one that pretraining trained.
-    derived: views that are made of these on the device, by name.
+    derived: views that are made of these on the device, by name. foreign: models trained elsewhere that look at them, by name.
     reads: companions of a sample (of those its modality finds) that every view carries, for objectives.
     """
 
@@ -115,6 +118,7 @@ class Recipe(Settings):
     modality: Any
     views: dict[str, SerializeAsAny[ViewSettings]]
     derived: dict[str, Annotated[Derivation, Slot("derived view", DERIVATIONS)]] = {}
+    foreign: dict[str, Annotated[Foreign, Slot("foreign model", FOREIGN)]] = {}
     reads: tuple[str, ...] = ()
     masking: dict[str, Annotated[Masking, Slot("masking", MASKINGS)]] = {}
     encoder: Annotated[EncoderSettings, Slot("encoder", ENCODERS)]
@@ -165,6 +169,8 @@ class Recipe(Settings):
                 problems.append(f"derived view '{name}' is made of '{view.of}', which is no view before it")
                 continue
             problems += [f"derived view '{name}': {problem}" for problem in view.check(self)]
+        for name, model in self.foreign.items():
+            problems += [f"foreign model '{name}': {problem}" for problem in model.check(self)]
         if problems:
             raise ValueError("; ".join(problems))
         problems = [f"masking of '{name}': there is no such view (views: {', '.join(self.looks)})"
@@ -207,12 +213,16 @@ class Recipe(Settings):
 
     def record(self) -> dict[str, Any]:
         """Plain data for artefacts: of the same modules, without a file of this machine that they were started from."""
-        return self.model_copy(update={"encoder": self.encoder.detached()}).dump()
+        return self.model_copy(update={"encoder": self.encoder.detached()})._by_identity().dump()
+
+    def _by_identity(self) -> Self:
+        """The same recipe, its foreign models by what they are and not by where they lie."""
+        return self.model_copy(update={"foreign": {name: model.recorded() for name, model in self.foreign.items()}})
 
     @property
     def hash(self) -> str:
         """Of the resolved recipe; 12 hex digits."""
-        return digest(self.dump())
+        return digest(self._by_identity().dump())
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Settings)

@@ -19,6 +19,7 @@ from meristem.platform.objectives import Encoded, Items, Plan, Units
 
 if TYPE_CHECKING:
     from meristem.platform.assembly import Assembly
+    from meristem.platform.foreign import Sight
 
 
 class Batch:
@@ -90,6 +91,7 @@ class Step:
         self._streams: dict[str, TokenStream] = {}
         self._plans: dict[str, Plan] = {}
         self._encoded: dict[tuple[str, str, bool, frozenset[str]], Encoded] = {}
+        self._sights: dict[tuple[str, str], Sight] = {}
         self._made_units: dict[tuple[str, str, str, str | None, bool], Units] = {}
 
     def view(self, name: str) -> View:
@@ -119,6 +121,14 @@ class Step:
         if view not in self._plans:
             self._plans[view] = self.assembly.recipe.masking[view].decide(self, view)
         return self._plans[view]
+
+    def sight(self, by: str, view: str) -> Sight:
+        """What the foreign model `by` makes of a view."""
+        key = (by, view)
+        if key not in self._sights:
+            self.passes.append(f"{by}({view})")
+            self._sights[key] = self.assembly.foreign[by].look(self.view(view))
+        return self._sights[key]
 
     def encode(self, view: str, by: str = "encoder", masked: bool = False, want: frozenset[str] = frozenset()) -> Encoded:
         """One pass of a view through `encoder` or `teacher`; masked: with the view's plan.

@@ -1,11 +1,11 @@
-"""A class token beside an encoder: it reads the tokens of every layer, and changes nothing of how they are made."""
+"""Global queries beside an encoder: they read the tokens of every layer, and change nothing of how they are made."""
 
 from __future__ import annotations
 
 from typing import Annotated, Self
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from meristem.modalities.base import Axis, Tokenizer
@@ -17,14 +17,15 @@ from meristem.platform.slots import Slot
 
 
 class ReaderSettings(EncoderSettings):
-    """A learned query reads each layer of `encoder` by cross-attention (a global query of ReCon, Qi et al. 2023, section 3).
+    """Learned queries read each layer of `encoder` by cross-attention (the global queries of ReCon, Qi et al. 2023, section 3).
 
-    encoder: what it reads; it sees what both its `sees` and this one's name. apart: what the query learns does not reach the
-    encoder (stop-gradient; for fine-tuning set it to false). heads: of its attention. The query is the class token of the
-    whole, in place of the encoder's own.
+    encoder: what they read; it sees what both its `sees` and this one's name. queries: by name, each a vector of the whole;
+    none attends to another, and `cls` stands in place of the encoder's own. apart: what they learn does not reach the encoder
+    (stop-gradient; for fine-tuning set it to false). heads: of their attention.
     """
 
     encoder: Annotated[EncoderSettings, Slot("encoder", ENCODERS)] = TransformerSettings(cls=False)
+    queries: Annotated[tuple[str, ...], Field(min_length=1)] = ("cls",)
     apart: bool = True
     heads: int = 6
     mlp_ratio: float = 4.0
@@ -41,7 +42,7 @@ class ReaderSettings(EncoderSettings):
 
     @property
     def provides(self) -> frozenset[str]:
-        return self.encoder.provides | {"cls"}
+        return self.encoder.provides | set(self.queries)
 
     def detached(self) -> Self:
         return self.model_copy(update={"encoder": self.encoder.detached()})
@@ -51,7 +52,7 @@ class ReaderSettings(EncoderSettings):
 
 
 class _Reading(nn.Module):
-    """One query (B, 1, D) attends to tokens (B, n, D), then passes a perceptron; both with residuals, normed before."""
+    """Queries (B, Q, D) attend to tokens (B, n, D), then pass a perceptron; both with residuals, normed before."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ class _Reading(nn.Module):
 
 
 class Reader(Encoder):
-    """inner: the encoder that is read; all but the class token is its result."""
+    """inner: the encoder that is read; all but the queries' vectors is its result."""
 
     def __init__(self, settings: ReaderSettings, inner: Encoder) -> None:
         super().__init__()
@@ -76,7 +77,8 @@ class Reader(Encoder):
         self.inner, self.sees, self.apart = inner, settings.encoder.sees, settings.apart
         self.width, self.depth, self.dense_width, self.mask_unit = inner.width, inner.depth, inner.dense_width, inner.mask_unit
         self.pyramid_widths, self.pyramid_strides = inner.pyramid_widths, inner.pyramid_strides
-        self.query = nn.Parameter(torch.randn(1, 1, self.width) * 0.02)
+        self.names = settings.queries
+        self.query = nn.Parameter(torch.randn(1, len(self.names), self.width) * 0.02)
         self.readings = nn.ModuleList(_Reading(self.width, settings.heads, settings.mlp_ratio) for _ in range(self.depth))
         self.norm = nn.LayerNorm(self.width)
 
@@ -89,7 +91,7 @@ class Reader(Encoder):
         for reading, layer in zip(self.readings, encoded.layers, strict=True):
             layer = layer.masked_fill(~valid[..., None], 0)  # 0 · NaN is NaN
             query = reading(query, layer.detach() if self.apart else layer, padding)
-        encoded.summary = {**encoded.summary, "cls": self.norm(query)[:, 0]}
+        encoded.summary = {**encoded.summary, **dict(zip(self.names, self.norm(query).unbind(1), strict=True))}
         if "layers" not in want:
             encoded.layers = None
         return encoded

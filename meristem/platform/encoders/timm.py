@@ -36,6 +36,13 @@ def _is_vit(model: str) -> bool:
     return isinstance(_skeleton(model), VisionTransformer)
 
 
+def patch_of(model: str) -> tuple[int, ...]:
+    """The patch of a vision transformer. Raises RecipeError for any other model."""
+    if not _is_vit(model):
+        raise RecipeError(f"timm's '{model}' is no vision transformer", "Choose a vit_*.")
+    return tuple(_skeleton(model).patch_embed.feat_ratio(as_scalar=False))
+
+
 class TimmSettings(EncoderSettings):
     """model: timm's name. pretrained: a local file of timm weights, or false.
 
@@ -66,7 +73,9 @@ class TimmSettings(EncoderSettings):
     def provides(self) -> frozenset[str]:
         if not _is_vit(self.model):
             return frozenset({"mean", "pyramid"})
-        return frozenset({"mean", "layers"} | ({"cls"} if _skeleton(self.model).has_class_token else set()))
+        net = _skeleton(self.model)
+        return frozenset({"mean", "layers"} | ({"cls"} if net.has_class_token else set())
+                         | ({"attention"} if hasattr(getattr(net.blocks[-1], "attn", None), "qkv") else set()))
 
     def detached(self) -> Self:
         return self.model_copy(update={"pretrained": False})
@@ -103,7 +112,8 @@ class TimmSettings(EncoderSettings):
 class TimmViT(Encoder):
     """A timm vision transformer: learned positions are added to all embedded patches, then `drop` keeps the visible ones.
 
-    `replace` puts a learned token before positions are added. `layers` leave class and register tokens out.
+    `replace` puts a learned token before positions are added. `layers` leave class and register tokens out; `attention` holds
+    them first.
     """
 
     def __init__(self, settings: TimmSettings, tokenizer: Tokenizer, channels: int) -> None:
@@ -137,8 +147,10 @@ class TimmViT(Encoder):
             rows = torch.arange(len(x), device=x.device)[:, None]
             x = torch.cat([x[:, :prefix], x[rows, keep + prefix]], 1)
         x = net.norm_pre(x)
-        layers = []
-        for block in net.blocks:
+        layers, attention = [], None
+        for i, block in enumerate(net.blocks):
+            if "attention" in want and i == len(net.blocks) - 1:
+                attention = _attention(block, x)
             x = block(x)
             if "layers" in want:
                 layers.append(x[:, prefix:])
@@ -147,13 +159,21 @@ class TimmViT(Encoder):
         summary = {"cls": x[:, 0]} if net.has_class_token else {}
         summary["mean"] = net.fc_norm(tokens.mean(1))  # the norm that mean-pooled models have after the pooling
         return Encoded(tokens, summary, torch.ones(tokens.shape[:2], dtype=torch.bool, device=x.device), index=keep,
-                       lattice=stream.lattice, layers=layers if "layers" in want else None)
+                       lattice=stream.lattice, layers=layers if "layers" in want else None, attention=attention)
 
     def layer_groups(self) -> list[list[nn.Parameter]]:
         blocks = [list(block.parameters()) for block in self.net.blocks]
         blocks[-1] += [*self.net.norm.parameters(), *self.net.fc_norm.parameters()]
         later = {id(p) for block in blocks for p in block}
         return [[p for p in self.parameters() if id(p) not in later], *blocks]
+
+
+def _attention(block: Any, x: Tensor) -> Tensor:
+    """Attention weights (B, H, N, N) of a block given its input; its fused attention does not return them."""
+    attn = block.attn
+    q, k, _ = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    weights: Tensor = ((attn.q_norm(q) * attn.scale) @ attn.k_norm(k).transpose(-2, -1)).softmax(-1)
+    return weights
 
 
 class TimmPyramid(MapEncoder):

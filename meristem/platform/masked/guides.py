@@ -1,4 +1,4 @@
-"""Maskings that follow a score of each token: how much a teacher attends to it, or noise of a colour."""
+"""Maskings that follow a score of each token: how much a teacher or a foreign model attends to it, or noise of a colour."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from meristem.errors import RecipeError
 from meristem.modalities.base import Settings
 from meristem.modalities.rng import Rng
 from meristem.modalities.stream import TokenStream
+from meristem.platform import foreign
 from meristem.platform.derived.base import needs_lattice
 from meristem.platform.masked.masking import (
     Fraction,
@@ -107,7 +108,33 @@ class Noise(Guide):
         return made
 
 
-GUIDES: dict[str, type[Guide]] = {"attention": Attention, "noise": Noise}
+class Saliency(Guide):
+    """How much a foreign model attends to the pixels that show a token's position, the mean over its pictures (I2P-MAE, Zhang
+    et al. 2023, section 3.2, with hide: lowest).
+
+    by: the model. temperature: tokens then score highest as if drawn one after another, without replacement, with odds
+    exp(saliency / temperature); saliency is 1 where all get the same attention (in their code it sums to 1 over the 196 tokens
+    of a picture and the temperature is 1, here 196: the draw is all but uniform).
+    """
+
+    by: str
+    temperature: Positive = 1.0
+
+    def check(self, recipe: Any) -> list[str]:
+        return foreign.named(recipe, self.by)
+
+    def score(self, step: Step, view: str) -> Tensor:
+        position = step.stream(view).position
+        assert position is not None  # clouds have one
+        return self.drawn(step.sight(self.by, view).saliency_at(position), step.rng("guide", view))
+
+    def drawn(self, saliency: Tensor, rng: Rng) -> Tensor:
+        """With Gumbel noise: the order of such sums is that of draws without replacement."""
+        noise = -(-rng.uniform("drawn", saliency.shape[1]).clamp_min(2.0**-25).log()).log()
+        return saliency / self.temperature + noise
+
+
+GUIDES: dict[str, type[Guide]] = {"attention": Attention, "noise": Noise, "saliency": Saliency}
 
 
 class Guided(Shares):

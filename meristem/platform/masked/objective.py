@@ -118,7 +118,7 @@ class MaskedObjective(Objective):
         super().__init__()
         recipe = assembly.recipe
         self.settings, self.sees = settings, recipe.encoder.sees
-        sizes = {name: readout.target.size(assembly.tokenizer, assembly.encoder) for name, readout in settings.readouts.items()}
+        sizes = {name: readout.target.size_in(assembly) for name, readout in settings.readouts.items()}
         for name in [name for name, readout in settings.readouts.items() if readout.output is not None]:
             if (size := sizes.pop(name)) != assembly.encoder.width:
                 raise RecipeError(f"readout '{name}' compares {size} numbers per token with an output of "

@@ -8,6 +8,7 @@ from meristem.platform.masked.groups import Groups
 from meristem.platform.masked.guides import Guided
 from meristem.platform.masked.masking import Block, HiddenEdges, Masking, Nothing, Random, Region, Shuffle
 from meristem.platform.masked.predictors import Decoder, Dense, Graph, Linear, PredictorSettings
+from meristem.platform.masked.projected import Projected
 from meristem.platform.masked.regressor import Regressor
 from meristem.platform.masked.spectrum import Spectrum
 from meristem.platform.masked.targets import Chamfer, Content, Cosine, Extent, Features, Surface, TargetSettings
@@ -41,4 +42,5 @@ TARGETS: dict[str, type[TargetSettings]] = {
     "cosine": Cosine,
     "extent": Extent,
     "spectrum": Spectrum,
+    "projected": Projected,
 }

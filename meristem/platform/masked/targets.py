@@ -17,6 +17,7 @@ from meristem.modalities.stream import TokenStream, gather
 from meristem.platform.encoders.base import Encoder
 
 if TYPE_CHECKING:
+    from meristem.platform.assembly import Assembly
     from meristem.platform.step import Step
 
 ElementLoss = Literal["mse", "l1", "smooth_l1"]
@@ -41,6 +42,10 @@ class TargetSettings(Settings):
     def size(self, tokenizer: Tokenizer, encoder: Encoder) -> int:
         """Numbers per token that a predictor must give."""
         raise NotImplementedError
+
+    def size_in(self, assembly: Assembly) -> int:
+        """The same in an assembly; for targets whose size more than tokenizer and encoder decide."""
+        return self.size(assembly.tokenizer, assembly.encoder)
 
     def prepare(self, step: Step, view: str) -> None:
         """Make the passes that the target needs; called before the student's."""
