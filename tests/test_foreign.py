@@ -158,8 +158,8 @@ def test_at_a_low_temperature_the_most_salient_stay_and_padding_counts_for_nothi
 
 
 def test_tokens_are_as_salient_as_the_pixels_that_show_them(eye: Path) -> None:
-    cold = "masking.x.guided.guide.saliency.temperature=1.0e-5"
-    step = step_of(recipes.load("points/i2p-mae", small("points/i2p-mae", eye, cold)))
+    sharp = "masking.x.guided.guide.saliency.temperature=1.0e-5"
+    step = step_of(recipes.load("points/i2p-mae", small("points/i2p-mae", eye, sharp)))
     stream, sight = step.stream("x"), step.sight("eye", "x")
     assert stream.position is not None
     pixels, score = sight.where.pixels(stream.position), torch.zeros(2, 16)
@@ -205,7 +205,7 @@ def test_the_image_query_is_told_the_mean_vector_of_the_pictures_and_the_tokens_
     true = last.sight("eye", "x").summary.mean(1)
     apart = (made - true).abs()
     expected = torch.where(apart < 1, apart.square() / 2, apart - 0.5).mean()
-    assert float((line.total / line.count).detach()) == pytest.approx(float(expected), rel=1e-5)
+    assert float((line.total / line.count).detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     tokens = [*step.assembly.encoder.get_submodule("inner").parameters()]
     query = step.assembly.encoder.get_parameter("query")
     *none, some = torch.autograd.grad(line.total, [*tokens, query], allow_unused=True)

@@ -218,9 +218,9 @@ class Surface(TargetSettings):
     """How the surface lies and bends at a token: normal and surface variation (Yan et al. 2023, MaskFeat3D).
 
     Both come of the covariance of the token's points, eigenvalues λ0 ≤ λ1 ≤ λ2: the eigenvector of λ0, whose sign means
-    nothing, and λ0 / (λ0 + λ1 + λ2) (Pauly et al. 2002), from 0 of a plane to 1/3 of a ball. Squared errors, the normal's to
-    the nearer of ±n; variation: the weight of its own. flat: a token has a normal where λ1 − λ0 is more than this share of the
-    sum; three points or fewer have neither.
+    nothing, and λ0 / (λ0 + λ1 + λ2) (Pauly et al. 2002), from 0 of a plane to 1/3 of a ball. As their code: 1 − |cos(m, n)| +
+    0.1 (|m| − 1)² of the normal n told as m, and the absolute error of the variation, with the weight `variation`. flat: a
+    token has a normal where λ1 − λ0 is more than this share of the sum; three points or fewer have neither.
     """
 
     variation: float = 1.0
@@ -237,8 +237,9 @@ class Surface(TargetSettings):
         points, live = token_points(stream, step.assembly.tokenizer.channels)
         normal, variation, plain = surface(points, live, self.flat)
         made, bend = prediction.float().split([3, 1], -1)
-        normals = torch.minimum((made - normal).square().sum(-1), (made + normal).square().sum(-1)) * plain
-        bends = (bend[..., 0] - variation).square()
+        turned = 1 - F.cosine_similarity(made, normal, dim=-1).abs()
+        normals = (turned + 0.1 * (torch.linalg.vector_norm(made, dim=-1) - 1).square()) * plain
+        bends = (bend[..., 0] - variation).abs()
         weight = weight * (live.sum(-1) > 3)
         return (weight * (normals + self.variation * bends)).sum(), weight.sum()
 
