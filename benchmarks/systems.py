@@ -27,11 +27,13 @@ from timing import seconds
 import meristem
 from meristem import catalogue
 from meristem.modalities.points.pictures import write_pictures
+from meristem.platform import joint as joints
 from meristem.platform.assembly import Assembly, total
 from meristem.platform.data.loader import loader
 from meristem.platform.data.source import open_data
 from meristem.platform.evaluation.results import Results, summarise
-from meristem.platform.recipe import digest, load
+from meristem.platform.recipe import Recipe, digest, load, override, read
+from meristem.platform.step import Batch
 from meristem.tasks.finetune import SCRATCH
 from meristem.tasks.transfer import arms
 
@@ -46,6 +48,8 @@ class Study:
 
     title, data: what it is, and where under --data. split: of the data. steps: of pretraining. task, probes, over: what is
     evaluated, by which protocols, and what is laid over the task's recipe. on: other data to evaluate on, and their split.
+    members: of joint recipes, the data of each; those of the member that is probed are `data`, and what is laid over a recipe
+    names members.
     """
 
     title: str
@@ -57,20 +61,27 @@ class Study:
     over: tuple[str, ...] = ()
     split: str = "auto"
     on: tuple[str, str] | None = None
+    members: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def probed(self) -> str:
+        """The member whose encoder is probed; '' where there are none."""
+        return next((name for name, place in self.members if place == self.data), "")
 
 
 SMALL_DECODER = "objectives.pixels.masked.predictor.decoder={depth: 2, width: 96, heads: 3}"
+CHEST, HIPPOCAMPUS = "pneumoniamnist/pneumoniamnist_union.npz", "msd-task04-hippocampus"
 STUDIES = {
     "films": Study("Surveillance clips, probed by carrying masks through four sequences of DAVIS 2016",
                    "surv-camera-fight/clips.csv",
                    ("modality.video={patch: [1, 8, 8], store: decoded, resize: 112}", "train.batch=64", "train.workers=0"), 300,
                    "video/propagation", ("propagate",), ("task.propagation.size=240", "train.workers=0"), "1,0,0",
                    ("davis2016-val", "0,0,1")),
-    "chest": Study("PneumoniaMNIST, chest X-rays of 28×28", "pneumoniamnist/pneumoniamnist_union.npz",
+    "chest": Study("PneumoniaMNIST, chest X-rays of 28×28", CHEST,
                    ("modality.image.channels=1", "modality.image.patch=4", "train.batch=64", "train.workers=0"), 300,
                    "image/classification", ("linear", "knn"), ("views.x.size=[28,28]", "train.workers=0")),
     "hippocampus": Study("Medical Decathlon, hippocampus in brain MR; a linear decoder on frozen tokens",
-                         "msd-task04-hippocampus", ("modality.volume.patch=[6,6,6]", "train.batch=8", "train.workers=0"), 120,
+                         HIPPOCAMPUS, ("modality.volume.patch=[6,6,6]", "train.batch=8", "train.workers=0"), 120,
                          "volume/segmentation", ("finetune",),
                          ("task.segmentation.decoder=linear", "train.freeze={encoder: 1.0}", "views.x.size=[36,48,36]",
                           "train.steps=100", "train.batch=4", "train.lr=1.0e-2", "train.ema=null", "train.precision=fp32",
@@ -84,6 +95,11 @@ STUDIES = {
                        ("train.workers=0",), 120, "graph/node-classification", ("linear", "knn"), ("train.workers=0",)),
     "compounds": Study("NCI1, graphs of 4,110 compounds", "tu-graphs/NCI1", ("train.workers=0", "train.batch=64"), 300,
                        "graph/classification", ("svm", "linear"), ("train.workers=0",), "0.6,0.1,0.3"),
+    "chest+hippocampus": Study("PneumoniaMNIST and MR volumes of the hippocampus in one run, probed on the former", CHEST,
+                               ("members.image.modality.image.channels=1", "members.image.modality.image.patch=4",
+                                "members.image.train.batch=64", "members.volume.train.batch=16", "train.workers=0"), 600,
+                               "image/classification", ("linear", "knn"), ("views.x.size=[28,28]", "train.workers=0"),
+                               members=(("image", CHEST), ("volume", HIPPOCAMPUS))),
 }
 PLAIN = {  # what the plain method is, by study and name
     ("films", "mae"): ("video/saycam-videomae", ("views.x={size: [1, 64, 64], sample: {stride: 1}}", SMALL_DECODER,
@@ -102,6 +118,8 @@ PLAIN = {  # what the plain method is, by study and name
                                                    "objectives.features.masked.target.cosine.exponent=3")),
     ("citations", "grace"): ("graph/grace", ()),
     ("compounds", "graphmae"): ("graph/graphmae-nci1", ()),
+    ("chest+hippocampus", "mae"): ("joint/mae", ("members.image.views.x.size=[28,28]", f"members.image.{SMALL_DECODER}",
+                                                 f"members.volume.{SMALL_DECODER}")),
 }
 
 
@@ -158,12 +176,14 @@ def pretrained(name: str, recipe: str, laid: list[str], study: Study, given: arg
     laid = [*laid, f"train.steps={given.steps or study.steps}"]
     out: Path = given.out / f"{name}-{digest([recipe, laid])}"
     if not finished(out):
-        meristem.pretrain(recipe, given.data / study.data, out, laid, split=study.split, resume=out.is_dir())
-    return out
+        places = {name: given.data / place for name, place in study.members} or given.data / study.data
+        meristem.pretrain(recipe, places, out, laid, split=study.split, resume=out.is_dir())
+    return out / study.probed
 
 
 def losses(run: Path) -> tuple[float, float]:
-    """The loss over the first and over the last tenth of what was logged."""
+    """The loss over the first and over the last tenth of what was logged; of a joint run, its own."""
+    run = run if (run / "metrics.jsonl").exists() else run.parent
     logged = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     few = max(len(logged) // 10, 1)
     return sum(logged[:few]) / few, sum(logged[-few:]) / few
@@ -203,21 +223,37 @@ def timed(system: System, given: argparse.Namespace) -> dict[str, float]:
     return {name: round(s, 4) for name, s in zip(torch_jobs, taken, strict=True)}
 
 
-def job(name: str, laid: list[str], study: Study, given: argparse.Namespace) -> Callable[[], None]:
-    recipe = load(name, [*laid, "train.steps=1"])
-    data = open_data(given.data / study.data, recipe.modality, study.split, None, quiet=True)
+def drawn(recipe: Recipe, place: Path, study: Study) -> tuple[Recipe, Batch]:
+    """A recipe as the data settle it, and its first batch."""
+    data = open_data(place, recipe.modality, study.split, None, quiet=True)
     recipe = recipe.of(data.modality)
-    assembly = Assembly(recipe)
-    batch = next(iter(loader(data.cache, data.rows("train"), recipe, fields=recipe.reads, start=0, steps=1, rank=0, world=1,
-                             workers=0)))
+    return recipe, next(iter(loader(data.cache, data.rows("train"), recipe, fields=recipe.reads, start=0, steps=1, rank=0,
+                                    world=1, workers=0)))
+
+
+def job(name: str, laid: list[str], study: Study, given: argparse.Namespace) -> Callable[[], None]:
+    """One step; of a joint recipe, one of each member."""
+    laid = [*laid, "train.steps=1"]
+    if study.members:
+        joint = joints.build(override(read(name), laid))
+        found = {m: drawn(joint.members[m].recipe, given.data / place, study) for m, place in study.members}
+        members = {m: joint.members[m].model_copy(update={"recipe": recipe}) for m, (recipe, _) in found.items()}
+        assembly: Assembly = joints.JointAssembly(joint.model_copy(update={"members": members}))
+        batches = [batch for _, batch in found.values()]
+        for batch, member in zip(batches, found, strict=True):
+            batch.member = member
+    else:
+        recipe, batch = drawn(load(name, laid), given.data / study.data, study)
+        assembly, batches = Assembly(recipe), [batch]
     optimiser = torch.optim.AdamW([p for p in assembly.parameters() if p.requires_grad], lr=1e-4)
 
     def step() -> None:
-        loss = total(assembly(assembly.prepare(batch), 0.5))
-        optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-        assembly.after(0.5)
+        for batch in batches:
+            loss = total(assembly(assembly.prepare(batch), 0.5))
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            assembly.after(0.5)
 
     return step
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from meristem.platform.masked.complement import Complement
 from meristem.platform.masked.cross import Cross
+from meristem.platform.masked.gradient import Gradient
 from meristem.platform.masked.groups import Groups
 from meristem.platform.masked.guides import Guided
 from meristem.platform.masked.masking import Block, HiddenEdges, Masking, Nothing, Random, Region, Shuffle
@@ -43,4 +44,5 @@ TARGETS: dict[str, type[TargetSettings]] = {
     "extent": Extent,
     "spectrum": Spectrum,
     "projected": Projected,
+    "gradient": Gradient,
 }
