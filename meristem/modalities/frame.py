@@ -61,6 +61,22 @@ class Frame:
         """The frame of a lattice whose index maps to this one's by `inner` (B, C+1, C+1)."""
         return replace(self, affine=self.affine @ inner.to(self.affine), shape=shape or self.shape)
 
+    def coarse(self, stride: tuple[int, ...], shape: tuple[int, ...]) -> Frame:
+        """The frame of a map of `shape` cells, each of which covers `stride` elements per axis, from the first element on."""
+        step = torch.tensor(stride, device=self.affine.device, dtype=self.affine.dtype)
+        inner = torch.cat([step, step.new_ones(1)]).diag()
+        inner[:-1, -1] = (step - 1) / 2
+        return replace(self.compose(inner[None], shape), spacing=self.spacing * step)
+
+    def centres(self) -> Tensor:
+        """(B, N, C): source coordinates of all elements, in raster order."""
+        index = torch.cartesian_prod(*(torch.arange(n, device=self.affine.device) for n in self.shape)).reshape(-1, self.dims)
+        return self.to_source(index.to(self.affine)[None].expand(len(self.affine), -1, -1))
+
+    def diagonal(self) -> Tensor:
+        """(B,): how long an element's diagonal is in the source."""
+        return self.affine[:, :-1, :-1].flatten(1).norm(dim=1)
+
     def select(self, rows: Tensor | slice) -> Frame:
         return replace(self, affine=self.affine[rows], spacing=self.spacing[rows])
 

@@ -15,11 +15,11 @@ from meristem.platform.step import all_ranks
 
 
 class Head(nn.Module):
-    """Vectors (M, D) and the look each came from (M,) to vectors (M, width)."""
+    """Vectors (M, D) to vectors (M, width). view, item: (M,) the look and the sample each came from; both name a map."""
 
     width: int
 
-    def forward(self, z: Tensor, view: Tensor) -> Tensor:
+    def forward(self, z: Tensor, view: Tensor, item: Tensor | None = None) -> Tensor:
         raise NotImplementedError
 
 
@@ -69,7 +69,7 @@ class Perceptron(Head):
         super().__init__()
         self.layers, self.width, self.per_view = layers, width, per_view
 
-    def forward(self, z: Tensor, view: Tensor) -> Tensor:
+    def forward(self, z: Tensor, view: Tensor, item: Tensor | None = None) -> Tensor:
         if not (self.per_view and self.training):
             return self.layers(z)
         order = view.argsort(stable=True)
@@ -131,8 +131,8 @@ class PrototypeHead(Head):
         super().__init__()
         self.body, self.last, self.width = body, last, len(last.weight)
 
-    def forward(self, z: Tensor, view: Tensor) -> Tensor:
-        return self.last(self.body(z, view))
+    def forward(self, z: Tensor, view: Tensor, item: Tensor | None = None) -> Tensor:
+        return self.last(self.body(z, view, item))
 
 
 class Prototypes(Mlp):
@@ -152,4 +152,42 @@ class Prototypes(Mlp):
         return PrototypeHead(super().build(width), UnitRows(self.out, self.count, self.gain))
 
 
-HEADS: dict[str, type[HeadSettings]] = {"mlp": Mlp, "prototypes": Prototypes}
+class Propagate(Head):
+    """Every unit becomes a sum over its map, weighted by how alike the units are."""
+
+    def __init__(self, width: int, sharpness: float) -> None:
+        super().__init__()
+        self.width, self.sharpness = width, sharpness
+        self.value = nn.Linear(width, width)
+
+    def forward(self, z: Tensor, view: Tensor, item: Tensor | None = None) -> Tensor:
+        assert item is not None
+        sample = torch.unique(item, return_inverse=True)[1]
+        maps, size = torch.unique(sample * (int(view.max()) + 1) + view, return_inverse=True, return_counts=True)[1:]
+        order = maps.argsort(stable=True)
+        row = maps[order]
+        place = torch.arange(len(z), device=z.device) - (size.cumsum(0) - size)[row]
+
+        def table(x: Tensor) -> Tensor:
+            """(maps, most units of one, D); rows of 0, which are like nothing, fill it up."""
+            return x.new_zeros(len(size), int(size.max()), x.shape[1]).index_put((row, place), F.normalize(x[order], dim=-1))
+
+        x = table(z)
+        alike = (x @ x.transpose(1, 2)).clamp_min(0).pow(self.sharpness)
+        spread = (alike @ table(self.value(z)))[row, place]
+        return torch.empty_like(spread).index_put((order,), spread)
+
+
+class Propagation(HeadSettings):
+    """Pixel propagation: y_i = Σ_j max(cos(x_i, x_j), 0)^γ · g(x_j) over the units j of i's own map, γ = `sharpness`.
+
+    Xie et al. 2021 (PixPro), equations 3 and 4; g is a linear map whose results have unit length, as in their code.
+    """
+
+    sharpness: float = 2.0
+
+    def build(self, width: int) -> Head:
+        return Propagate(width, self.sharpness)
+
+
+HEADS: dict[str, type[HeadSettings]] = {"mlp": Mlp, "prototypes": Prototypes, "propagation": Propagation}

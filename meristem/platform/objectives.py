@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from meristem.modalities.base import Settings
+from meristem.modalities.frame import Frame
 from meristem.modalities.stream import TokenStream
 
 if TYPE_CHECKING:
@@ -53,7 +55,8 @@ class Encoded:
     """Result of one pass.
 
     tokens: (B, n, D). summary: name -> (B, D): `mean`, and what else it provides of cls, sum, max. valid: (B, n).
-    index: (B, n) which stream tokens these are; None: all of the encoder's own lattice. lattice: that lattice's shape.
+    index: (B, n) which stream tokens these are; None: all of the encoder's own lattice. lattice: that lattice's shape. frame:
+    where its cells lie in the sample; the step adds it, no encoder knows it.
     pyramid: feature maps (B, D_i, *S_i), fine to coarse, when wanted. dense: (B, D, *S) map at the array's resolution, when
     wanted. layers: tokens after each block, when wanted. attention: (B, H, n, n) of the last block, when wanted.
     """
@@ -67,6 +70,21 @@ class Encoded:
     dense: Tensor | None = None
     layers: list[Tensor] | None = None
     attention: Tensor | None = None
+    frame: Frame | None = None
+
+    def at(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, m, D) at source points (B, m, C), linear between cells' centres, and (B, m) whether these lie inside.
+
+        Of a whole lattice of two or three axes: so maps of any stride, and the looks of one sample, can be compared.
+        """
+        assert self.frame is not None and self.lattice is not None and self.index is None
+        index, inside = self.frame.from_source(points)
+        size = torch.tensor(self.lattice, device=index.device, dtype=index.dtype)
+        grid = ((2 * index + 1) / size - 1).flip(-1)  # cells' edges lie at ±1, and grid_sample counts axes from the last
+        maps = self.tokens.transpose(1, 2).unflatten(2, self.lattice).to(grid.dtype)
+        grid = grid[(slice(None), slice(None), *[None] * (len(self.lattice) - 1))]
+        sampled = F.grid_sample(maps, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        return sampled.flatten(2).transpose(1, 2), inside
 
 
 @dataclass(frozen=True)
@@ -74,9 +92,9 @@ class Units:
     """A flat table of vectors with keys; padding is gone, so heads with batch norm and losses need no masks.
 
     z: (M, D). key: name -> (M,) int64: always `item` (unique over ranks) and `view` (which look of which view); `token`,
-    `label`, `subject`, … where they mean something. weight: (M,) of each unit in a loss. point: (M, C) where each lies in its
-    sample, in source coordinates, where that is known. cube: (M, C+1, C+1) the unit cube to the box that each shows of its
-    sample, in source coordinates, of whole looks at lattices.
+    `slot`, `label`, `subject`, … where they mean something; and `cell`, float: the diagonal, in the sample, of a map's cell.
+    weight: (M,) of each unit in a loss. point: (M, C) where each lies in its sample, in source coordinates, where known. cube:
+    (M, C+1, C+1) the unit cube to the box that each shows of its sample, in source coordinates, of whole looks at lattices.
     """
 
     z: Tensor

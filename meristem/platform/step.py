@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from meristem.errors import RecipeError
 from meristem.modalities.base import LOOKS, View
 from meristem.modalities.rng import Rng
-from meristem.modalities.stream import TokenStream, gather
+from meristem.modalities.stream import LatticeStream, TokenStream, gather
 from meristem.platform import schedules
 from meristem.platform.derived.montage import Montage
 from meristem.platform.objectives import Encoded, Items, Plan, Units
@@ -143,7 +143,10 @@ class Step:
             stream = stream if plan is None else plan.shown(stream)
             self.passes.append(f"{by}({view}{', plan' if masked else ''})")
             with torch.set_grad_enabled(torch.is_grad_enabled() and by == "encoder"):
-                self._encoded[key] = encoder(stream, None if plan is None or plan.fill is not None else plan, want=want)
+                encoded: Encoded = encoder(stream, None if plan is None or plan.fill is not None else plan, want=want)
+            if encoded.lattice is not None and isinstance(stream, LatticeStream):
+                encoded.frame = self.view(view).frame.coarse(self.assembly.encoder.cell(stream.patch), encoded.lattice)
+            self._encoded[key] = encoded
         return self._encoded[key]
 
     def summary(self) -> Tensor | None:
@@ -164,7 +167,7 @@ class Step:
             else:
                 below = self.units(view, by, level, self.assembly.recipe.heads[head].input, masked)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and by == "encoder"):
-                    z = self.assembly.module(by, head)(below.z, below.key["view"])
+                    z = self.assembly.module(by, head)(below.z, below.key["view"], below.key["item"])
                 self._made_units[key] = below.with_z(z)
         return self._made_units[key]
 
@@ -187,10 +190,12 @@ class Step:
             keys |= {name: x[encoded.valid] for name, x in kinds.items() if x.shape == (b, n)}
             if view in self._plans and (masked or by != "encoder") and self._plans[view].hidden.shape == (b, n):
                 keys["hidden"] = self._plans[view].hidden[encoded.valid].long()
-            source = self.stream(view).source
+            source = self.stream(view).source if encoded.frame is None else encoded.frame.centres()
             source = source if source is None or encoded.index is None else gather(source, index)
             if source is not None and source.shape[:2] == (b, n):
                 point = source[encoded.valid]
+            if encoded.frame is not None:
+                keys["cell"] = encoded.frame.diagonal()[:, None].expand(b, n)[encoded.valid]
             z = encoded.tokens[encoded.valid]
         else:
             z = encoded.summary[level]

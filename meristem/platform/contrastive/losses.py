@@ -5,9 +5,10 @@ All are computed in fp32, whatever precision the encoder runs in.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,16 +24,18 @@ def cosines(q: Tensor, k: Tensor) -> Tensor:
     return F.normalize(q.float(), dim=-1) @ F.normalize(k.float(), dim=-1).T
 
 
-def infonce(q: Units, k: Units, pairs: Pairs, temperature: float, own: bool = False) -> Loss:
-    """InfoNCE with any number of positives, averaged outside the logarithm.
+def infonce(q: Units, k: Units, pairs: Pairs, temperature: float, own: bool = False, together: bool = False) -> Loss:
+    """InfoNCE with any number of positives, averaged outside the logarithm, or `together`, summed inside it.
 
     s_ij = cos(q_i, k_j) / τ
     L_i = − Σ_j pos_ij (s_ij − log Z_ij) / Σ_j pos_ij
     Z_ij = Σ_m (pos_im + neg_im) exp s_im; own: pos_ij exp s_ij + Σ_m neg_im exp s_im, each positive against the negatives alone
+    together: L_i = − log (Σ_j pos_ij exp s_ij / Z_i)
     total = Σ_i w_i L_i and count = Σ_i w_i over the queries that have a positive, w the query's weight.
 
     q: (Mq, D), k: (Mk, D). One positive per query and keys = queries: NT-Xent (Chen et al. 2020, eq. 1). Several: L_out of
-    SupCon (Khosla et al. 2020, eq. 2); own: the positives in turn, as the A-VID of RSPNet (Chen et al. 2021).
+    SupCon (Khosla et al. 2020, eq. 2); own: the positives in turn, as the A-VID of RSPNet (Chen et al. 2021);
+    together: PixContrast (Xie et al. 2021, equation 2).
     """
     with torch.autocast(q.z.device.type, enabled=False):
         s = cosines(q.z, k.z) / temperature
@@ -46,7 +49,8 @@ def infonce(q: Units, k: Units, pairs: Pairs, temperature: float, own: bool = Fa
             each = (share * (torch.logaddexp(mine, against.masked_fill(~repelled, -torch.inf)) - s)).sum(1)
         else:
             mass = torch.where(has, pairs.pos + pairs.neg, 1.0)  # a row of nothing would have a NaN for a gradient
-            each = (s + mass.log()).logsumexp(1) - (share * s).sum(1)
+            mine = (s + torch.where(has, pairs.pos, 1.0).log()).logsumexp(1) if together else (share * s).sum(1)
+            each = (s + mass.log()).logsumexp(1) - mine
         weight = q.weight * has[:, 0]
         return Loss((weight * each).sum(), weight.sum())
 
@@ -78,6 +82,13 @@ def attraction(q: Units, k: Units, matches: Matches) -> Loss:
     with torch.autocast(q.z.device.type, enabled=False):
         each = 2 - 2 * F.cosine_similarity(q.z.float()[matches.q], k.z.float()[matches.k], dim=-1)
         return Loss((matches.weight * each).sum(), matches.weight.sum())
+
+
+def evened(q: Units, matches: Matches) -> Matches:
+    """The same matches, weighted so that those of each map, a look at a sample, count 1 together."""
+    maps = torch.unique(torch.stack([q.key["item"], q.key["view"]])[:, matches.q], dim=1, return_inverse=True)[1]
+    sums = matches.weight.new_zeros(len(matches.q)).index_add(0, maps, matches.weight)
+    return Matches(matches.q, matches.k, matches.weight / sums[maps])
 
 
 def cross_entropy(q: Units, target: Tensor, matches: Matches, temperature: float) -> Loss:
@@ -168,8 +179,8 @@ class InfoNCELoss(ContrastiveLoss):
         self.settings = settings
 
     def forward(self, q: Units, k: Units, relation: Relation, step: Step) -> Loss:
-        own = self.settings.denominator == "own"
-        return infonce(q, k, relation.pairs(q, k), step.value(self.settings.temperature), own)
+        own, together = self.settings.denominator == "own", self.settings.positives == "together"
+        return infonce(q, k, relation.pairs(q, k), step.value(self.settings.temperature), own, together)
 
 
 class MarginLoss(ContrastiveLoss):
@@ -182,8 +193,13 @@ class MarginLoss(ContrastiveLoss):
 
 
 class CosineLoss(ContrastiveLoss):
+    def __init__(self, settings: Cosine) -> None:
+        super().__init__()
+        self.settings = settings
+
     def forward(self, q: Units, k: Units, relation: Relation, step: Step) -> Loss:
-        return attraction(q, k, relation.matches(q, k))
+        matches = relation.matches(q, k)
+        return attraction(q, k, evened(q, matches) if self.settings.mean == "maps" else matches)
 
 
 class DecorrelationLoss(ContrastiveLoss):
@@ -238,11 +254,21 @@ class SwAVLoss(ContrastiveLoss):
 
 
 class InfoNCE(LossSettings):
-    """SimCLR, MoCo, SupCon. temperature: τ. denominator: shared by a query's positives, or each positive has its own."""
+    """SimCLR, MoCo, SupCon. temperature: τ. denominator: shared by a query's positives, or each positive has its own.
+
+    positives: `each` has a logarithm of its own, and these are averaged, or one is taken of all `together` (PixContrast).
+    """
 
     repels: ClassVar[bool] = True
     temperature: Scalar = 0.1
     denominator: Literal["shared", "own"] = "shared"
+    positives: Literal["each", "together"] = "each"
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.denominator == "own" and self.positives == "together":
+            raise ValueError("positives together have one denominator; set denominator: shared")
+        return self
 
     def build(self, width: int) -> ContrastiveLoss:
         return InfoNCELoss(self)
@@ -259,12 +285,13 @@ class Margin(LossSettings):
 
 
 class Cosine(LossSettings):
-    """BYOL, SimSiam: attraction alone."""
+    """BYOL, SimSiam: attraction alone. mean: over all pairs, or over the mean pairs of each look's map (PixPro)."""
 
     collapses: ClassVar[bool] = True
+    mean: Literal["pairs", "maps"] = "pairs"
 
     def build(self, width: int) -> ContrastiveLoss:
-        return CosineLoss()
+        return CosineLoss(self)
 
 
 class Decorrelation(LossSettings):

@@ -16,6 +16,7 @@ from meristem.platform.contrastive.parts import LOSSES, TRANSFORMS
 from meristem.platform.contrastive.queue import Queue
 from meristem.platform.contrastive.relations import IDENTITY, Relation, parse
 from meristem.platform.contrastive.transforms import TransformSettings
+from meristem.platform.derived.base import needs_lattice
 from meristem.platform.derived.montage import needs_montage
 from meristem.platform.heads import Prototypes
 from meristem.platform.objectives import Loss, Objective, ObjectiveSettings, Units
@@ -120,6 +121,9 @@ class Contrastive(ObjectiveSettings):
             return [f"relation '{self.relation}' compares places; set level: dense"]
         if "point" in reads and any(recipe.looks[source.view].partner for source in (*self.queries, *self.keys)):
             return [f"relation '{self.relation}' compares places in one sample, and a partner is another"]
+        if "cell" in reads and needs_lattice(recipe, ""):
+            return [f"relation '{self.relation}' asks for cells of a map, and {recipe.modality.name} data are sets, which have "
+                    "none; give near(…) a distance alone"]
         if "point" in reads and self.queue is not None:
             return [f"relation '{self.relation}' compares places, which queued keys do not have; leave the queue out"]
         if "cube" in reads:

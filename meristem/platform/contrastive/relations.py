@@ -22,7 +22,7 @@ from meristem.platform.contrastive.overlap import overlap
 from meristem.platform.objectives import Pairs, Units
 
 Keys = Mapping[str, Tensor]
-IDENTITY = ("item", "view", "token")  # what tells one unit from another
+IDENTITY = ("item", "view", "token", "slot")  # what tells one unit from another
 ONLY = "only"  # of a key unit that was made for one query: that query's number; −1: all meet it
 
 
@@ -62,10 +62,13 @@ def hidden(*keys: str) -> Term:
 
 
 def near(*arguments: str | float) -> Term:
-    """Their places in the samples' own coordinates are at most so far apart: in the modality's unit, millimetres or metres."""
-    if len(arguments) != 1 or isinstance(arguments[0], str) or not 0 < arguments[0] < math.inf:
-        raise ValueError("near(…) needs one distance, e.g. near(0.1)")
-    radius = float(arguments[0])
+    """Their places in the samples' own coordinates are at most so far apart: in the modality's unit, millimetres or metres.
+
+    near(r, cell): in diagonals of the larger of the two cells of their maps (PixPro, Xie et al. 2021, equation 1).
+    """
+    radius, cells = arguments[0] if arguments else "", arguments[1:] == ("cell",)
+    if isinstance(radius, str) or not 0 < radius < math.inf or not (cells or len(arguments) == 1):
+        raise ValueError("near(…) needs one distance, e.g. near(0.1), or near(0.7, cell) for cells of maps")
 
     def holds(q: Keys, k: Keys) -> Tensor:
         axes = zip(q["point"].unbind(-1), k["point"].unbind(-1), strict=True)  # a table (Mq, Mk, C) of them would be large
@@ -73,9 +76,9 @@ def near(*arguments: str | float) -> Term:
         distance = squares[0]
         for square in squares[1:]:
             distance = distance + square
-        return distance <= radius**2
+        return distance <= ((radius * torch.maximum(q["cell"], k["cell"])) ** 2 if cells else radius**2)
 
-    return Term(holds, frozenset(), frozenset({"point"}))
+    return Term(holds, frozenset(), frozenset({"point", "cell"} if cells else {"point"}))
 
 
 def overlapping(*keys: str) -> Term:
@@ -188,7 +191,7 @@ class Relation:
             raise RecipeError(f"the relation '{self.text}' asks which box of its sample a unit shows, and these show none",
                               "Use whole looks at images or volumes: level: global or mean, and no queue.")
         lacking = sorted(n for n in reads if n not in ours or (n not in theirs and n != "hidden"))
-        if lacking == ["point"]:
+        if {"point", "cell"}.intersection(lacking):
             raise RecipeError(f"the relation '{self.text}' asks where units lie, and these have no place in their sample",
                               "Use tokens with positions, and an encoder that keeps them.")
         if lacking:

@@ -46,6 +46,10 @@ class Encoder(nn.Module):
         """stream: already reduced to what the recipe's `sees` allows. want: of {pyramid, dense, layers, attention}."""
         raise NotImplementedError
 
+    def cell(self, patch: tuple[int, ...]) -> tuple[int, ...]:
+        """Array elements that one of its tokens covers along each axis, of a stream cut by `patch`."""
+        return patch
+
     def layer_groups(self) -> list[list[nn.Parameter]]:
         """Parameters from input to output, for layer-wise learning-rate decay; each parameter in one group."""
         raise NotImplementedError

@@ -51,6 +51,9 @@ class MapEncoder(Encoder):
         """Array (B, C, *S), S divisible by `multiple`, to the pyramid, fine to coarse, and, if asked, `dense`."""
         raise NotImplementedError
 
+    def cell(self, patch: tuple[int, ...]) -> tuple[int, ...]:
+        return self.pyramid_strides[-1]
+
     def forward(self, stream: TokenStream, plan: Plan | None = None, *, want: frozenset[str] = frozenset()) -> Encoded:
         x = visible_array(stream, plan)
         size = x.shape[2:]

@@ -96,6 +96,9 @@ class Reader(Encoder):
             encoded.layers = None
         return encoded
 
+    def cell(self, patch: tuple[int, ...]) -> tuple[int, ...]:
+        return self.inner.cell(patch)
+
     def layer_groups(self) -> list[list[nn.Parameter]]:
         groups = self.inner.layer_groups()
         groups[-1] += [self.query, *self.readings.parameters(), *self.norm.parameters()]
