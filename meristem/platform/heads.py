@@ -80,9 +80,9 @@ class Perceptron(Head):
 class Mlp(HeadSettings):
     """A multi-layer perceptron.
 
-    layers: linear layers, hidden: width between them, out: width at the end. norm: after every layer but the last; last_norm:
-    also after the last, without scale and shift. per_view: batch-norm statistics of each look of its own, as when each look
-    is a pass of its own (MoCo v3); else those of all looks of a view together (SimCLR).
+    layers: linear layers, 0 for none at all; hidden: width between them, out: width at the end. norm: after every layer but the
+    last; last_norm: also after the last, without scale and shift. per_view: batch-norm statistics of each look of its own, as
+    when each look is a pass of its own (MoCo v3); else those of all looks of a view together (SimCLR).
     """
 
     layers: int = 2
@@ -95,7 +95,7 @@ class Mlp(HeadSettings):
 
     def build(self, width: int) -> Head:
         parts: list[nn.Module] = []
-        sizes = [width, *[self.hidden] * (self.layers - 1), self.out]
+        sizes = [width, *[self.hidden] * (self.layers - 1), self.out] if self.layers else [width]
         for depth, (a, b) in enumerate(itertools.pairwise(sizes), start=1):
             last = depth == self.layers
             normed = self.norm != "none" and (self.last_norm or not last)
@@ -104,7 +104,7 @@ class Mlp(HeadSettings):
                 parts.append(NORMS[self.norm](b, not last))
             if not last:
                 parts.append(nn.ReLU() if self.activation == "relu" else nn.GELU())
-        return Perceptron(nn.Sequential(*parts), self.out, self.per_view)
+        return Perceptron(nn.Sequential(*parts), sizes[-1], self.per_view)
 
 
 class UnitRows(nn.Module):
@@ -149,7 +149,8 @@ class Prototypes(Mlp):
     gain: bool = False
 
     def build(self, width: int) -> Head:
-        return PrototypeHead(super().build(width), UnitRows(self.out, self.count, self.gain))
+        body = super().build(width)
+        return PrototypeHead(body, UnitRows(body.width, self.count, self.gain))
 
 
 class Propagate(Head):

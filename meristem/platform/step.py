@@ -145,7 +145,8 @@ class Step:
             with torch.set_grad_enabled(torch.is_grad_enabled() and by == "encoder"):
                 encoded: Encoded = encoder(stream, None if plan is None or plan.fill is not None else plan, want=want)
             if encoded.lattice is not None and isinstance(stream, LatticeStream):
-                encoded.frame = self.view(view).frame.coarse(self.assembly.encoder.cell(stream.patch), encoded.lattice)
+                frame = self.view(view).frame
+                encoded.frame = frame.coarse(self.assembly.encoder.grid(frame.shape, stream.patch)[1], encoded.lattice)
             self._encoded[key] = encoded
         return self._encoded[key]
 

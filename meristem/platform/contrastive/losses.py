@@ -236,7 +236,8 @@ class DINOLoss(ContrastiveLoss):
     def after(self) -> None:
         if self._seen is not None:
             seen = all_ranks(self._seen[None]).sum(0)
-            self.centre.lerp_(seen[:-1] / seen[-1], 1 - self.settings.centre_momentum)
+            if seen[-1] > 0:
+                self.centre.lerp_(seen[:-1] / seen[-1], 1 - self.settings.centre_momentum)
             self._seen = None
 
 

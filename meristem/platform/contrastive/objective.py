@@ -10,11 +10,12 @@ from pydantic import BeforeValidator, Field, field_validator
 from meristem.errors import RecipeError
 from meristem.modalities.base import Settings
 from meristem.modalities.rng import Rng
+from meristem.platform.contrastive.levels import LevelSettings
 from meristem.platform.contrastive.losses import LossSettings
 from meristem.platform.contrastive.overlap import boxes
-from meristem.platform.contrastive.parts import LOSSES, TRANSFORMS
+from meristem.platform.contrastive.parts import LEVELS, LOSSES, TRANSFORMS
 from meristem.platform.contrastive.queue import Queue
-from meristem.platform.contrastive.relations import IDENTITY, Relation, parse
+from meristem.platform.contrastive.relations import Relation, parse
 from meristem.platform.contrastive.transforms import TransformSettings
 from meristem.platform.derived.base import needs_lattice
 from meristem.platform.derived.montage import needs_montage
@@ -37,12 +38,15 @@ class Source(Settings):
 Sources = tuple[Annotated[Source, BeforeValidator(lambda value: {"view": value} if isinstance(value, str) else value)], ...]
 
 
+Plain = Literal["global", "cls", "mean", "sum", "max", "dense", "tiles"]
+
+
 class Contrastive(ObjectiveSettings):
     """Relate units of views to each other.
 
     queries: encoded by the student. keys: encoded by `by`; stop_gradient: as if constant (SimSiam). level: of the units: cls,
-    mean, sum, max, global (cls where there is one), dense (tokens) or tiles (of a montage). head: of both sides; predictor: a
-    head on it, for queries only.
+    mean, sum, max, global (cls where there is one), dense (tokens), tiles (of a montage), or one of `levels`. head: of both
+    sides; predictor: a head on it, for queries only.
     relation: what attracts; negatives: what may repel (null: everything else); see `relations`. queue: how many keys of past
     steps stand beside the batch's (MoCo). They are keys like any other: `item` is a sample's place in the run, so that under
     same(item) they only repel. sample: of more queries than this, so many are drawn in each step: the table of all pairs has
@@ -53,7 +57,7 @@ class Contrastive(ObjectiveSettings):
     keys: Sources
     by: Literal["encoder", "teacher"] = "encoder"
     stop_gradient: bool = False
-    level: Literal["global", "cls", "mean", "sum", "max", "dense", "tiles"] = "global"
+    level: Plain | Annotated[LevelSettings, Slot("level", LEVELS)] = "global"
     head: str | None = None
     predictor: str | None = None
     relation: str = "same(item) - same(view)"
@@ -84,7 +88,13 @@ class Contrastive(ObjectiveSettings):
             return problems
         if self.predictor is not None and recipe.heads[self.predictor].input != self.head:
             problems.append(f"predictor '{self.predictor}' must stand on the head: set its input to '{self.head}'")
-        if self.level in ("cls", "sum", "max") and self.level not in recipe.encoder.provides:
+        level = self.level if isinstance(self.level, LevelSettings) else None
+        if level is not None:
+            sources = (*self.queries, *self.keys)
+            problems += level.check(recipe, {x.view for x in sources}, self.head)
+            if any(x.masked and recipe.masking[x.view].corruption == "drop" for x in sources):
+                problems.append(f"level {level.what} needs whole maps, and masking drops tokens; set its corruption to replace")
+        elif self.level in ("cls", "sum", "max") and self.level not in recipe.encoder.provides:
             problems.append("level cls needs an encoder with a class token; use level: global or mean" if self.level == "cls"
                             else f"this encoder has no {self.level} vector; use level: mean")
         if self.level == "tiles":
@@ -93,10 +103,11 @@ class Contrastive(ObjectiveSettings):
                 return [*dict.fromkeys(problems)]
         if self.by == "teacher":
             copied = recipe.teacher.of if recipe.teacher is not None else ()
-            needs, head = ["encoder"], self.head
-            while head is not None and head in recipe.heads and head not in needs:  # the recipe checks input
-                needs.append(head)
-                head = recipe.heads[head].input
+            needs = ["encoder"]
+            for head in (self.head, *(level.heads if level is not None else ())):
+                while head is not None and head in recipe.heads and head not in needs:  # the recipe checks input
+                    needs.append(head)
+                    head = recipe.heads[head].input
             problems += [f"keys come from the teacher: add '{name}' to teacher.of" for name in needs if name not in copied]
         if self.loss.needs_prototypes and not (self.head and isinstance(recipe.heads[self.head], Prototypes)):
             problems.append("this loss compares assignments to prototypes; its head must be `prototypes`")
@@ -109,14 +120,21 @@ class Contrastive(ObjectiveSettings):
             problems.append("this loss does not repel, so that it would not use the queue; leave it out")
         if self.transform is not None:
             problems += self.transform.check(self)
-        return problems + self._check_relation(recipe)
+        return problems or self._check_relation(recipe)
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """Keys of its units beside item and view that tell them apart."""
+        return self.level.keys if isinstance(self.level, LevelSettings) else ("token",) if self.level == "dense" else ()
 
     def _check_relation(self, recipe: Any) -> list[str]:
         """Try the relation on two samples with two tokens each."""
         relation = Relation(self.relation, self.negatives)
         reads = relation.reads
-        if "token" in reads and self.level != "dense":
+        if "token" in reads and "token" not in self.extra:
             return [f"relation '{self.relation}' compares tokens; set level: dense"]
+        if "slot" in reads and "slot" not in self.extra:
+            return [f"relation '{self.relation}' compares slots; set level: slots"]
         if "point" in reads and self.level != "dense":
             return [f"relation '{self.relation}' compares places; set level: dense"]
         if "point" in reads and any(recipe.looks[source.view].partner for source in (*self.queries, *self.keys)):
@@ -140,13 +158,13 @@ class Contrastive(ObjectiveSettings):
         offset, total = {}, 0
         for name, view in recipe.looks.items():
             offset[name], total = total, total + view.count
-        if not reads <= {"item", "view", "token", "hidden"}:
+        if not reads <= {"item", "view", "hidden", *self.extra}:
             return []  # labels are known to the data only
 
         def units(sources: Sources) -> Units:
             shown = [recipe.derived[s.view].of if self.level == "tiles" else s.view for s in sources]
             looks = sorted({offset[view] + i for view in shown for i in range(recipe.looks[view].count)})
-            names = ("item", "view", "token") if self.level == "dense" else ("item", "view")
+            names = ("item", "view", *self.extra)
             values = torch.cartesian_prod(*(torch.tensor(v) for v in ([0, 1], looks, [0, 1])[:len(names)]))
             keys = dict(zip(names, values.T, strict=True))
             keys["hidden"] = torch.ones(len(values), dtype=torch.int64)
@@ -176,13 +194,13 @@ class ContrastiveObjective(Objective):
         self.transform = None if settings.transform is None else settings.transform.build(width)
         self.queue: Queue | None = None
         if settings.queue is not None:
-            identity = IDENTITY if settings.level == "dense" else IDENTITY[:2]
+            identity = {"item", "view", *settings.extra}
             self.queue = Queue(settings.queue, width, tuple(sorted({*identity, *self.relation.reads} - {"hidden"})))
 
     def forward(self, step: Step) -> dict[str, Loss]:
         s = self.settings
-        q = Units.cat(step.units(x.view, level=s.level, head=s.predictor or s.head, masked=x.masked) for x in s.queries)
-        k = Units.cat(step.units(x.view, by=s.by, level=s.level, head=s.head, masked=x.masked) for x in s.keys)
+        q = Units.cat(self._units(step, x, "encoder", s.predictor) for x in s.queries)
+        k = Units.cat(self._units(step, x, s.by, None) for x in s.keys)
         if s.sample is not None and len(q) > s.sample:
             rng = step.rng("sample", s.queries[0].view)
             q = q.select(Rng(rng.key[:1]).permutation("queries", len(q))[0, :s.sample])
@@ -196,7 +214,18 @@ class ContrastiveObjective(Objective):
         loss = self.loss(q, keys, self.relation, step)
         if self.queue is not None and self.training:
             self.queue.note(k, step.progress)
-        return {"": Loss(loss.total, loss.count, s.weight)}
+        # looks may have nothing in common: no loss then, not 0/0
+        return {"": Loss(loss.total, torch.as_tensor(loss.count).clamp_min(1e-12), s.weight)}
+
+    def _units(self, step: Step, source: Source, by: str, predictor: str | None) -> Units:
+        s, view, masked = self.settings, source.view, source.masked
+        if not isinstance(s.level, LevelSettings):
+            return step.units(view, by, s.level, predictor or s.head, masked)
+        units = s.level.units(step, view, by, s.head, masked)
+        if predictor is None:
+            return units
+        units = units.select(units.weight > 0)  # a batch norm's statistics are those of units that count
+        return units.with_z(step.assembly.module(by, predictor)(units.z, units.key["view"], units.key["item"]))
 
     def after(self, step: Step) -> None:
         self.loss.after()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from pydantic import field_serializer, field_validator
@@ -46,9 +46,9 @@ class Encoder(nn.Module):
         """stream: already reduced to what the recipe's `sees` allows. want: of {pyramid, dense, layers, attention}."""
         raise NotImplementedError
 
-    def cell(self, patch: tuple[int, ...]) -> tuple[int, ...]:
-        """Array elements that one of its tokens covers along each axis, of a stream cut by `patch`."""
-        return patch
+    def grid(self, size: tuple[int, ...], patch: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of a view of `size`, cut by `patch`: the lattice of its tokens, and the array elements that each covers, per axis."""
+        return tuple(n // p for n, p in zip(size, patch, strict=True)), patch
 
     def layer_groups(self) -> list[list[nn.Parameter]]:
         """Parameters from input to output, for layer-wise learning-rate decay; each parameter in one group."""
@@ -86,6 +86,12 @@ class EncoderSettings(Settings):
     def detached(self) -> Self:
         """The same modules, without any file that their first weights come from: a checkpoint brings its own."""
         return self
+
+    def lattice(self, modality: Any, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the tokens of a view of `size`, of a lattice modality; no weights are made."""
+        tokenizer = modality.tokenizer()
+        with torch.device("meta"):
+            return self.detached().build(tokenizer, modality.axes, modality.channels).grid(size, tokenizer.patch)[0]
 
     def build(self, tokenizer: Tokenizer, axes: tuple[Axis, ...], channels: int) -> Encoder:
         raise NotImplementedError

@@ -51,8 +51,9 @@ class MapEncoder(Encoder):
         """Array (B, C, *S), S divisible by `multiple`, to the pyramid, fine to coarse, and, if asked, `dense`."""
         raise NotImplementedError
 
-    def cell(self, patch: tuple[int, ...]) -> tuple[int, ...]:
-        return self.pyramid_strides[-1]
+    def grid(self, size: tuple[int, ...], patch: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        strides = self.pyramid_strides[-1]
+        return tuple(-(-n // s) for n, s in zip(size, strides, strict=True)), strides
 
     def forward(self, stream: TokenStream, plan: Plan | None = None, *, want: frozenset[str] = frozenset()) -> Encoded:
         x = visible_array(stream, plan)

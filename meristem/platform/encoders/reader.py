@@ -96,8 +96,8 @@ class Reader(Encoder):
             encoded.layers = None
         return encoded
 
-    def cell(self, patch: tuple[int, ...]) -> tuple[int, ...]:
-        return self.inner.cell(patch)
+    def grid(self, size: tuple[int, ...], patch: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.inner.grid(size, patch)
 
     def layer_groups(self) -> list[list[nn.Parameter]]:
         groups = self.inner.layer_groups()

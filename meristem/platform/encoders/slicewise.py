@@ -103,8 +103,9 @@ class Slicewise(Encoder):
                        dense=None if encoded.dense is None else stack(encoded.dense),
                        layers=None if encoded.layers is None else [tokens(x) for x in encoded.layers])
 
-    def cell(self, patch: tuple[int, ...]) -> tuple[int, ...]:
-        return (1, *self.inner.cell(patch[1:]))
+    def grid(self, size: tuple[int, ...], patch: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        lattice, cell = self.inner.grid(size[1:], patch[1:])
+        return (size[0], *lattice), (1, *cell)
 
     def layer_groups(self) -> list[list[nn.Parameter]]:
         return self.inner.layer_groups()
