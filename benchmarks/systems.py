@@ -49,7 +49,8 @@ class Study:
     title, data: what it is, and where under --data. split: of the data. steps: of pretraining. task, probes, over: what is
     evaluated, by which protocols, and what is laid over the task's recipe. on: other data to evaluate on, and their split.
     members: of joint recipes, the data of each; those of the member that is probed are `data`, and what is laid over a recipe
-    names members.
+    names members. alone: the study whose settings hold for a plain recipe of that member alone, which has as many steps there
+    as the member has in a joint run, on average.
     """
 
     title: str
@@ -62,6 +63,7 @@ class Study:
     split: str = "auto"
     on: tuple[str, str] | None = None
     members: tuple[tuple[str, str], ...] = ()
+    alone: str = ""
 
     @property
     def probed(self) -> str:
@@ -99,7 +101,7 @@ STUDIES = {
                                ("members.image.modality.image.channels=1", "members.image.modality.image.patch=4",
                                 "members.image.train.batch=64", "members.volume.train.batch=16", "train.workers=0"), 600,
                                "image/classification", ("linear", "knn"), ("views.x.size=[28,28]", "train.workers=0"),
-                               members=(("image", CHEST), ("volume", HIPPOCAMPUS))),
+                               members=(("image", CHEST), ("volume", HIPPOCAMPUS)), alone="chest"),
 }
 PLAIN = {  # what the plain method is, by study and name
     ("films", "mae"): ("video/saycam-videomae", ("views.x={size: [1, 64, 64], sample: {stride: 1}}", SMALL_DECODER,
@@ -120,6 +122,7 @@ PLAIN = {  # what the plain method is, by study and name
     ("compounds", "graphmae"): ("graph/graphmae-nci1", ()),
     ("chest+hippocampus", "mae"): ("joint/mae", ("members.image.views.x.size=[28,28]", f"members.image.{SMALL_DECODER}",
                                                  f"members.volume.{SMALL_DECODER}")),
+    ("chest+hippocampus", "simclr"): ("image/simclr", ("views.v.size=[28,28]",)),
 }
 
 
@@ -150,11 +153,13 @@ def names() -> list[str]:
     return sorted(path.stem for path in SYSTEMS.glob("*.yaml"))
 
 
-def jobs(system: System) -> dict[str, tuple[str, list[str]]]:
-    """The recipe of the system and of each plain method, and what is laid over it."""
+def jobs(system: System) -> dict[str, tuple[str, list[str], Study]]:
+    """The recipe of the system and of each plain method, what is laid over it, and the study whose settings hold for it."""
     study = STUDIES[system.study]
     found = {system.name: (system.recipe, system.laid)} | {name: PLAIN[system.study, name] for name in system.against}
-    return {name: (recipe, [*study.pretraining, *system.net, *laid]) for name, (recipe, laid) in found.items()}
+    own = {name: STUDIES[study.alone] if study.alone and not recipe.startswith("joint/") else study
+           for name, (recipe, _) in found.items()}
+    return {name: (recipe, [*own[name].pretraining, *system.net, *laid], own[name]) for name, (recipe, laid) in found.items()}
 
 
 def onlooker(system: System, study: Study, given: argparse.Namespace) -> list[str]:
@@ -196,8 +201,8 @@ def rounded(numbers: Iterable[float | None]) -> list[float | None]:
 def measure(system: System, given: argparse.Namespace) -> dict[str, Any]:
     study = STUDIES[system.study]
     eye = onlooker(system, study, given)
-    runs = {name: pretrained(name, recipe, [*laid, *(eye if name == system.name else ())], study, given)
-            for name, (recipe, laid) in jobs(system).items()}
+    runs = {name: pretrained(name, recipe, [*laid, *(eye if name == system.name else ())], own, given)
+            for name, (recipe, laid, own) in jobs(system).items()}
     run = runs[system.name]
     inits = [*map(str, runs.values()), SCRATCH]
     place, split = study.on or (study.data, study.split)
@@ -219,7 +224,7 @@ def timed(system: System, given: argparse.Namespace) -> dict[str, float]:
     """Median seconds of a step, from a batch at hand to new weights; the system and the plain methods take turns."""
     study, torch_jobs = STUDIES[system.study], jobs(system)
     torch_jobs[system.name][1].extend(onlooker(system, study, given))
-    taken = seconds([job(recipe, laid, study, given) for recipe, laid in torch_jobs.values()], repeats=10)
+    taken = seconds([job(*each, given) for each in torch_jobs.values()], repeats=10)
     return {name: round(s, 4) for name, s in zip(torch_jobs, taken, strict=True)}
 
 

@@ -24,6 +24,7 @@ from meristem.tasks import TaskRecipe
 SMALL = {"transformer": "encoder.transformer={width: 48, depth: 2, heads: 4}",
          "unet": "encoder.unet={widths: [4, 8, 8, 8], blocks: [1, 1, 1, 1]}",
          "slicewise": "encoder.slicewise.encoder.transformer={width: 48, depth: 2, heads: 4}",
+         "sequence": "encoder.sequence={encoder: {unet: {widths: [4, 8, 8], blocks: [1, 1, 1], decoder: false}}, heads: 2}",
          "message_passing": "encoder.message_passing={width: 256, depth: 2}",
          "reader": "encoder.reader.encoder.transformer={width: 48, depth: 2, heads: 4}"}
 

@@ -53,7 +53,8 @@ def theirs() -> Any:
         return table
 
     def encode(view: str, by: str, masked: bool) -> Encoded:
-        return Encoded(maps[by].flatten(2).transpose(1, 2), {}, torch.ones(6, 49, dtype=torch.bool), lattice=(7, 7), frame=frame)
+        tokens = maps[by].flatten(2).transpose(1, 2)
+        return Encoded(tokens, {}, torch.ones(6, 49, dtype=torch.bool), lattice=(7, 7), frame=frame)
 
     view = View("v", torch.zeros(6, 1, 7, 7), frame, ITEM, LOOK)
     return SimpleNamespace(units=units, encode=encode, view=lambda name: view, value=lambda x: x, progress=0.0)

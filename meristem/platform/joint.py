@@ -15,14 +15,12 @@ from meristem.modalities.base import Settings
 from meristem.modalities.rng import Rng
 from meristem.platform import recipe as recipes
 from meristem.platform.assembly import Assembly
+from meristem.platform.encoders.base import Encoder
 from meristem.platform.encoders.transformer import Transformer
 from meristem.platform.objectives import Loss
 from meristem.platform.recipe import Recipe, TrainSettings
 from meristem.platform.slots import validated
 from meristem.platform.step import Batch, Step
-
-TRUNK = ("blocks.blocks", "blocks.norm")  # modules of a transformer that do not know what kind of data they see
-VECTORS = ("cls", "mask_token")
 
 
 class Member(Settings):
@@ -39,7 +37,9 @@ class Member(Settings):
 
 
 class Joint(Settings):
-    """A recipe of several: all members share the blocks, the norm, the class and the mask token of one transformer.
+    """A recipe of several: all members share the blocks, the norm, the class and the mask token of one transformer, or all of
+    another net, which then gets arrays of as many axes and channels from each. It may stand inside a member's encoder, as the
+    encoder of slices does.
 
     Embeddings of tokens, encodings of structure, biases of edges, decoders and heads are each member's own. train: of the whole
     run; a member's own batch size holds. Every step belongs to one member, drawn by `ratio` from (seed, step): on all ranks
@@ -57,8 +57,8 @@ class Joint(Settings):
     def _share(self) -> Self:
         for name, member in self.members.items():
             if self._shape(member) != self._shape(self._first):
-                raise ValueError(f"member '{name}' has another encoder than '{next(iter(self.members))}'; all share one "
-                                 "transformer, set by the joint recipe's `encoder`")
+                raise ValueError(f"member '{name}' has another encoder than '{next(iter(self.members))}'; all share one, set "
+                                 "by the joint recipe's `encoder`")
         if self.train.compile:
             raise ValueError("train.compile: the members' shapes differ from step to step; leave it off")
         return self
@@ -69,7 +69,10 @@ class Joint(Settings):
 
     @staticmethod
     def _shape(member: Member) -> Any:
-        return type(member.recipe.encoder), member.recipe.encoder.model_dump(exclude={"sees"})
+        trunk = member.recipe.encoder
+        while hasattr(trunk, "encoder"):
+            trunk = trunk.encoder
+        return type(trunk), trunk.model_dump(exclude={"sees"})
 
     @property
     def hash(self) -> str:
@@ -92,8 +95,8 @@ def build(data: Mapping[str, Any], wanted: Sequence[str] = ()) -> Joint:
     """A joint recipe of plain data, of the members that are wanted (none named: of all).
 
     A member is the name of a recipe under `extends` and what is laid over it. The joint recipe's `encoder` takes the place of
-    its encoder, but for what that sees; `train` is laid over it, and the member's own `train` on top. Raises RecipeError that
-    names each wrong key.
+    its encoder, or of the encoder named inside that, but for what it sees; `train` is laid over it, and the member's own
+    `train` on top. Raises RecipeError that names each wrong key.
     """
     members = data.get("members")
     if not isinstance(members, Mapping):
@@ -107,14 +110,22 @@ def build(data: Mapping[str, Any], wanted: Sequence[str] = ()) -> Joint:
         how = {key: entry.pop(key) for key in ("ratio", "weight") if key in entry}
         bases = entry.pop("extends", f"{name}/{data.get('name', 'mae')}")
         plain = recipes.read(bases)
-        own = next(iter(plain.get("encoder", {"": {}}).values())) or {}
-        (kind, arguments), = data.get("encoder", {"transformer": {}}).items()
-        plain["encoder"] = {kind: {**arguments, **{key: own[key] for key in ("sees",) if key in own}}}
+        plain["encoder"] = _replaced(plain.get("encoder", {"": {}}), data.get("encoder", {"transformer": {}}))
         for over in ({"train": data.get("train", {})}, entry):
             plain = recipes.merge(plain, over)
         chosen[name] = {**how, "recipe": {**plain, "name": title}}
     rest = {key: value for key, value in data.items() if key not in ("members", "encoder")}
     return recipes.build({**rest, "name": title, "members": chosen}, Joint)
+
+
+def _replaced(encoder: Mapping[str, Any], trunk: Mapping[str, Any]) -> dict[str, Any]:
+    """An encoder's plain data with `trunk` in the place of its innermost part, which keeps what it sees."""
+    (kind, own), = encoder.items()
+    own = own or {}
+    if "encoder" in own:
+        return {kind: {**own, "encoder": _replaced(own["encoder"], trunk)}}
+    (kind, arguments), = trunk.items()
+    return {kind: {**(arguments or {}), **{key: own[key] for key in ("sees",) if key in own}}}
 
 
 class JointAssembly(Assembly):
@@ -125,16 +136,26 @@ class JointAssembly(Assembly):
         self.joint = recipe
         self.members = nn.ModuleDict({name: Assembly(member.recipe) for name, member in recipe.members.items()})
         self.names = list(recipe.members)
-        first = self.of(self.names[0]).encoder
-        for name in self.names:
-            encoder = self.of(name).encoder
-            if not isinstance(encoder, Transformer) or not isinstance(first, Transformer):
-                raise RecipeError(f"member '{name}' has an encoder that cannot share a trunk", "Set encoder: transformer.")
-            encoder.blocks.blocks, encoder.blocks.norm = first.blocks.blocks, first.blocks.norm
-            encoder.cls, encoder.mask_token = first.cls, first.mask_token
+        for name in self.names[1:]:
+            self._share(name)
         self._active = self.names[0]
         self.register_state_dict_post_hook(_once)
         self.register_load_state_dict_pre_hook(_everywhere)
+
+    def _share(self, name: str) -> None:
+        """Put the first member's trunk in the place of another's. Raises RecipeError."""
+        (_, first), (outer, trunk) = _trunk(self.of(self.names[0])), _trunk(self.of(name))
+        if isinstance(trunk, Transformer):
+            assert isinstance(first, Transformer)
+            trunk.blocks.blocks, trunk.blocks.norm = first.blocks.blocks, first.blocks.norm
+            trunk.cls, trunk.mask_token = first.cls, first.mask_token
+        elif [x.shape for x in first.state_dict().values()] != [x.shape for x in trunk.state_dict().values()]:
+            raise RecipeError(f"member '{name}' gives its encoder arrays of other axes or channels than '{self.names[0]}' does",
+                              "Make their channels equal, and read volumes slice by slice beside images.")
+        elif outer is None:
+            self.of(name).encoder = first
+        else:
+            outer.inner = first
 
     def of(self, name: str) -> Assembly:
         member = self.members[name]
@@ -167,12 +188,26 @@ class JointAssembly(Assembly):
         self.of(self._active).after(progress)
 
 
+def _trunk(member: Assembly) -> tuple[Encoder | None, Encoder]:
+    """The innermost encoder of a member, and the one that holds it."""
+    outer, inner = None, member.encoder
+    while isinstance(held := getattr(inner, "inner", None), Encoder):
+        outer, inner = inner, held
+    return outer, inner
+
+
 def _shared(assembly: nn.Module) -> dict[str, str]:
     """Name of every weight of the trunk in members after the first -> its name in the first."""
     assert isinstance(assembly, JointAssembly)
     first, *others = assembly.names
-    names = [n for n in assembly.of(first).encoder.state_dict() if n in VECTORS or n.startswith(TRUNK)]
-    return {f"members.{other}.encoder.{n}": f"members.{first}.encoder.{n}" for other in others for n in names}
+
+    def weights(name: str) -> dict[str, Tensor]:
+        encoder, prefix = assembly.of(name).encoder, f"members.{name}.encoder."
+        return {prefix + n: x for named in (encoder.named_parameters, encoder.named_buffers)
+                for n, x in named(remove_duplicate=False)}
+
+    names = {id(x): n for n, x in weights(first).items()}
+    return {n: names[id(x)] for other in others for n, x in weights(other).items() if id(x) in names}
 
 
 def _once(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:

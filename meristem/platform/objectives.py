@@ -59,6 +59,7 @@ class Encoded:
     where its cells lie in the sample; the step adds it, no encoder knows it.
     pyramid: feature maps (B, D_i, *S_i), fine to coarse, when wanted. dense: (B, D, *S) map at the array's resolution, when
     wanted. layers: tokens after each block, when wanted. attention: (B, H, n, n) of the last block, when wanted.
+    slices: (B, T, D) what each slice alone became, where an encoder works slice by slice.
     """
 
     tokens: Tensor
@@ -70,6 +71,7 @@ class Encoded:
     dense: Tensor | None = None
     layers: list[Tensor] | None = None
     attention: Tensor | None = None
+    slices: Tensor | None = None
     frame: Frame | None = None
 
     def at(self, points: Tensor) -> tuple[Tensor, Tensor]:

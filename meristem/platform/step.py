@@ -158,8 +158,8 @@ class Step:
               masked: bool = False) -> Units:
         """Encoded view to a table of vectors, through a named head and those that it stands on.
 
-        level: `cls`, `mean`, `sum`, `max`, `global` (cls where there is one, else mean), `dense` (every encoded token) or
-        `tiles` (of a montage).
+        level: `cls`, `mean`, `sum`, `max`, `global` (cls where there is one, else mean), `dense` (every encoded token),
+        `slices` (each alone) or `tiles` (of a montage).
         """
         key = (by, view, level, head, masked)
         if key not in self._made_units:
@@ -180,7 +180,7 @@ class Step:
             level = "cls" if "cls" in encoded.summary else "mean"
         keys, looks = self._keys(view), self.view(view)
         point = cube = None
-        if level == "dense":
+        if level in ("dense", "slices"):
             b, n = encoded.valid.shape
             index = encoded.index
             if index is None:
@@ -197,7 +197,9 @@ class Step:
                 point = source[encoded.valid]
             if encoded.frame is not None:
                 keys["cell"] = encoded.frame.diagonal()[:, None].expand(b, n)[encoded.valid]
-            z = encoded.tokens[encoded.valid]
+            each = encoded.tokens if level == "dense" else encoded.slices
+            assert each is not None
+            z = each[encoded.valid]
         else:
             z = encoded.summary[level]
             if looks.frame.affine.shape[-1] == looks.frame.dims + 1:  # elements of a set carry their own coordinates

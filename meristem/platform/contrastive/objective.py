@@ -38,15 +38,15 @@ class Source(Settings):
 Sources = tuple[Annotated[Source, BeforeValidator(lambda value: {"view": value} if isinstance(value, str) else value)], ...]
 
 
-Plain = Literal["global", "cls", "mean", "sum", "max", "dense", "tiles"]
+Plain = Literal["global", "cls", "mean", "sum", "max", "dense", "slices", "tiles"]
 
 
 class Contrastive(ObjectiveSettings):
     """Relate units of views to each other.
 
     queries: encoded by the student. keys: encoded by `by`; stop_gradient: as if constant (SimSiam). level: of the units: cls,
-    mean, sum, max, global (cls where there is one), dense (tokens), tiles (of a montage), or one of `levels`. head: of both
-    sides; predictor: a head on it, for queries only.
+    mean, sum, max, global (cls where there is one), dense (tokens), slices (each alone), tiles (of a montage), or one of
+    `levels`. head: of both sides; predictor: a head on it, for queries only.
     relation: what attracts; negatives: what may repel (null: everything else); see `relations`. queue: how many keys of past
     steps stand beside the batch's (MoCo). They are keys like any other: `item` is a sample's place in the run, so that under
     same(item) they only repel. sample: of more queries than this, so many are drawn in each step: the table of all pairs has
@@ -94,9 +94,10 @@ class Contrastive(ObjectiveSettings):
             problems += level.check(recipe, {x.view for x in sources}, self.head)
             if any(x.masked and recipe.masking[x.view].corruption == "drop" for x in sources):
                 problems.append(f"level {level.what} needs whole maps, and masking drops tokens; set its corruption to replace")
-        elif self.level in ("cls", "sum", "max") and self.level not in recipe.encoder.provides:
+        elif self.level in ("cls", "sum", "max", "slices") and self.level not in recipe.encoder.provides:
             problems.append("level cls needs an encoder with a class token; use level: global or mean" if self.level == "cls"
-                            else f"this encoder has no {self.level} vector; use level: mean")
+                            else "level slices needs an encoder that works slice by slice; choose encoder: sequence"
+                            if self.level == "slices" else f"this encoder has no {self.level} vector; use level: mean")
         if self.level == "tiles":
             problems += [p for source in (*self.queries, *self.keys) for p in needs_montage(recipe, source.view, source.masked)]
             if problems:
@@ -125,7 +126,9 @@ class Contrastive(ObjectiveSettings):
     @property
     def extra(self) -> tuple[str, ...]:
         """Keys of its units beside item and view that tell them apart."""
-        return self.level.keys if isinstance(self.level, LevelSettings) else ("token",) if self.level == "dense" else ()
+        if isinstance(self.level, LevelSettings):
+            return self.level.keys
+        return ("token",) if self.level in ("dense", "slices") else ()
 
     def _check_relation(self, recipe: Any) -> list[str]:
         """Try the relation on two samples with two tokens each."""
@@ -135,7 +138,7 @@ class Contrastive(ObjectiveSettings):
             return [f"relation '{self.relation}' compares tokens; set level: dense"]
         if "slot" in reads and "slot" not in self.extra:
             return [f"relation '{self.relation}' compares slots; set level: slots"]
-        if "point" in reads and self.level != "dense":
+        if "point" in reads and self.extra != ("token",):
             return [f"relation '{self.relation}' compares places; set level: dense"]
         if "point" in reads and any(recipe.looks[source.view].partner for source in (*self.queries, *self.keys)):
             return [f"relation '{self.relation}' compares places in one sample, and a partner is another"]

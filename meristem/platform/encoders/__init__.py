@@ -4,6 +4,7 @@ from meristem.platform.encoders.base import ENCODERS, Encoder, EncoderSettings
 from meristem.platform.encoders.message_passing import MessagePassingSettings
 from meristem.platform.encoders.monai import SegResNetSettings, SwinSettings
 from meristem.platform.encoders.reader import ReaderSettings
+from meristem.platform.encoders.sequence import SequenceSettings
 from meristem.platform.encoders.slicewise import SlicewiseSettings
 from meristem.platform.encoders.timm import TimmSettings
 from meristem.platform.encoders.transformer import TransformerSettings
@@ -16,6 +17,7 @@ ENCODERS.update({
     "swin": SwinSettings,
     "timm": TimmSettings,
     "slicewise": SlicewiseSettings,
+    "sequence": SequenceSettings,
     "reader": ReaderSettings,
     "message_passing": MessagePassingSettings,
 })

@@ -83,7 +83,7 @@ class Slicewise(Encoder):
             """(B, T·n, …) to (B·T, n, …)."""
             return x.reshape(b * t, -1, *x.shape[2:])
 
-        slices = _slices(stream).seen(self.sees)
+        slices = slices_of(stream).seen(self.sees)
         flat = None if plan is None else Plan(each(plan.hidden), each(plan.predict))
         encoded: Encoded = self.inner(slices, flat, want=want - {"attention"})
         assert encoded.lattice is not None
@@ -111,7 +111,7 @@ class Slicewise(Encoder):
         return self.inner.layer_groups()
 
 
-def _slices(stream: LatticeStream) -> LatticeStream:
+def slices_of(stream: LatticeStream) -> LatticeStream:
     """The slices along the first axis as samples of their own: (B·T, C, H, W), and nothing of where they lie in the source."""
     t = stream.array.shape[2]
 

@@ -11,6 +11,7 @@ from meristem.platform.masked.masking import Block, HiddenEdges, Masking, Nothin
 from meristem.platform.masked.predictors import Decoder, Dense, Graph, Linear, PredictorSettings
 from meristem.platform.masked.projected import Projected
 from meristem.platform.masked.regressor import Regressor
+from meristem.platform.masked.slices import Slices
 from meristem.platform.masked.spectrum import Spectrum
 from meristem.platform.masked.targets import Chamfer, Content, Cosine, Extent, Features, Surface, TargetSettings
 
@@ -45,4 +46,5 @@ TARGETS: dict[str, type[TargetSettings]] = {
     "spectrum": Spectrum,
     "projected": Projected,
     "gradient": Gradient,
+    "slices": Slices,
 }
