@@ -224,14 +224,15 @@ class ViewSettings(Settings):
 
 @dataclass(frozen=True)
 class Element:
-    """One sample of a file that holds several. place: `name/number` in it. subject: '' for one of its own. split: as declared.
+    """One sample of a file that holds several. place: `name/number` in it. subject: '' for one of its own, None: that of its
+    file. split: as declared.
 
     fold: which fold of a declared cross-validation tests it, −1 where none is declared. meta: other columns.
     """
 
     place: str
     label: str | None = None
-    subject: str = ""
+    subject: str | None = ""
     split: str = ""
     fold: int = -1
     meta: Mapping[str, float | str] = field(default_factory=dict)

@@ -130,12 +130,13 @@ class Search:
         except DataError:
             return None
 
-    def within(self, file: Path, local: str, elements: Sequence[Element], **more: Any) -> None:
-        """Add the samples in a file; what an element does not say of itself is `more`."""
+    def within(self, file: Path, local: str, elements: Sequence[Element], subject: str = "", **more: Any) -> None:
+        """Add the samples in a file, which is of `subject`; what an element does not say of itself is `more`."""
         for e in elements:
             said = {key: value for key, value in (("label", e.label), ("split", e.split)) if value}
             place = f"{local}#{e.place}"
-            self.add((file.parent / f"{file.name}#{e.place}",), place, e.subject or place, fold=e.fold, meta=dict(e.meta),
+            whose = (subject or local) if e.subject is None else e.subject or place
+            self.add((file.parent / f"{file.name}#{e.place}",), place, whose, fold=e.fold, meta=dict(e.meta),
                      **{**more, **said})
 
     def files(self, root: Path) -> list[Path]:
@@ -175,17 +176,18 @@ class Search:
             self.lost.append(("label", mask.as_posix(), "a label without an image", "Add the image, or remove the label."))
         classes: dict[Path, str] = {}
         patients = False
-        if not matched:
+        told = any(e.label for inside in several.values() for e in inside or ())  # by the files: folders need not tell
+        if not matched and not told:
             classes, patients = self._folders(list(images))
             self.layout = "one folder per class" if classes else "one folder per subject" if patients else "folder"
         if any(f in self.frames for f in images):
             self.layout += ", numbered files in folders"
-        subjects = self._subjects(list(images), bool(classes), patients)
+        subjects = self._subjects(list(images), bool(classes) or told, patients)
         parts = self._parts(root) if classes else {}
         for image in images:
             label, split = classes.get(image), split_of(image)
             if (inside := several[image]) is not None:
-                self.within(root / image, image.as_posix(), inside, label=label, split=split)
+                self.within(root / image, image.as_posix(), inside, subjects[image], label=label, split=split)
                 continue
             self.add((root / image,), image.as_posix(), subjects[image], label=label, split=split,
                      mask=root / matched[image] if image in matched else parts.get(label or ""))

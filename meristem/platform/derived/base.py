@@ -29,7 +29,8 @@ class Derivation(Settings):
 
 
 def needs_lattice(recipe: Any, what: str) -> list[str]:
-    """A problem where the recipe's data are sets and `what` is done to arrays."""
-    if all(len(view.size) == len(recipe.modality.axes) for view in recipe.views.values()):
+    """A problem where `what` is done to arrays, and an axis of the recipe's data is no coordinate: of sets, of joints."""
+    by_name = recipe.modality.tokenizer().structure > 0  # tokens differ by more than where they lie
+    if not by_name and all(len(view.size) == len(recipe.modality.axes) for view in recipe.views.values()):
         return []
     return [f"it {what} arrays, and {recipe.modality.name} data are sets, which have none"]
