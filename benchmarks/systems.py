@@ -73,6 +73,8 @@ class Study:
 
 SMALL_DECODER = "objectives.pixels.masked.predictor.decoder={depth: 2, width: 96, heads: 3}"
 CHEST, HIPPOCAMPUS = "pneumoniamnist/pneumoniamnist_union.npz", "msd-task04-hippocampus"
+SECONDS = ("modality.skeleton.windows={frames: 120, step: 60}", "modality.skeleton.segment=8",
+           "train.workers=0")  # windows of one second, as many again between them; a sequence is on one side only
 STUDIES = {
     "films": Study("Surveillance clips, probed by carrying masks through four sequences of DAVIS 2016",
                    "surv-camera-fight/clips.csv",
@@ -102,6 +104,9 @@ STUDIES = {
                                 "members.image.train.batch=64", "members.volume.train.batch=16", "train.workers=0"), 600,
                                "image/classification", ("linear", "knn"), ("views.x.size=[28,28]", "train.workers=0"),
                                members=(("image", CHEST), ("volume", HIPPOCAMPUS)), alone="chest"),
+    "mocap": Study("CMU mocap of the motion-prediction field, seven actions in windows of a second",
+                   "cmu-mocap-actions/train", (*SECONDS, "train.batch=32"), 240, "skeleton/classification", ("linear", "knn"),
+                   (*SECONDS, "views.x.size=[32]"), split="0.5,0.1,0.4"),
 }
 PLAIN = {  # what the plain method is, by study and name
     ("films", "mae"): ("video/saycam-videomae", ("views.x={size: [1, 64, 64], sample: {stride: 1}}", SMALL_DECODER,
@@ -123,6 +128,8 @@ PLAIN = {  # what the plain method is, by study and name
     ("chest+hippocampus", "mae"): ("joint/mae", ("members.image.views.x.size=[28,28]", f"members.image.{SMALL_DECODER}",
                                                  f"members.volume.{SMALL_DECODER}")),
     ("chest+hippocampus", "simclr"): ("image/simclr", ("views.v.size=[28,28]",)),
+    ("mocap", "mae"): ("skeleton/mae", ("views.x.size=[32]", SMALL_DECODER)),
+    ("mocap", "simclr"): ("skeleton/simclr", ("views.v.size=[32]",)),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from meristem.platform.derived.again import Again
 from meristem.platform.derived.base import Derivation
 from meristem.platform.derived.crop import Crop
+from meristem.platform.derived.difference import Difference
 from meristem.platform.derived.frequency import Frequency
 from meristem.platform.derived.look import Look
 from meristem.platform.derived.montage import Montage
@@ -15,4 +16,5 @@ DERIVATIONS: dict[str, type[Derivation]] = {
     "again": Again,
     "crop": Crop,
     "look": Look,
+    "difference": Difference,
 }

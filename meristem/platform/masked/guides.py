@@ -1,4 +1,4 @@
-"""Maskings that follow a score of each token: how much a teacher or a foreign model attends to it, or noise of a colour."""
+"""Maskings that follow a score of each token: how much somebody attends to it, how much it moves, or noise of a colour."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from meristem.platform.masked.masking import (
     to_cells,
     to_tokens,
 )
+from meristem.platform.masked.targets import element_weight
 from meristem.platform.objectives import Plan
 from meristem.platform.slots import Slot
 
@@ -108,6 +109,11 @@ class Noise(Guide):
         return made
 
 
+def drawn(odds: Tensor, rng: Rng) -> Tensor:
+    """Logarithms of odds (B, N) with Gumbel noise: the order of such sums is that of draws without replacement."""
+    return odds - (-rng.uniform("drawn", odds.shape[1]).clamp_min(2.0**-25).log()).log()
+
+
 class Saliency(Guide):
     """How much a foreign model attends to the pixels that show a token's position, the mean over its pictures (I2P-MAE, Zhang
     et al. 2023, section 3.2, with hide: lowest).
@@ -129,12 +135,49 @@ class Saliency(Guide):
         return self.drawn(step.sight(self.by, view).saliency_at(position), step.rng("guide", view))
 
     def drawn(self, saliency: Tensor, rng: Rng) -> Tensor:
-        """With Gumbel noise: the order of such sums is that of draws without replacement."""
-        noise = -(-rng.uniform("drawn", saliency.shape[1]).clamp_min(2.0**-25).log()).log()
-        return saliency / self.temperature + noise
+        return drawn(saliency / self.temperature, rng)
 
 
-GUIDES: dict[str, type[Guide]] = {"attention": Attention, "noise": Noise, "saliency": Saliency}
+def motion(stream: TokenStream) -> Tensor:
+    """(B, N) how much each token differs from the one before it in time, which is the first axis of its lattice.
+
+    The mean of the absolute differences of their elements, of those that both have; the first has what the second has.
+    """
+    lattice = stream.lattice
+    if lattice is None or lattice[0] < 2:
+        raise RecipeError("motion is told from tokens of one place at several moments, and there are none",
+                          "Choose a longer view or shorter tokens, or masking: random.")
+    x, weight = (y.unflatten(1, lattice) for y in (stream.content.float(), element_weight(stream)))
+    both = (weight[:, 1:] > 0) & (weight[:, :-1] > 0)
+    change = ((x[:, 1:] - x[:, :-1]).abs() * both).sum(-1) / both.sum(-1).clamp_min(1)
+    return torch.cat([change[:, :1], change], 1).flatten(1)
+
+
+class Motion(Guide):
+    """How much a token moves, and chance (MAMP, Mao et al. 2023, section 3.3).
+
+    Tokens score highest as if drawn one after another, without replacement, with odds exp(motion / (temperature · greatest
+    motion of the row)).
+    """
+
+    temperature: Annotated[float, Field(gt=0)] = 0.8
+
+    def check(self, recipe: Any) -> list[str]:
+        axes = recipe.modality.axes
+        timed = bool(axes) and axes[0].unit == "s"
+        return [] if timed else [f"it follows motion, and {recipe.modality.name} data has no axis of time; use masking: random"]
+
+    def score(self, step: Step, view: str) -> Tensor:
+        return self.drawn(step.stream(view), step.rng("guide", view))
+
+    def drawn(self, stream: TokenStream, rng: Rng) -> Tensor:
+        moves = motion(stream)
+        greatest = moves.masked_fill(~informative(stream), 0).amax(1, keepdim=True)
+        return drawn(moves / (greatest * self.temperature + 1e-10), rng)
+
+
+GUIDES: dict[str, type[Guide]] = {"attention": Attention, "noise": Noise, "saliency": Saliency,
+                                 "motion": Motion}
 
 
 class Guided(Shares):
