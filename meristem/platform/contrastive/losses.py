@@ -81,7 +81,7 @@ def attraction(q: Units, k: Units, matches: Matches) -> Loss:
     """
     with torch.autocast(q.z.device.type, enabled=False):
         each = 2 - 2 * F.cosine_similarity(q.z.float()[matches.q], k.z.float()[matches.k], dim=-1)
-        return Loss((matches.weight * each).sum(), matches.weight.sum())
+        return Loss((matches.weight * each).sum(), matches.weight.sum().clamp_min(1e-12))  # where nothing attracts: 0
 
 
 def evened(q: Units, matches: Matches) -> Matches:

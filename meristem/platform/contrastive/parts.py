@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from meristem.platform.contrastive.decoupled import Decoupled
+from meristem.platform.contrastive.hallucination import Hallucinate
 from meristem.platform.contrastive.levels import Common, LevelSettings, Slots
 from meristem.platform.contrastive.losses import DINO, Cosine, Decorrelation, InfoNCE, LossSettings, Margin, SwAV
 from meristem.platform.contrastive.sorting import Ordering
@@ -12,4 +13,4 @@ LOSSES: dict[str, type[LossSettings]] = {
     "infonce": InfoNCE, "margin": Margin, "cosine": Cosine, "decorrelation": Decorrelation, "dino": DINO, "swav": SwAV,
     "decoupled": Decoupled, "ordering": Ordering}
 LEVELS: dict[str, type[LevelSettings]] = {"common": Common, "slots": Slots}
-TRANSFORMS: dict[str, type[TransformSettings]] = {"mix": Mix}
+TRANSFORMS: dict[str, type[TransformSettings]] = {"mix": Mix, "hallucinate": Hallucinate}
