@@ -85,11 +85,18 @@ STUDIES = {
                    ("modality.image.channels=1", "modality.image.patch=4", "train.batch=64", "train.workers=0"), 300,
                    "image/classification", ("linear", "knn"), ("views.x.size=[28,28]", "train.workers=0")),
     "hippocampus": Study("Medical Decathlon, hippocampus in brain MR; a linear decoder on frozen tokens",
-                         HIPPOCAMPUS, ("modality.volume.patch=[6,6,6]", "train.batch=8", "train.workers=0"), 120,
-                         "volume/segmentation", ("finetune",),
+                         HIPPOCAMPUS, ("modality.volume.patch=[6,6,6]", "train.batch=8", "train.workers=0",
+                                       "train.log_every=5"), 120, "volume/segmentation", ("finetune",),
                          ("task.segmentation.decoder=linear", "train.freeze={encoder: 1.0}", "views.x.size=[36,48,36]",
                           "train.steps=100", "train.batch=4", "train.lr=1.0e-2", "train.ema=null", "train.precision=fp32",
                           "train.workers=0")),
+    "hippocampus-slices": Study(
+        "The same, slice by slice from behind to the front; a linear decoder on the frozen levels", HIPPOCAMPUS,
+        ("modality.volume.patch=[1,4,4]", "modality.volume.orientation=ARS", "train.batch=8", "train.workers=0",
+         "train.log_every=5"), 250,
+        "volume/segmentation", ("finetune",),
+        ("task.segmentation.decoder=linear", "train.freeze={encoder: 1.0}", "views.x.size=[48,32,32]", "train.steps=100",
+         "train.batch=2", "train.lr=1.0e-2", "train.ema=null", "train.precision=fp32", "train.workers=0")),
     # half of the shapes are tested, so that they can tell encoders apart; those of a class stand alike: looks turn little
     "shapes": Study("Princeton shapes of 19 classes, 512 points in 32 groups of 16", "psb-labeled-points",
                     ("modality.points.count=32", "modality.points.size=16", "train.batch=32", "train.workers=0"), 400,
@@ -118,6 +125,8 @@ PLAIN = {  # what the plain method is, by study and name
     ("chest", "simclr"): ("image/simclr", ("views.v.size=[28,28]",)),
     ("hippocampus", "mae"): ("volume/mae", ("views.x.size=[36,36,36]", SMALL_DECODER)),
     ("hippocampus", "simclr"): ("volume/simclr", ("views.v.size=[24,24,24]",)),
+    ("hippocampus-slices", "mae"): ("volume/mae-unet", ("views.x.size=[4,32,32]", "train.precision=fp32")),
+    ("hippocampus-slices", "simclr"): ("volume/simclr", ("views.v.size=[1,32,32]", "views.v.affine.rotate=[15,0,0]")),
     ("shapes", "mae"): ("points/mae", ("views.x.size=[512]",
                                      "objectives.points.masked.predictor.decoder={depth: 2, width: 96, heads: 3}")),
     ("shapes", "simclr"): ("points/simclr", ("views.v.size=[512]", "views.v.rotate=15", "views.v.crop=[0.7,1.0]")),
@@ -138,6 +147,7 @@ class System:
     """recipe; study; against: the plain methods; net: the encoder, of all of them; laid: over the recipe beside that and what
     the study lays; probed: over the task's recipe; onlooker: over the recipe of images by which a model is pretrained on
     pictures of the training clouds, for the system's foreign model `eye`; value: what its loss was held against, in a line.
+    after: the system from whose run it starts, as its second stage, with as many steps again.
     """
 
     name: str
@@ -149,6 +159,7 @@ class System:
     probed: tuple[str, ...] = ()
     onlooker: tuple[str, ...] = ()
     value: str = ""
+    after: str = ""
 
     @classmethod
     def read(cls, name: str) -> System:
@@ -183,13 +194,14 @@ def onlooker(system: System, study: Study, given: argparse.Namespace) -> list[st
     return [f"foreign.eye.run.weights={out}", f"foreign.eye.run.size={PICTURES}"]
 
 
-def pretrained(name: str, recipe: str, laid: list[str], study: Study, given: argparse.Namespace) -> Path:
+def pretrained(name: str, recipe: str, laid: list[str], study: Study, given: argparse.Namespace, after: str = "") -> Path:
     """A finished run; plain ones are shared by all systems of one study and encoder."""
     laid = [*laid, f"train.steps={given.steps or study.steps}"]
+    init = str(pretrained(after, *jobs(System.read(after))[after], given)) if after else SCRATCH
     out: Path = given.out / f"{name}-{digest([recipe, laid])}"
     if not finished(out):
         places = {name: given.data / place for name, place in study.members} or given.data / study.data
-        meristem.pretrain(recipe, places, out, laid, split=study.split, resume=out.is_dir())
+        meristem.pretrain(recipe, places, out, laid, init=init, split=study.split, resume=out.is_dir())
     return out / study.probed
 
 
@@ -208,8 +220,8 @@ def rounded(numbers: Iterable[float | None]) -> list[float | None]:
 def measure(system: System, given: argparse.Namespace) -> dict[str, Any]:
     study = STUDIES[system.study]
     eye = onlooker(system, study, given)
-    runs = {name: pretrained(name, recipe, [*laid, *(eye if name == system.name else ())], own, given)
-            for name, (recipe, laid, own) in jobs(system).items()}
+    runs = {name: pretrained(name, recipe, [*laid, *(eye if name == system.name else ())], own, given,
+                             system.after if name == system.name else "") for name, (recipe, laid, own) in jobs(system).items()}
     run = runs[system.name]
     inits = [*map(str, runs.values()), SCRATCH]
     place, split = study.on or (study.data, study.split)

@@ -66,21 +66,25 @@ def _is_recipe(name: str) -> bool:
 
 
 def pretrain(recipe: str, data: Pathlike | Mapping[str, Pathlike], out: Pathlike, overrides: Sequence[str] = (), *,
-             split: str = "auto", cache: Path | None = None, resume: bool = False, quiet: bool = False) -> Outcome:
+             init: str = tuning.SCRATCH, split: str = "auto", cache: Path | None = None, resume: bool = False,
+             quiet: bool = False) -> Outcome:
     """Learn an encoder from unlabelled data into the run directory `out`.
 
     recipe: a name (`volume/mae`, or `mae` where the data's files say which modality) or a YAML file. data: a folder, an MSD or
     nnU-Net dataset, a CSV, a list of paths and labels or a MedMNIST npz; for a joint recipe (`joint/mae`) such a place for each
     member that takes part; only rows of the training split are seen. overrides:
-    `key.sub=value`. split: `auto` (the data's own, else 60/20/20 by patient; data without any label all trains), fractions
+    `key.sub=value`. init: a pretraining run whose encoder this one goes on from, as the second stage of a method does, or
+    `scratch`. split: `auto` (the data's own, else 60/20/20 by patient; data without any label all trains), fractions
     `0.6,0.2,0.2`, `every:5:1`: fold 1 of 5 (0 to 4) tests, the next validates; folds share no subject; or `fold:1` of those
     that the data declares (`fold:1:only`: none validates). cache: where decoded samples are kept (None: the user's cache).
     resume: go on from the newest checkpoint in `out`, exactly.
     Returns the weights and figures; writes recipe.yaml, metrics.jsonl, metrics.json, quarantine.csv and checkpoints.
     Under torchrun every process calls it alike. Raises MeristemError.
     """
-    quiet = quiet or not first_rank()
+    quiet, start = quiet or not first_rank(), tuning.origin(init)
     if isinstance(data, Mapping):
+        if start is not None:
+            raise RecipeError("a joint run starts from random weights", "Leave --init out.")
         return _pretrain_jointly(recipe, data, out, overrides, split, cache, resume, quiet)
     if not _is_recipe(recipe):
         recipe = f"{_modality(recipe, data, overrides)}/{recipe}"
@@ -93,7 +97,7 @@ def pretrain(recipe: str, data: Pathlike | Mapping[str, Pathlike], out: Pathlike
         raise RecipeError(f"'{recipe}' has no objective to pretrain by", remedy)
     settings = recipes.build(plain, recipes.Recipe)
     found = open_data(Path(data), settings.modality, split, cache, quiet)
-    return _pretrain(settings.of(found.modality), found, Path(out), resume=resume, quiet=quiet)
+    return _pretrain(settings.of(found.modality), found, Path(out), init=start, resume=resume, quiet=quiet)
 
 
 def _pretrain_jointly(recipe: str, data: Mapping[str, Pathlike], out: Pathlike, overrides: Sequence[str], split: str,

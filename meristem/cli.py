@@ -53,11 +53,12 @@ Protocols = Annotated[list[str] | None, typer.Option(
 @app.command()
 def pretrain(recipe: Annotated[str, typer.Argument(help="A recipe name (volume/mae) or a YAML file.")],
              data: Annotated[list[str], typer.Option("--data", help=f"{DATA} For joint/mae several: image=PATH, points=PATH.")],
-             out: OutOption, overrides: Overrides = None, split: SplitOption = "auto", cache: CacheOption = None,
-             resume: Resume = False, quiet: Quiet = False) -> None:
+             out: OutOption, overrides: Overrides = None, init: Init = "scratch", split: SplitOption = "auto",
+             cache: CacheOption = None, resume: Resume = False, quiet: Quiet = False) -> None:
     """Learn an encoder from unlabelled data."""
     from meristem import api
-    api.pretrain(recipe, _places(data), out, overrides or (), split=split, cache=cache, resume=resume, quiet=quiet)
+    api.pretrain(recipe, _places(data), out, overrides or (), init=init, split=split, cache=cache, resume=resume,
+                 quiet=quiet)
 
 
 def _places(data: list[str]) -> str | dict[str, str]:

@@ -178,7 +178,7 @@ class Step:
             return self._tiles(view, encoded)
         if level == "global":
             level = "cls" if "cls" in encoded.summary else "mean"
-        keys, looks = self._keys(view), self.view(view)
+        keys, looks = self.keys(view), self.view(view)
         point = cube = None
         if level in ("dense", "slices"):
             b, n = encoded.valid.shape
@@ -206,14 +206,14 @@ class Step:
                 cube = looks.frame.cubes()
         return Units(z, keys, torch.ones(z.shape[0], device=z.device), point, cube)
 
-    def _keys(self, view: str) -> dict[str, Tensor]:
+    def keys(self, view: str) -> dict[str, Tensor]:
         """Keys (B,) of the rows of a view: whose, which look, labels, and what was drawn."""
         looks = self.view(view)
         keys = {name: label[looks.item] for name, label in self.batch.items.labels.items()
                 if label.ndim == 1 and not label.is_floating_point()}
         keys |= drawn_labels(looks)
         return keys | {"item": self.batch.items.cursor[looks.item], "row": self.batch.items.row[looks.item],
-                       "view": looks.look + self.assembly.look_offset[view]}
+                       "look": looks.look, "view": looks.look + self.assembly.look_offset[view]}
 
     def _tiles(self, view: str, encoded: Encoded) -> Units:
         """The tiles of montages: means over each one's share of the encoder's lattice, with the keys of what it shows."""
@@ -223,7 +223,7 @@ class Step:
             raise RecipeError(f"the tiles of '{view}' are parts of a lattice, and this encoder's tokens have none",
                               "Choose encoder: transformer, unet or timm.")
         rows = self.view(view).params["rows"].flatten()
-        keys = self._keys(montage.of) | {"part": self.view(montage.of).look}
+        keys = self.keys(montage.of) | {"part": self.view(montage.of).look}
         maps = encoded.tokens.transpose(1, 2).unflatten(2, encoded.lattice)
         pool: Any = F.adaptive_avg_pool2d if len(montage.grid) == 2 else F.adaptive_avg_pool3d
         z = pool(maps, montage.grid).flatten(2).transpose(1, 2).flatten(0, 1)

@@ -144,13 +144,15 @@ class LightDecoder(Decoder):
 
 class LinearDecoder(Decoder):
     """A 1×1 convolution of an encoder's tokens, or of each level of its pyramid, enlarged linearly and summed: a probe of what
-    the encoder knows, to which the array itself is not shown.
+    the encoder knows, to which the array itself is not shown. Batch norm without scale and shift goes before it, since features
+    of different pretraining differ in size (He et al. 2022, appendix A).
     """
 
     def __init__(self, dims: int, widths: Sequence[int], pyramid: bool, classes: int) -> None:
         super().__init__()
         self.want = frozenset({"pyramid"} if pyramid else ())
-        self.out = nn.ModuleList(CONV[dims](width, classes, 1) for width in widths)
+        norm = nn.BatchNorm3d if dims == 3 else nn.BatchNorm2d
+        self.out = nn.ModuleList(nn.Sequential(norm(width, affine=False), CONV[dims](width, classes, 1)) for width in widths)
         self.mode = "trilinear" if dims == 3 else "bilinear"
 
     def forward(self, encoded: Encoded, stream: LatticeStream) -> Tensor:

@@ -26,7 +26,7 @@ from meristem.platform.evaluation.results import METADATA, QUERIES, SHAPES, Case
 from meristem.platform.recipe import build, override, read
 from meristem.platform.training import checkpoint
 from meristem.platform.training.loop import Outcome, first_rank, launch, train
-from meristem.platform.training.pretrain import card, close_run, open_run, reference
+from meristem.platform.training.pretrain import card, close_run, met, open_run, reference
 from meristem.platform.training.progress import Reporter
 from meristem.tasks.base import Keep, Scope, TaskRecipe, TaskSettings, objective
 
@@ -112,7 +112,7 @@ def tune(recipe: TaskRecipe, data: Data, rows: Sequence[Row], scope: Scope, init
         return iter(loader(data.cache, samples, recipe, fields=recipe.task.fields, start=first, steps=recipe.train.steps,
                            rank=rank, world=world, workers=recipe.train.workers))
 
-    own = {**card(recipe, data, _seen(data.identities(rows), init), "fine-tuned"), "classes": list(scope.values.values()),
+    own = {**card(recipe, data, met(data.identities(rows), init), "fine-tuned"), "classes": list(scope.values.values()),
            "scored": list(scope.scored), "init": None if init is None else checkpoint.identity(init),
            "load": load.dump() if load else None}
     start = open_run(fabric, directory, own, data, resume) if directory is not None else None
@@ -123,16 +123,6 @@ def tune(recipe: TaskRecipe, data: Data, rows: Sequence[Row], scope: Scope, init
             reporter.say(f"stopped after {outcome.steps} of {recipe.train.steps} steps, not tested; --resume goes on")
     trainable = sum(p.numel() for p in assembly.parameters() if p.requires_grad)
     return Tuned(outcome, scope, list(rows), trainable, load)
-
-
-def _seen(tuned_on: dict[str, Any], init: Path | None) -> dict[str, Any]:
-    """Whom the weights have met: in this fine-tuning, and before it. key_id: of none when the pseudonyms are of two keys."""
-    if init is None:
-        return tuned_on
-    before = checkpoint.read_card(init)["seen"]
-    return {"subjects": sorted({*tuned_on["subjects"], *before["subjects"]}),
-            "contents": sorted({*tuned_on["contents"], *before["contents"]}),
-            "key_id": tuned_on["key_id"] if tuned_on["key_id"] == before["key_id"] else ""}
 
 
 def mean_scores(cases: Sequence[Case], task: TaskSettings | None = None, classes: Sequence[str] = ()) -> dict[str, Any]:

@@ -24,11 +24,11 @@ def draw(view: LatticeViewOptions, header: Header, span: tuple[Sequence[float], 
     was not chosen has its neutral value.
     """
     rng = look.rng
-    start, size, params = _tile(view, header, look) if view.tiles else (*_window(view, header, rng), {})
+    start, size = _tile(view, header, look) if view.tiles else _window(view, header, rng)
     shape = tuple(n + 2 * view.margin for n in view.size)
-    params |= {"pad": header.pad, "black": span[0], "white": span[1]}
+    params: dict[str, Any] = {"pad": header.pad, "black": span[0], "white": span[1]}
     params |= _geometry(view, rng) | _intensity(view, rng)
-    arrays = {k: np.asarray(v, np.int64 if k.endswith("_key") or k == "tile" else np.float32) for k, v in params.items()}
+    arrays = {k: np.asarray(v, np.int64 if k.endswith("_key") else np.float32) for k, v in params.items()}
     return Draw(start, size, shape, arrays)
 
 
@@ -56,20 +56,20 @@ def _window(view: LatticeViewOptions, header: Header, rng: Rng) -> tuple[tuple[i
     return tuple((start - margin).tolist()), tuple((size + 2 * margin).tolist())
 
 
-def _tile(view: LatticeViewOptions, header: Header, look: Look) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]:
-    """Start and size of a window that goes by tiles of the whole sample, and which tile it is of."""
+def _tile(view: LatticeViewOptions, header: Header, look: Look) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A window that goes by tiles of the whole sample."""
     whole, grid = np.array(header.shape[1:]), np.array(view.tiles)
     if view.window == "part":
         size = np.maximum(np.round(whole / grid).astype(int), 1)
         start = np.floor(look.rng.uniform("window", len(grid))[0].double().numpy() * (whole - size + 1)).astype(int)
-        return tuple(start.tolist()), tuple(size.tolist()), {}
+        return tuple(start.tolist()), tuple(size.tolist())
     cell = np.array(np.unravel_index(look.number, view.tiles))
     start, stop = (np.round((cell + k) * whole / grid).astype(int) for k in (0, 1))
     size = np.maximum(stop - start, 1)
     if view.window == "slice":  # the same of all views: what they show differs by augmentation only
         place = look.sample.fork("slice").uniform(str(look.number), len(grid))[0].double().numpy()
         start, size = (np.where(grid > 1, a, b) for a, b in ((start + np.floor(place * size).astype(int), start), (1, size)))
-    return tuple(start.tolist()), tuple(size.tolist()), {"tile": look.number}
+    return tuple(start.tolist()), tuple(size.tolist())
 
 
 def _area(view: LatticeViewOptions, whole: np.ndarray, rng: Rng) -> np.ndarray:

@@ -58,7 +58,6 @@ class LatticeViewOptions(ViewSettings):
       tile     look i shows tile i of the whole sample, cut into as many along each axis as `tiles` says, resized;
       part     a random window as large as a tile, resized;
       slice    of tile i one element, drawn for all views alike, along the axes that are cut; resized along the others.
-               Tiles and slices have the parameter `tile`, their number.
     margin: elements read beyond each side of `size`, so that a rotated view shows the sample and not padding.
     foreground: probability that a crop is centred on one of the sample's anchors.
     flip: probability for each axis, or () for none.

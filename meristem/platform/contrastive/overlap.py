@@ -134,7 +134,7 @@ class OverlapObjective(Objective):
         q, k = (step.units(view, by, self.settings.level) for view in (self.settings.queries, self.settings.keys))
         both = Units.cat([q, k])
         for head in self.heads:
-            both = both.with_z(step.assembly.module(by, head)(both.z, both.key["view"]))
+            both = both.with_z(step.assembly.module(by, head)(both.z, both.key["view"], both.key["item"]))
         rows = torch.arange(len(both), device=both.z.device)
         return both.select(rows[:len(q)]), both.select(rows[len(q):])
 

@@ -6,11 +6,28 @@ from meristem.platform.contrastive.decoupled import Decoupled
 from meristem.platform.contrastive.hallucination import Hallucinate
 from meristem.platform.contrastive.levels import Common, LevelSettings, Slots
 from meristem.platform.contrastive.losses import DINO, Cosine, Decorrelation, InfoNCE, LossSettings, Margin, SwAV
+from meristem.platform.contrastive.regions import Regions
 from meristem.platform.contrastive.sorting import Ordering
 from meristem.platform.contrastive.transforms import Mix, TransformSettings
 
 LOSSES: dict[str, type[LossSettings]] = {
-    "infonce": InfoNCE, "margin": Margin, "cosine": Cosine, "decorrelation": Decorrelation, "dino": DINO, "swav": SwAV,
-    "decoupled": Decoupled, "ordering": Ordering}
-LEVELS: dict[str, type[LevelSettings]] = {"common": Common, "slots": Slots}
-TRANSFORMS: dict[str, type[TransformSettings]] = {"mix": Mix, "hallucinate": Hallucinate}
+    "infonce": InfoNCE,
+    "margin": Margin,
+    "cosine": Cosine,
+    "decorrelation": Decorrelation,
+    "dino": DINO,
+    "swav": SwAV,
+    "decoupled": Decoupled,
+    "ordering": Ordering,
+}
+
+LEVELS: dict[str, type[LevelSettings]] = {
+    "common": Common,
+    "regions": Regions,
+    "slots": Slots,
+}
+
+TRANSFORMS: dict[str, type[TransformSettings]] = {
+    "mix": Mix,
+    "hallucinate": Hallucinate,
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,17 +82,38 @@ def close_run(directory: Path, outcome: Outcome, more: Mapping[str, Any]) -> Non
     checkpoint.write_text(directory / "metrics.json", json.dumps(figures, indent=1))
 
 
-def pretrain(recipe: Recipe, data: Data, directory: Path, *, resume: bool = False, quiet: bool = False) -> Outcome:
-    """Train a recipe on the rows that pretraining may see. Writes recipe.yaml, metrics.jsonl, metrics.json and checkpoints."""
+def met(identities: dict[str, Any], init: Path | None) -> dict[str, Any]:
+    """Whom the weights have met: in this training, and before it. key_id: of none when the pseudonyms are of two keys."""
+    if init is None:
+        return identities
+    before = checkpoint.read_card(init)["seen"]
+    return {"subjects": sorted({*identities["subjects"], *before["subjects"]}),
+            "contents": sorted({*identities["contents"], *before["contents"]}),
+            "key_id": identities["key_id"] if identities["key_id"] == before["key_id"] else ""}
+
+
+def pretrain(recipe: Recipe, data: Data, directory: Path, *, init: Path | None = None, resume: bool = False,
+             quiet: bool = False) -> Outcome:
+    """Train a recipe on the rows that pretraining may see. Writes recipe.yaml, metrics.jsonl, metrics.json and checkpoints.
+
+    init: a run whose encoder is where this one's, and its teacher's, starts.
+    """
     began = time.perf_counter()
     fabric = launch(recipe.train)
     rows = data.rows("train")
     if not rows:
         raise MeristemError("the training split is empty", "Give more data, or another --split.")
-    about = card(recipe, data, data.identities(rows), "pretraining")
+    about = {**card(recipe, data, met(data.identities(rows), init), "pretraining"),
+             **({} if init is None else {"init": checkpoint.identity(init)})}
     start = open_run(fabric, directory, about, data, resume)
     fabric.seed_everything(recipe.train.seed, verbose=False)
     assembly = Assembly(recipe)
+    if init is not None:
+        load = checkpoint.load_encoder(init, assembly.encoder, recipe.modality, recipe.encoder.sees)
+        if assembly.teacher is not None:
+            assembly.teacher.follow({name: assembly.module("encoder", name) for name in assembly.teacher.copies}, 0.0)
+        if not quiet and fabric.global_rank == 0:
+            print(f"{recipe.name}  {load.line()}", file=sys.stderr)
 
     def batches(first: int, rank: int, world: int) -> Any:
         return iter(loader(data.cache, rows, recipe, fields=recipe.reads, start=first, steps=recipe.train.steps, rank=rank,
