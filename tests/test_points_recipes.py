@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 import meristem
 from meristem.catalogue import names, rows
 from meristem.errors import RecipeError
 from meristem.platform import recipe as recipes
 from meristem.platform.assembly import Assembly
+from meristem.platform.contrastive.relations import Relation
+from meristem.platform.objectives import Units
 from meristem.platform.training import checkpoint
 from meristem.tasks.inspection import inspect, noise
 
@@ -92,6 +97,26 @@ def test_what_recon_contrasts_does_not_reach_its_tokens(apart: bool) -> None:
 
     assert reaches("points") == (True, False)
     assert reaches("contrast") == (not apart, True)
+
+
+def test_fac_draws_segments_together_and_its_background_only_repels() -> None:
+    """Tokens of two looks at two scenes; of each that lies in a segment, by a double loop."""
+    settings: Any = recipes.load("points/fac").objectives["segments"]
+    z, n = F.normalize(torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), dim=1), range(40)
+    item, view, segment = [i % 2 for i in n], [i // 20 for i in n], [i // 3 % 4 - 1 for i in n]
+    keys = {"item": item, "view": view, "segment": segment, "token": [i % 20 for i in n]}
+    units = Units(z, {name: torch.tensor(key) for name, key in keys.items()}, torch.ones(40))
+    step: Any = SimpleNamespace(value=lambda x: x)
+    loss = settings.loss.build(6)(units, units, Relation(settings.relation, settings.negatives), step)
+    each = []
+    for i in n:
+        mine = [j for j in n if segment[i] >= 0 and segment[j] == segment[i] and item[j] == item[i] and view[j] != view[i]]
+        s = [math.exp(float(z[i] @ z[j]) / 0.07) for j in n]
+        others = [j for j in n if j != i and (segment[j] != segment[i] or segment[i] < 0 or item[j] != item[i])]
+        rest = sum(s[j] for j in (*mine, *others))
+        each += [sum(-math.log(s[j] / rest) for j in mine) / len(mine)] if mine else []
+    assert 0 < len(each) < 40
+    assert float(loss.total / loss.count) == pytest.approx(sum(each) / len(each), rel=1e-4)
 
 
 def test_headers_name_their_sources() -> None:
