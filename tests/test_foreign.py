@@ -48,9 +48,10 @@ def eye(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def clouds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root, rng = tmp_path_factory.mktemp("data") / "clouds", np.random.default_rng(0)
-    root.mkdir()
-    for i in range(6):
-        np.savez(root / f"{i}.npz", points=rng.normal(size=(300, 3)).astype(np.float32))
+    for i in range(10):
+        file = root / "ab"[i % 2] / f"{i}.npz"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(file, points=rng.normal(size=(300, 3)).astype(np.float32))
     return root
 
 
@@ -233,6 +234,10 @@ def test_a_recipe_trains_resumes_and_keeps_no_path(name: str, eye: Path, clouds:
     assert not any("foreign" in key for key in a)
     for file in (tmp_path / "whole" / "recipe.yaml", checkpoint.locate(tmp_path / "whole") / "card.json"):
         assert str(eye) not in file.read_text() and Run(weights=eye).recorded().identity in file.read_text()
+    page = meristem.evaluate("points/classification", clouds, tmp_path / "probed", ["views.x.size=[128]", "train.workers=0"],
+                             inits=[str(tmp_path / "whole")], protocols=["knn"], seeds=1, cache=cache, quiet=True)
+    assert page.is_file()  # the model is no longer asked for
+    assert (meristem.embed(tmp_path / "whole", clouds, tmp_path / "vectors", quiet=True)).is_file()
 
 
 def test_passes_are_shared(eye: Path) -> None:

@@ -383,9 +383,13 @@ def attended(encoded: Encoded) -> torch.Tensor:
 
 @torch.no_grad()
 def reconstructions(init: Path, data: Data) -> list[Reconstruction]:
-    """What a masked run fills in on test samples it has not seen; none for a run without a masked objective."""
+    """What a masked run fills in on test samples it has not seen; none for a run without a masked objective, or beside a
+    foreign model: where that lies a run does not know.
+    """
     card = checkpoint.read_card(init)
     recipe = build({k: v for k, v in card["recipe"].items() if k not in TASK_ONLY}, Recipe)
+    if recipe.foreign:
+        return []
     assembly = Assembly(recipe)
     masked = next((o for o in assembly.objectives.values() if isinstance(o, MaskedObjective)), None)
     if masked is None or card["kind"] != "pretraining" or recipe.modality.options != data.modality.options:
