@@ -12,6 +12,7 @@ not run again. --steps: fewer, to look whether it works; nothing is written then
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class Study:
     members: of joint recipes, the data of each; those of the member that is probed are `data`, and what is laid over a recipe
     names members. alone: the study whose settings hold for a plain recipe of that member alone, which has as many steps there
     as the member has in a joint run, on average.
+    listed: writes a list of samples where the data have none: of the folder under --data, into the one for runs.
     """
 
     title: str
@@ -64,11 +66,26 @@ class Study:
     on: tuple[str, str] | None = None
     members: tuple[tuple[str, str], ...] = ()
     alone: str = ""
+    listed: Callable[[Path, Path], Path] | None = None
 
     @property
     def probed(self) -> str:
         """The member whose encoder is probed; '' where there are none."""
         return next((name for name, place in self.members if place == self.data), "")
+
+    def place(self, given: argparse.Namespace) -> Path:
+        folder: Path = given.data / self.data
+        return folder if self.listed is None else self.listed(folder, given.out)
+
+
+def white_cells(folder: Path, out: Path) -> Path:
+    """Pictures with their classes, which a table tells by number; without the one basophil."""
+    table = csv.DictReader((folder / "Class Labels of Dataset 1.csv").open())
+    lines = [f"{folder.resolve() / 'Dataset 1' / line['image ID'].zfill(3)}.bmp,{line['class label']}" for line in table
+             if line["class label"] != "5"]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "white-cells.csv").write_text("\n".join(["path,class", *lines]) + "\n")
+    return out / "white-cells.csv"
 
 
 SMALL_DECODER = "objectives.pixels.masked.predictor.decoder={depth: 2, width: 96, heads: 3}"
@@ -76,6 +93,9 @@ CHEST, HIPPOCAMPUS = "pneumoniamnist/pneumoniamnist_union.npz", "msd-task04-hipp
 SECONDS = ("modality.skeleton.windows={frames: 120, step: 60}", "modality.skeleton.segment=8",
            "train.workers=0")  # windows of one second, as many again between them; a sequence is on one side only
 STUDIES = {
+    "cells": Study("WBC-Dataset 1, 298 white blood cells of four classes, tokens of single channels", "wbc-dataset1",
+                   ("modality.image={patch: 16, tokens: channel}", "train.batch=32", "train.workers=0"), 300,
+                   "image/classification", ("linear", "knn"), ("train.workers=0",), "0.4,0.1,0.5", listed=white_cells),
     "films": Study("Surveillance clips, probed by carrying masks through four sequences of DAVIS 2016",
                    "surv-camera-fight/clips.csv",
                    ("modality.video={patch: [1, 8, 8], store: decoded, resize: 112}", "train.batch=64", "train.workers=0"), 300,
@@ -116,6 +136,8 @@ STUDIES = {
                    (*SECONDS, "views.x.size=[32]"), split="0.5,0.1,0.4"),
 }
 PLAIN = {  # what the plain method is, by study and name
+    ("cells", "dino"): ("image/dino", ("views.l=null", "objectives.cls.contrastive.queries=[g]",
+                                     "heads.head.prototypes={hidden: 256, out: 64, count: 256}")),
     ("films", "mae"): ("video/saycam-videomae", ("views.x={size: [1, 64, 64], sample: {stride: 1}}", SMALL_DECODER,
                                                  "masking.x.random.ratio=0.75")),
     ("chest", "mae"): ("image/mae", ("views.x.size=[28,28]", SMALL_DECODER)),
@@ -200,7 +222,7 @@ def pretrained(name: str, recipe: str, laid: list[str], study: Study, given: arg
     init = str(pretrained(after, *jobs(System.read(after))[after], given)) if after else SCRATCH
     out: Path = given.out / f"{name}-{digest([recipe, laid])}"
     if not finished(out):
-        places = {name: given.data / place for name, place in study.members} or given.data / study.data
+        places = {name: given.data / place for name, place in study.members} or study.place(given)
         meristem.pretrain(recipe, places, out, laid, init=init, split=study.split, resume=out.is_dir())
     return out / study.probed
 
@@ -224,8 +246,8 @@ def measure(system: System, given: argparse.Namespace) -> dict[str, Any]:
                              system.after if name == system.name else "") for name, (recipe, laid, own) in jobs(system).items()}
     run = runs[system.name]
     inits = [*map(str, runs.values()), SCRATCH]
-    place, split = study.on or (study.data, study.split)
-    page = meristem.evaluate(study.task, given.data / place, run / "probed", [*study.over, *system.probed], inits=inits,
+    place, split = (given.data / study.on[0], study.on[1]) if study.on else (study.place(given), study.split)
+    page = meristem.evaluate(study.task, place, run / "probed", [*study.over, *system.probed], inits=inits,
                              protocols=study.probes, split=split, seeds=SEEDS)
     summary = summarise(Results.load(page.parent / "results.json"))
     named = dict(zip((arm.name for arm in arms(inits)), (*runs, RANDOM), strict=True))
@@ -267,7 +289,7 @@ def job(name: str, laid: list[str], study: Study, given: argparse.Namespace) -> 
         for batch, member in zip(batches, found, strict=True):
             batch.member = member
     else:
-        recipe, batch = drawn(load(name, laid), given.data / study.data, study)
+        recipe, batch = drawn(load(name, laid), study.place(given), study)
         assembly, batches = Assembly(recipe), [batch]
     optimiser = torch.optim.AdamW([p for p in assembly.parameters() if p.requires_grad], lr=1e-4)
 

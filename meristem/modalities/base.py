@@ -181,7 +181,8 @@ class Tokenizer(nn.Module):
     token_size: numbers of a token's content, of so many `channels`, channels first. structure: modules for
     `TokenStream.structure` are made by `places`; 0 where a stream has none. edge_kinds: types of edges, 0 where there are no
     edges; edge_values: numbers that each edge has. coordinates: how many of the first channels of a token are coordinates
-    relative to its position, in the view's frame.
+    relative to its position, in the view's frame. kinds: of channels,
+    where a token is of one channel (`TokenStream.kind`); 0 where it is of all.
     """
 
     mask_unit: tuple[int, ...]
@@ -191,6 +192,7 @@ class Tokenizer(nn.Module):
     edge_kinds: int = 0
     edge_values: int = 0
     coordinates: int = 0
+    kinds: int = 0
 
     def stream(self, view: View) -> TokenStream:
         raise NotImplementedError

@@ -171,6 +171,8 @@ class Recipe(Settings):
             problems += [f"derived view '{name}': {problem}" for problem in view.check(self)]
         for name, model in self.foreign.items():
             problems += [f"foreign model '{name}': {problem}" for problem in model.check(self)]
+        if self.modality.tokenizer().kinds and "drop" not in self.encoder.takes:
+            problems.append("tokens of channels are no array, which this encoder needs; choose encoder: transformer")
         if problems:
             raise ValueError("; ".join(problems))
         problems = [f"masking of '{name}': there is no such view (views: {', '.join(self.looks)})"

@@ -266,6 +266,8 @@ class Detection(ObjectSettings):
         if not hasattr(recipe.modality.options, "patch") or len({axis.unit for axis in recipe.modality.axes}) > 1:
             return [f"boxes along the axes are for images and volumes, not {recipe.modality.name}: points have detection3d, "
                     "videos temporal"]
+        if recipe.modality.tokenizer().kinds:
+            return ["a detector needs one token for each place; set modality.….tokens: patch"]
         problems, dims = [], len(recipe.modality.axes)
         if self.detector.dims != dims:
             name = next(n for n, kind in DETECTORS.items() if kind is type(self.detector))

@@ -178,6 +178,8 @@ class Segmentation(TaskSettings):
     def check(self, recipe: TaskRecipe) -> list[str]:
         problems, provides = [], recipe.encoder.provides
         dims = len(recipe.modality.axes)
+        if recipe.modality.tokenizer().kinds:
+            problems.append("a decoder needs one token for each place; set modality.….tokens: patch")
         if any(not 0 <= axis < dims for axis in self.flips):
             problems.append(f"flips {list(self.flips)} are not among the axes 0 to {dims - 1}")
         if self.decoder in ("light", "unetr") and "layers" not in provides:

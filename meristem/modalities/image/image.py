@@ -44,11 +44,11 @@ class ImageOptions(LatticeOptions):
     """How images are read.
 
     channels: grey files are replicated to 3, colour files become luma for 1; any other number must be the files' own, of one
-    file or of one file per channel. normalise: `zscore` (each channel of each image), `unit` (the encoding's range, or a float
-    image's own, to [0, 1]), `imagenet` (unit, then ImageNet's mean and std), or `window: [low, high]`. spacing: mm to resample
-    to, along y and x; files that do not know theirs are refused. mask_values: pixel value -> class; null: as stored.
-    max_pixels: larger files are refused before they are decoded. scales: finest and coarsest length, in the positions' unit,
-    that the encoder must tell apart.
+    file or of one file per channel. With tokens: channel files may have fewer, which are the first kinds. normalise: `zscore`
+    (each channel of each image), `unit` (the encoding's range, or a float image's own, to [0, 1]), `imagenet` (unit, then
+    ImageNet's mean and std), or `window: [low, high]`. spacing: mm to resample to, along y and x; files that do not know theirs
+    are refused. mask_values: pixel value -> class; null: as stored. max_pixels: larger files are refused before they are
+    decoded. scales: finest and coarsest length, in the positions' unit, that the encoder must tell apart.
     """
 
     channels: int = Field(3, ge=1)
@@ -68,6 +68,8 @@ class ImageOptions(LatticeOptions):
     def _known(self) -> Self:
         if self.normalise == "imagenet" and self.channels not in IMAGENET:
             raise ValueError(f"imagenet normalisation is for 1 or 3 channels, not {self.channels}; use zscore or unit")
+        if self.normalise == "imagenet" and self.tokens == "channel":
+            raise ValueError("imagenet normalisation is for red, green and blue; with tokens: channel use zscore or unit")
         return self
 
 
@@ -102,6 +104,7 @@ class Image(Lattice):
         no-spacing.
         """
         raster = self._raster(paths)
+        have = len(raster.array)
         array, spacing = raster.array, raster.spacing or (1.0, 1.0)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise DataError("nan", f"{1 - np.isfinite(array).mean():.2%} of the pixels are NaN or infinite",
@@ -122,6 +125,10 @@ class Image(Lattice):
             array, masks = self._resample(array, masks, raster.spacing)
         scale, offset = self._statistics(array, limits)
         stored, a, b = to_integers(array)
+        missing = self.channels - have  # with tokens: channel; what is not there holds nothing
+        if missing:
+            stored = np.concatenate([stored, np.zeros((missing, *stored.shape[1:]), stored.dtype)])
+            scale, offset = (*scale, *[1.0] * missing), (*offset, *[0.0] * missing)
         exact = limits if stored.dtype == np.uint8 or isinstance(self.options.normalise, Window) else None
         black, white = exact or (float(array.min()), float(array.max()))
         factor = [n / m for n, m in zip(source, stored.shape[1:], strict=True)]
@@ -131,7 +138,8 @@ class Image(Lattice):
             scale=tuple(a * s for s in scale), offset=tuple(b * s + o for s, o in zip(scale, offset, strict=True)),
             pad=(0.0,) * len(stored),
             source={"shape": list(source), "unit": "px" if raster.spacing is None else "mm",
-                    "levels": [(black - b) / a, (white - b) / a]},
+                    "levels": [(black - b) / a, (white - b) / a],
+                    **({"channels": have} if self.options.tokens == "channel" else {})},
             anchors=anchors(masks["mask"]) if "mask" in masks else ())
         return Sample(stored, header, masks)
 
@@ -157,8 +165,10 @@ class Image(Lattice):
         """One file, or the single-channel files of all channels joined."""
         want, limit = self.options.channels, self.options.max_pixels
         if len(paths) == 1:
-            return decode(paths[0], want, limit).with_channels(want)
-        if len(paths) != want:
+            raster = decode(paths[0], want, limit)
+            few = self.options.tokens == "channel" and len(raster.bare.array) < want
+            return raster.bare if few else raster.with_channels(want)
+        if len(paths) > want or (len(paths) < want and self.options.tokens == "patch"):
             raise DataError("channels", f"{len(paths)} files for {want} channels", "Give one file, or one per channel.")
         parts = [decode(path, 1, limit).with_channels(1) for path in paths]
         first = parts[0]

@@ -42,6 +42,11 @@ class Raster:
         spacing = self.spacing[::-1] if self.spacing is not None and orientation >= 5 else self.spacing
         return replace(self, array=np.ascontiguousarray(a), spacing=spacing)
 
+    @property
+    def bare(self) -> Raster:
+        """The same picture without opacity."""
+        return replace(self, array=self.array[:-1], alpha=False) if self.alpha else self
+
     def with_channels(self, want: int) -> Raster:
         """The same picture in `want` channels: opacity dropped, grey replicated to 3, colour to grey by luma."""
         array = self.array

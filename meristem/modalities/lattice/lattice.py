@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meristem.modalities.base import Axis, Draw, Element, Header, Links, Look, Sample, Settings, View, ViewSettings
+from meristem.modalities.base import Axis, Draw, Element, Header, Links, Look, Sample, Settings, Tokenizer, View, ViewSettings
 from meristem.modalities.frame import Frame
 from meristem.modalities.lattice import geometry
+from meristem.modalities.lattice.channels import ChannelTokenizer
 from meristem.modalities.lattice.drawing import draw
 from meristem.modalities.lattice.intensity import NEUTRAL, SPANNED
 from meristem.modalities.lattice.labels import nearest
@@ -24,10 +25,15 @@ from meristem.modalities.rng import Rng
 
 
 class LatticeOptions(Settings):
-    """What every lattice modality is told. channels: of the array. patch: elements of a token along each axis."""
+    """What every lattice modality is told.
+
+    channels: of the array. patch: elements of a token along each axis. tokens: of all channels of a patch, or of each `channel`
+    by itself, whose kind an encoder may see (`kind`).
+    """
 
     channels: int = 1
     patch: tuple[int, ...]
+    tokens: Literal["patch", "channel"] = "patch"
 
 
 class Lattice:
@@ -89,7 +95,11 @@ class Lattice:
     def draw(self, view: ViewSettings, header: Header, look: Look) -> Draw:
         """See `LatticeViewOptions`."""
         assert isinstance(view, LatticeViewOptions)
-        return draw(view, header, self.span(header), look)
+        drawn = draw(view, header, self.span(header), look)
+        if (have := header.source.get("channels")) is None:
+            return drawn
+        kinds = np.arange(self.channels)
+        return replace(drawn, params={**drawn.params, "channel": np.where(kinds < have, kinds, -1)})
 
     def load(self, window: np.ndarray, draw: Draw, interpolate: bool) -> Tensor:
         """A stored window (…, *size) to the view's lattice (…, *shape), of the same integer type.
@@ -178,8 +188,9 @@ class Lattice:
                 fields[name][warped] = labels[:, 0].to(x.dtype)
         return replace(view, array=array, fields=fields, weight=weight, frame=frame)
 
-    def tokenizer(self) -> LatticeTokenizer:
-        return LatticeTokenizer(self.channels, self.options.patch)
+    def tokenizer(self) -> Tokenizer:
+        make = LatticeTokenizer if self.options.tokens == "patch" else ChannelTokenizer
+        return make(self.channels, self.options.patch)
 
 
 def anchors(mask: np.ndarray, most: int = 64) -> tuple[tuple[int, ...], ...]:

@@ -30,6 +30,7 @@ class VideoOptions(LatticeOptions):
     """
 
     channels: Literal[3] = 3
+    tokens: Literal["patch"] = "patch"
     patch: tuple[Positive, Positive, Positive] = (2, 16, 16)
     store: Literal["file", "decoded"] = "file"
     resize: Positive | None = None

@@ -266,7 +266,10 @@ class Cache:
 
 def fingerprint(modality: Modality) -> str:
     """Of all that decides what a decoded file looks like: options, version of the reader, layout of the cache."""
-    made_by = [modality.name, modality.options.model_dump(mode="json"), getattr(modality, "version", 0), LAYOUT]
+    options = modality.options.model_dump(mode="json")
+    if options.get("tokens") == "patch":
+        del options["tokens"]  # tokens are cut later; only those of channels let files have fewer
+    made_by = [modality.name, options, getattr(modality, "version", 0), LAYOUT]
     return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
 
 

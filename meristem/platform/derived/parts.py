@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from meristem.platform.derived.again import Again
 from meristem.platform.derived.base import Derivation
+from meristem.platform.derived.channels import Channels
 from meristem.platform.derived.crop import Crop
 from meristem.platform.derived.difference import Difference
 from meristem.platform.derived.frequency import Frequency
@@ -17,4 +18,5 @@ DERIVATIONS: dict[str, type[Derivation]] = {
     "crop": Crop,
     "look": Look,
     "difference": Difference,
+    "channels": Channels,
 }

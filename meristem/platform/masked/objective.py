@@ -66,6 +66,9 @@ class Masked(ObjectiveSettings):
             return [f"encode names '{self.encode}': there is no such view (views: {', '.join(recipe.looks)})"]
         if self.encode not in recipe.masking:
             return [f"view '{self.encode}' has no masking, so that nothing is hidden; add masking.{self.encode}"]
+        if recipe.modality.tokenizer().kinds:
+            return ["tokens of channels lie several at one place, and a predictor is told places alone; set "
+                    f"modality.{recipe.modality.name}.tokens: patch"]
         if recipe.masking[self.encode].hides != "tokens":
             return [f"masking.{self.encode} hides {recipe.masking[self.encode].hides} and no token's content; use `random`"]
         name, masking = next(n for n, part in PREDICTORS.items() if part is type(self.predictor)), recipe.masking[self.encode]
