@@ -103,7 +103,8 @@ class Draw:
 class Look:
     """Which look is drawn: `number` of the view's `count`, at the sample whose place in the run's stream is `cursor`.
 
-    about: the element of the sample that the look should show, −1 where any will do.
+    about: the element of the sample that the look should show, −1 where any will do. centre: the stored place of a lattice that
+    a crop should have in its middle, () where any will do.
     """
 
     seed: int
@@ -111,6 +112,7 @@ class Look:
     number: int
     view: str
     about: int = -1
+    centre: tuple[int, ...] = ()
 
     @cached_property
     def rng(self) -> Rng:

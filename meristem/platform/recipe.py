@@ -19,6 +19,7 @@ from meristem.platform.contrastive.infomax import Infomax
 from meristem.platform.contrastive.objective import Contrastive
 from meristem.platform.contrastive.overlap import Overlap
 from meristem.platform.contrastive.words import BagOfWords
+from meristem.platform.data.composer import COMPOSERS, Matched
 from meristem.platform.derived.base import Derivation
 from meristem.platform.derived.parts import DERIVATIONS
 from meristem.platform.distil import Distil
@@ -108,6 +109,7 @@ class Recipe(Settings):
     follows: what it implements; departs: where it differs. status: verified | tested | expressible. transfer: whose encoder
     is taken downstream. summary: which of its vectors stands for a whole sample there: the one that pretraining trained.
     derived: views that are made of these on the device, by name. foreign: models trained elsewhere that look at them, by name.
+    compose: who meets whom in a batch, where that is not chance alone.
     reads: companions of a sample (of those its modality finds) that every view carries, for objectives.
     """
 
@@ -119,6 +121,7 @@ class Recipe(Settings):
     views: dict[str, SerializeAsAny[ViewSettings]]
     derived: dict[str, Annotated[Derivation, Slot("derived view", DERIVATIONS)]] = {}
     foreign: dict[str, Annotated[Foreign, Slot("foreign model", FOREIGN)]] = {}
+    compose: Annotated[Matched, Slot("composer", COMPOSERS)] | None = None
     reads: tuple[str, ...] = ()
     masking: dict[str, Annotated[Masking, Slot("masking", MASKINGS)]] = {}
     encoder: Annotated[EncoderSettings, Slot("encoder", ENCODERS)]
@@ -177,6 +180,8 @@ class Recipe(Settings):
             raise ValueError("; ".join(problems))
         problems = [f"masking of '{name}': there is no such view (views: {', '.join(self.looks)})"
                     for name in self.masking if name not in self.looks]
+        if self.compose is not None:
+            problems += [f"compose: {problem}" for problem in self.compose.check(self.views, len(self.modality.axes))]
         for name, masking in self.masking.items():
             if masking.corruption not in self.encoder.takes:
                 problems.append(f"masking of '{name}' would {masking.corruption} tokens, but this encoder can only take "

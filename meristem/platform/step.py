@@ -179,9 +179,11 @@ class Step:
         if level == "global":
             level = "cls" if "cls" in encoded.summary else "mean"
         keys, looks = self.keys(view), self.view(view)
+        weight = looks.params.get("pair", torch.ones(len(looks), device=encoded.tokens.device))  # 0: no match was found for it
         point = cube = None
         if level in ("dense", "slices"):
             b, n = encoded.valid.shape
+            weight = weight[:, None].expand(b, n)[encoded.valid]
             index = encoded.index
             if index is None:
                 index = torch.arange(n, device=encoded.tokens.device)[None].expand(b, -1)
@@ -204,7 +206,7 @@ class Step:
             z = encoded.summary[level]
             if looks.frame.affine.shape[-1] == looks.frame.dims + 1:  # elements of a set carry their own coordinates
                 cube = looks.frame.cubes()
-        return Units(z, keys, torch.ones(z.shape[0], device=z.device), point, cube)
+        return Units(z, keys, weight, point, cube)
 
     def keys(self, view: str) -> dict[str, Tensor]:
         """Keys (B,) of the rows of a view: whose, which look, labels, and what was drawn."""

@@ -24,7 +24,7 @@ def draw(view: LatticeViewOptions, header: Header, span: tuple[Sequence[float], 
     was not chosen has its neutral value.
     """
     rng = look.rng
-    start, size = _tile(view, header, look) if view.tiles else _window(view, header, rng)
+    start, size = _tile(view, header, look) if view.tiles else _window(view, header, look)
     shape = tuple(n + 2 * view.margin for n in view.size)
     params: dict[str, Any] = {"pad": header.pad, "black": span[0], "white": span[1]}
     params |= _geometry(view, rng) | _intensity(view, rng)
@@ -32,7 +32,8 @@ def draw(view: LatticeViewOptions, header: Header, span: tuple[Sequence[float], 
     return Draw(start, size, shape, arrays)
 
 
-def _window(view: LatticeViewOptions, header: Header, rng: Rng) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _window(view: LatticeViewOptions, header: Header, look: Look) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    rng, middle = look.rng, look.centre
     whole, want = np.array(header.shape[1:]), np.array(view.size)
     dims = len(want)
     u = rng.uniform("window", 3 + dims)[0].double().numpy()
@@ -49,9 +50,10 @@ def _window(view: LatticeViewOptions, header: Header, rng: Rng) -> tuple[tuple[i
     size = np.maximum(np.round(size).astype(int), 1)
     room = whole - size  # negative where the window is the larger: the sample then lies anywhere inside it
     start = np.minimum(room, 0) + np.floor(place * (np.abs(room) + 1)).astype(int)
-    if view.window == "crop" and header.anchors and u[1] < view.foreground:
-        anchor = np.array(header.anchors[min(int(u[2] * len(header.anchors)), len(header.anchors) - 1)])
-        start = np.clip(anchor - size // 2, np.minimum(room, 0), np.maximum(room, 0))
+    if view.window == "crop" and not middle and header.anchors and u[1] < view.foreground:
+        middle = header.anchors[min(int(u[2] * len(header.anchors)), len(header.anchors) - 1)]
+    if view.window == "crop" and middle:
+        start = np.clip(np.array(middle) - size // 2, np.minimum(room, 0), np.maximum(room, 0))
     margin = np.round(view.margin * size / want).astype(int)
     return tuple((start - margin).tolist()), tuple((size + 2 * margin).tolist())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from meristem.platform.contrastive.alignment import Align
 from meristem.platform.contrastive.decoupled import Decoupled
 from meristem.platform.contrastive.hallucination import Hallucinate
 from meristem.platform.contrastive.levels import Common, LevelSettings, Slots
@@ -28,6 +29,7 @@ LEVELS: dict[str, type[LevelSettings]] = {
 }
 
 TRANSFORMS: dict[str, type[TransformSettings]] = {
+    "align": Align,
     "mix": Mix,
     "hallucinate": Hallucinate,
 }

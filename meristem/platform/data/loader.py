@@ -21,6 +21,7 @@ from meristem.modalities.frame import Frame
 from meristem.modalities.rng import Rng
 from meristem.modalities.stream import Edges
 from meristem.platform.data.cache import Cache
+from meristem.platform.data.composer import Matching
 from meristem.platform.data.manifest import Row
 from meristem.platform.objectives import Items
 from meristem.platform.recipe import Recipe
@@ -78,7 +79,12 @@ def loader(cache: Cache, rows: Sequence[Row], recipe: Recipe, *, fields: Sequenc
         raise RecipeError(f"view '{many[0]}' has more than {LOOKS} looks", f"Set views.{many[0]}.count to at most {LOOKS}.")
     here = {r.index for r in usable}
     partners = [sorted(here.intersection(r.partners)) for r in usable]  # of the same split: what is tested is nobody's partner
-    if any(view.partner for view in recipe.views.values()):
+    matching = None
+    if recipe.compose is not None:
+        if len({r.subject for r in usable}) < 2:
+            raise DataError("pairs", "the partner of a sample is of another subject, and all are of one", "Give more data.")
+        matching = recipe.compose.build(cache, [r.index for r in usable], recipe.views, train.seed)
+    elif any(view.partner for view in recipe.views.values()):
         usable, partners = [r for r, others in zip(usable, partners, strict=True) if others], [p for p in partners if p]
         if not usable:
             raise DataError("pairs", f"a view shows the partner of a sample, and none of {len(rows)} rows has one",
@@ -86,7 +92,7 @@ def loader(cache: Cache, rows: Sequence[Row], recipe: Recipe, *, fields: Sequenc
     names = sorted({name for r in usable for name in r.labels}) if labels is None else labels
     table = {name: torch.tensor([r.labels.get(name, IGNORED) for r in usable]) for name in names}
     batches = _Batches(cache, [(r.index, r.element) for r in usable], table, recipe.modality, recipe.views, tuple(fields),
-                       train.seed, train.batch, rank, world, partners)
+                       train.seed, train.batch, rank, world, partners, matching, [r.subject for r in usable])
     return Loader(batches, start, steps, train.workers if workers is None else workers)
 
 
@@ -116,10 +122,11 @@ class _Batches(Dataset[Batch | DataError]):
 
     def __init__(self, cache: Cache, rows: Sequence[tuple[int, int]], labels: Mapping[str, Tensor], modality: Modality,
                  views: Mapping[str, ViewSettings], fields: tuple[str, ...], seed: int, batch: int, rank: int,
-                 world: int, partners: Sequence[Sequence[int]] = ()) -> None:
+                 world: int, partners: Sequence[Sequence[int]] = (), matching: Matching | None = None,
+                 subjects: Sequence[str] = ()) -> None:
         self.cache, self.rows, self.labels, self.modality, self.views = cache, list(rows), labels, modality, views
         self.fields, self.seed, self.batch, self.rank, self.share = fields, seed, batch, rank, batch // world
-        self.partners = partners
+        self.partners, self.matching, self.subjects = partners, matching, subjects
         self._epoch: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __getitem__(self, step: int) -> Batch | DataError:
@@ -136,11 +143,16 @@ class _Batches(Dataset[Batch | DataError]):
                       {name: x[places] for name, x in self.labels.items()})
         return _PinnedBatch(items, {name: self._view(name, settings, places, cursors) for name, settings in self.views.items()})
 
-    def _place(self, cursor: int) -> int:
+    def _order(self, cursor: int) -> tuple[Tensor, int]:
+        """The order of an epoch, and where in it the cursor is."""
         epoch, at = divmod(cursor, len(self.rows))
         if self._epoch[0] != epoch:
             self._epoch = (epoch, Rng.of(self.seed, epoch, "epoch").permutation("rows", len(self.rows))[0])
-        return int(self._epoch[1][at])
+        return self._epoch[1], at
+
+    def _place(self, cursor: int) -> int:
+        order, at = self._order(cursor)
+        return int(order[at])
 
     def _view(self, name: str, settings: ViewSettings, places: Sequence[int], cursors: range) -> View:
         shown = [self._partner(p, c) if settings.partner else self.rows[p] for p, c in zip(places, cursors, strict=True)]
@@ -149,6 +161,10 @@ class _Batches(Dataset[Batch | DataError]):
         return self.collate(name, settings, looks)
 
     def _partner(self, place: int, cursor: int) -> tuple[int, int]:
+        if self.matching is not None:
+            order, at = self._order(cursor)
+            earlier = (int(order[at - k]) for k in range(1, len(order)))  # in this epoch, and round from its end
+            return self.rows[next(p for p in earlier if self.subjects[p] != self.subjects[place])]
         others = self.partners[place]
         return others[int(Rng.of(self.seed, cursor, "partner").integers("which", len(others))[0])], -1
 
@@ -163,14 +179,15 @@ class _Batches(Dataset[Batch | DataError]):
             header = self.cache.header(row)
             if tables := self.cache.tables(row):
                 header = replace(header, tables=tables)
+            centre, found = self._match(name, cursor)
             draws = [given[number] if given
-                     else self.modality.draw(settings, header, Look(self.seed, cursor, number, name, element))
+                     else self.modality.draw(settings, header, Look(self.seed, cursor, number, name, element, centre))
                      for *_, number in of_item]
             for draw, window in zip(draws, self._windows(row, draws), strict=True):
                 arrays.append(self.modality.load(window, draw, interpolate=True))
                 affines.append(torch.from_numpy(affine(header, draw)))
                 spacings.append(torch.tensor(draw.spacing or header.spacing, dtype=torch.float32))
-                params.append({**draw.params, "scale": header.scale, "offset": header.offset})
+                params.append({**draw.params, **found, "scale": header.scale, "offset": header.offset})
                 weights.append(inside(header, draw))
                 drawn.append(draw)
                 links.append(self.modality.edges(header, draw) if tables else None)
@@ -191,6 +208,14 @@ class _Batches(Dataset[Batch | DataError]):
                     {key: torch.stack([_number(p[key]) for p in params]) for key in params[0]},
                     {field: torch.stack(values) for field, values in fields.items()}, weight,
                     _places(drawn, shape[0]) if len(shape) == 1 else None, _edges(links, shape[0]))
+
+    def _match(self, name: str, cursor: int) -> tuple[tuple[int, ...], dict[str, float]]:
+        """On which stored place the crops of a composed view are centred, and their weight in losses of pairs."""
+        if self.matching is None or name not in self.matching.crops:
+            return (), {}
+        place = self._place(cursor)
+        centres, score = self.matching.places(cursor, self.rows[place][0], self._partner(place, cursor)[0])
+        return centres[name], {"pair": float(score >= self.matching.settings.least)}
 
     def _windows(self, row: int, draws: Sequence[Draw]) -> list[np.ndarray]:
         try:
