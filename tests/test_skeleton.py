@@ -225,6 +225,7 @@ def test_broken_kinect_text_is_refused(tmp_path: Path, reason: str, damage: Any)
     ("joints", lambda a: a["data"][1]["skeleton"][0]["pose"].pop()),
     ("nan", lambda a: a["data"][1]["skeleton"][0].update(pose=[float("nan")] * 36)),
     ("unreadable", lambda a: a["data"][1].pop("skeleton")), ("empty", lambda a: a["data"].clear()),
+    ("frames", lambda a: a["data"][1].update(frame_index=10**10)),
     ("unreadable", lambda a: a["data"][1]["skeleton"][0].pop("score")), ("unreadable", lambda a: a.pop("data"))])
 def test_broken_json_is_refused(tmp_path: Path, reason: str, damage: Any) -> None:
     path = openpose(tmp_path / "a.json", moves(3, 18, 2)[:, None])

@@ -22,6 +22,7 @@ SUFFIXES = (".skeleton", ".json", ".txt.xz", ".txt")
 KINDS: dict[str, Name] = {".skeleton": "ntu", ".json": "openpose", ".txt.xz": "cmu", ".txt": "cmu"}
 NTU_NAME = re.compile(r"S\d{3}C\d{3}(P\d{3})R\d{3}(A\d{3})")
 CMU_NAME = re.compile(r"(.*?)_\d+\.txt(\.xz)?")
+MOST = 1_000_000  # frames: nine hours
 HEAD = 4096  # characters in which a JSON file shows that it is of skeletons
 
 
@@ -70,7 +71,7 @@ def told(path: Path) -> tuple[str | None, str | None]:
 
 
 def recording(path: Path) -> Recording:
-    """Raises DataError: unreadable, truncated, bodies, joints, nan, empty."""
+    """Raises DataError: unreadable, truncated, bodies, joints, frames, nan, empty."""
     try:
         at = path.stat()
         return _recording(path, (at.st_size, at.st_mtime_ns))
@@ -153,7 +154,7 @@ def _kinect(lines: Sequence[str]) -> Recording:
     for frame in frames:
         for body, where in frame.items():
             seen[body].append(where)
-    motion = {body: np.nansum(np.nanstd(places, 0)) if np.isfinite(places).any() else 0.0 for body, places in seen.items()}
+    motion = {body: np.ma.masked_invalid(np.array(places)).std(0).filled(0).sum() for body, places in seen.items()}
     return _by_body(frames, NTU, sorted(seen, key=lambda body: -motion[body]))
 
 
@@ -186,8 +187,10 @@ def _openpose(about: Any) -> Recording:
         listed = {int(frame["frame_index"]): frame["skeleton"] for frame in about["data"]}
     except (TypeError, KeyError):
         raise DataError("unreadable", "a frame has no frame_index or no skeleton", "Export the file again.") from None
-    first, frames = min(listed), []
-    for t in range(first, max(listed) + 1):
+    first, last, frames = min(listed), max(listed), []
+    if last - first >= MOST:
+        raise DataError("frames", f"its frames are numbered from {first} to {last}", "Correct frame_index.")
+    for t in range(first, last + 1):
         people = [_pose(person, t) for person in listed.get(t, [])]
         people.sort(key=lambda person: -person[1].sum())
         frames.append({str(i): np.where(score[:, None] > 0, pose, np.nan) for i, (pose, score) in enumerate(people)})

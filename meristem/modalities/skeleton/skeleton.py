@@ -57,7 +57,7 @@ class Skeleton:
     def read(self, paths: Sequence[Path], fields: Mapping[str, Path] = {}) -> Sample:
         """One recording, or a window of one. Raises DataError.
 
-        Reasons: missing, unreadable, truncated, bodies, joints, nan, empty, layout, several.
+        Reasons: missing, unreadable, truncated, bodies, joints, frames, nan, empty, layout, several.
         """
         if len(paths) != 1:
             raise DataError("several", f"a sequence of {len(paths)} files", "Give one file per sequence.")
