@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from meristem.modalities.base import Settings
 from meristem.modalities.frame import Frame
 from meristem.platform.derived.base import needs_lattice
+from meristem.platform.derived.still import needs_time
 from meristem.platform.heads import Prototypes
 from meristem.platform.objectives import Units
 from meristem.platform.schedules import Scalar
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
 class LevelSettings(Settings):
     """The typed entry of such a level. keys: that its units have beside item and view.
 
-    heads: of the recipe that it needs beside the objective's own.
+    heads: of the recipe that it needs beside the objective's own. whole: whether it needs every cell of a map.
     """
 
     what: ClassVar[str]
     keys: ClassVar[tuple[str, ...]]
+    whole: ClassVar[bool] = True
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -124,6 +126,33 @@ class Slots(LevelSettings):
         key = {name: x[:, None].expand_as(wins).flatten() for name, x in _rows(cells, rows).items()}
         key["slot"] = torch.arange(wins.shape[1], device=wins.device).expand_as(wins).flatten()
         return Units(z.flatten(0, 1), key, wins.flatten().float())
+
+
+class Frames(LevelSettings):
+    """One unit for each step along time: the mean of what the head makes of its tokens, those that are not hidden.
+
+    Key `time`: the step, of a view that shows a part of another clip counted in that one.
+    """
+
+    what = "frames"
+    keys = ("time",)
+    whole = False
+
+    def check(self, recipe: Any, views: Collection[str], head: str | None) -> list[str]:
+        return [f"level frames: {problem}" for problem in needs_time(recipe, "takes its units from")]
+
+    def units(self, step: Step, view: str, by: str, head: str | None, masked: bool) -> Units:
+        cells, lattice = step.units(view, by, "dense", head, masked), step.stream(view).lattice
+        assert lattice is not None
+        time = cells.key["token"] // math.prod(lattice[1:]) + cells.key.get("time", torch.zeros_like(cells.key["token"]))
+        group = torch.unique(torch.stack([cells.key["item"], cells.key["view"], time]), dim=1, return_inverse=True)[1]
+        count = int(group.max()) + 1
+        size = torch.bincount(group, minlength=count)
+        z = cells.z.new_zeros(count, cells.z.shape[1]).index_add(0, group, cells.z) / size[:, None]
+        first = torch.zeros(count, dtype=torch.int64, device=group.device).scatter_reduce(
+            0, group, torch.arange(len(group), device=group.device), "amin", include_self=False)
+        key = {name: x[first] for name, x in {**cells.key, "time": time}.items() if name not in ("token", "cell", "hidden")}
+        return Units(z, key, torch.ones(count, device=z.device))
 
 
 def pooled(x: Tensor, scores: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

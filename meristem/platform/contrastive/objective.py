@@ -92,7 +92,7 @@ class Contrastive(ObjectiveSettings):
         if level is not None:
             sources = (*self.queries, *self.keys)
             problems += level.check(recipe, {x.view for x in sources}, self.head)
-            if any(x.masked and recipe.masking[x.view].corruption == "drop" for x in sources):
+            if level.whole and any(x.masked and recipe.masking[x.view].corruption == "drop" for x in sources):
                 problems.append(f"level {level.what} needs whole maps, and masking drops tokens; set its corruption to replace")
         elif self.level in ("cls", "sum", "max", "slices") and self.level not in recipe.encoder.provides:
             problems.append("level cls needs an encoder with a class token; use level: global or mean" if self.level == "cls"

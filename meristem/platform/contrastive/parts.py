@@ -5,7 +5,7 @@ from __future__ import annotations
 from meristem.platform.contrastive.alignment import Align
 from meristem.platform.contrastive.decoupled import Decoupled
 from meristem.platform.contrastive.hallucination import Hallucinate
-from meristem.platform.contrastive.levels import Common, LevelSettings, Slots
+from meristem.platform.contrastive.levels import Common, Frames, LevelSettings, Slots
 from meristem.platform.contrastive.losses import DINO, Cosine, Decorrelation, InfoNCE, LossSettings, Margin, SwAV
 from meristem.platform.contrastive.regions import Regions
 from meristem.platform.contrastive.sorting import Ordering
@@ -26,6 +26,7 @@ LEVELS: dict[str, type[LevelSettings]] = {
     "common": Common,
     "regions": Regions,
     "slots": Slots,
+    "frames": Frames,
 }
 
 TRANSFORMS: dict[str, type[TransformSettings]] = {

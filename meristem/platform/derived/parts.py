@@ -10,6 +10,7 @@ from meristem.platform.derived.difference import Difference
 from meristem.platform.derived.frequency import Frequency
 from meristem.platform.derived.look import Look
 from meristem.platform.derived.montage import Montage
+from meristem.platform.derived.still import Still
 
 DERIVATIONS: dict[str, type[Derivation]] = {
     "frequency": Frequency,
@@ -19,4 +20,5 @@ DERIVATIONS: dict[str, type[Derivation]] = {
     "look": Look,
     "difference": Difference,
     "channels": Channels,
+    "still": Still,
 }
