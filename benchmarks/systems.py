@@ -116,7 +116,7 @@ STUDIES = {
                           "train.steps=100", "train.batch=4", "train.lr=1.0e-2", "train.ema=null", "train.precision=fp32",
                           "train.workers=0")),
     "hippocampus-slices": Study(
-        "The same, slice by slice from behind to the front; a linear decoder on the frozen levels", HIPPOCAMPUS,
+        "Hippocampus in brain MR, slice by slice from behind to the front; a linear decoder on the frozen levels", HIPPOCAMPUS,
         ("modality.volume.patch=[1,4,4]", "modality.volume.orientation=ARS", "train.batch=8", "train.workers=0",
          "train.log_every=5"), 250,
         "volume/segmentation", ("finetune",),
@@ -310,40 +310,42 @@ def job(name: str, laid: list[str], study: Study, given: argparse.Namespace) -> 
     return step
 
 
-HEAD = ("system", "modality", "follows", "status", "loss", "probe", "system", "plain", "random weights",
-        "gain over random weights", "seconds a step", "value held against")
+HEAD = ("recipe", "status", "loss", "probe", "itself", "plain method", "random weights", "gain over random weights",
+        "seconds a step")
 
 
-def lines(system: System) -> list[str]:
+def shown(mean: float, low: float, high: float) -> str:
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def lines(system: System, status: str) -> list[str]:
     """Rows of the table, one for each probe."""
-    mine = next(row for row in catalogue.rows() if row["name"] == system.recipe)
     figures = json.loads((FIGURES / f"{system.name}.json").read_text())
-
-    def shown(mean: float, low: float, high: float) -> str:
-        return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
-
     rows = []
     for probe, found in figures["probes"].items():
         difference, low, high, _ = figures["gain"][probe]
-        plain = "; ".join(f"{name} {shown(*found[name])}" for name in system.against)
-        taken = "; ".join(f"{name} {s:.3f}" for name, s in figures.get("seconds", {}).items())
-        cells = (system.name, system.recipe.split("/")[0], mine["follows"], mine["status"],
-                 f"{figures['loss'][0]:.3f} → {figures['loss'][1]:.3f}", f"{probe}, {figures['metric']}",
-                 shown(*found[system.name]), plain, shown(*found[RANDOM]), f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]",
-                 taken, system.value)
-        rows.append("| " + " | ".join(cells if not rows else (*[""] * 5, *cells[5:10], "", "")) + " |")
+        cells = (f"`{system.recipe}`", status, f"{figures['loss'][0]:.3f} → {figures['loss'][1]:.3f}",
+                 f"{probe}, {figures['metric']}", shown(*found[system.name]),
+                 "; ".join(f"{name} {shown(*found[name])}" for name in system.against), shown(*found[RANDOM]),
+                 f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]",
+                 "; ".join(f"{name} {s:.3f}" for name, s in figures.get("seconds", {}).items()))
+        rows.append("| " + " | ".join(cells if not rows else ("", "", "", *cells[3:8], "")) + " |")
     return rows
 
 
 def table() -> str:
     """docs/systems.md."""
+    catalogued = {row["name"]: row for row in catalogue.rows()}
     measured = [System.read(name) for name in names() if (FIGURES / f"{name}.json").exists()]
-    parts = ["# Published systems, measured", (HERE / "systems" / "about.md").read_text().strip()]
+    parts = ["# Published systems, measured", (SYSTEMS / "about.md").read_text().strip()]
     for key, study in STUDIES.items():
-        rows = [row for system in measured if system.study == key for row in lines(system)]
-        if rows:
-            parts += [f"## {study.title}", f"{study.steps} steps, {study.task}.",
-                      "\n".join(["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|", *rows])]
+        mine = [system for system in measured if system.study == key]
+        if not mine:
+            continue
+        rows = [row for system in mine for row in lines(system, catalogued[system.recipe]["status"])]
+        parts += [f"## {study.title}", f"{study.steps} steps; probed by `{study.task}`.",
+                  "\n".join(["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|", *rows]),
+                  "\n".join(f"- `{s.recipe}`: {catalogued[s.recipe]['follows']}. Held against: {s.value}." for s in mine)]
     return "\n\n".join(parts) + "\n"
 
 
