@@ -178,7 +178,7 @@ def test_tokens_are_as_salient_as_the_pixels_that_show_them(eye: Path) -> None:
 def test_visible_tokens_tell_the_mean_of_what_their_points_show(eye: Path) -> None:
     step = step_of(recipes.load("points/i2p-mae", small("points/i2p-mae", eye)))
     target = step.assembly.recipe.objectives["points"].readouts["features"].target  # type: ignore[attr-defined]
-    assert target.size_in(step.assembly) == 3 * 24
+    assert target.size_in(step.assembly, "x") == 3 * 24
     stream, view, sight = step.stream("x"), step.view("x"), step.sight("eye", "x")
     points = stream.aux["points"]
     pixels = sight.where.pixels(view.array[:, :3].transpose(1, 2))

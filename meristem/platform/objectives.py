@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from meristem.modalities.base import Settings
 from meristem.modalities.frame import Frame
+from meristem.modalities.rng import Rng
 from meristem.modalities.stream import TokenStream
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class Plan:
     remask: (K, B, N) bool, the tokens whose encoding a decoder is not given, in each of its K passes; None: the hidden ones.
     edges: (E,) bool, the edges of the stream that are hidden.
     fill: (B, N, P) content that hidden tokens show in place of their own, so that an encoder has nothing left to hide.
+    unlocated: (B, N) bool, the tokens whose place the encoder is not told.
+    rng: more random numbers of each row, for a predictor that draws some.
     """
 
     hidden: Tensor
@@ -40,6 +43,8 @@ class Plan:
     remask: Tensor | None = None
     edges: Tensor | None = None
     fill: Tensor | None = None
+    unlocated: Tensor | None = None
+    rng: Rng | None = None
 
     def shown(self, stream: TokenStream) -> TokenStream:
         """The stream without its hidden edges and with what fills hidden tokens; others are hidden by whoever embeds them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,7 +120,8 @@ class Step:
 
     def plan(self, view: str) -> Plan:
         if view not in self._plans:
-            self._plans[view] = self.assembly.recipe.masking[view].decide(self, view)
+            masking = self.assembly.recipe.masking[view]
+            self._plans[view] = replace(masking.decide(self, view), rng=self.rng("predict", view))
         return self._plans[view]
 
     def sight(self, by: str, view: str) -> Sight:

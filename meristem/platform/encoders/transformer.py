@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meristem.modalities.base import Axis, Tokenizer
-from meristem.modalities.stream import Edges, LatticeStream, TokenStream
+from meristem.modalities.stream import Edges, LatticeStream, TokenStream, gather
 from meristem.platform.encoders.base import Encoder, EncoderSettings, replaced
 from meristem.platform.encoders.rotary import Rotary
 from meristem.platform.objectives import Encoded, Plan
@@ -100,7 +100,9 @@ def _attention(block: Any, x: Tensor, rope: Tensor | None, mask: Tensor | None) 
 
 
 class TransformerSettings(EncoderSettings):
-    """size: a named size; width, depth, heads override it. cls: has a class token. drop_path: of the last block."""
+    """size: a named size; width, depth, heads override it. cls: has a class token. drop_path: of the last block. unlocated:
+    can be kept from knowing the places of tokens.
+    """
 
     size: Literal["tiny", "small", "base", "large"] = "small"
     width: int | None = None
@@ -109,6 +111,7 @@ class TransformerSettings(EncoderSettings):
     cls: bool = True
     drop_path: float = 0.0
     mlp_ratio: float = 4.0
+    unlocated: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -118,7 +121,7 @@ class TransformerSettings(EncoderSettings):
 
     @property
     def takes(self) -> frozenset[str]:
-        return frozenset({"drop", "replace", "swap"})
+        return frozenset({"drop", "replace", "swap"} | ({"unlocated"} if self.unlocated else set()))
 
     @property
     def provides(self) -> frozenset[str]:
@@ -138,6 +141,8 @@ class TransformerSettings(EncoderSettings):
 class Transformer(Encoder):
     """Tokens of any modality. `drop` embeds and encodes the kept tokens only; `replace` puts a learned token for hidden ones.
 
+    A token that the plan does not locate is not rotated, and a learned vector on its content says so.
+
     `layers` are tokens after each block without the class token; `attention` holds the class token first.
     """
 
@@ -149,6 +154,7 @@ class Transformer(Encoder):
         self.blocks = Blocks(self.width, self.depth, heads, axes, settings.drop_path, settings.mlp_ratio, tokenizer)
         self.mask_token = nn.Parameter(torch.randn(self.width) * 0.02)
         self.cls = nn.Parameter(torch.randn(1, 1, self.width) * 0.02) if settings.cls else None
+        self.nowhere = nn.Parameter(torch.randn(self.width) * 0.02) if settings.unlocated else None
 
     def forward(self, stream: TokenStream, plan: Plan | None = None, *, want: frozenset[str] = frozenset()) -> Encoded:
         keep = None if plan is None else plan.keep
@@ -156,13 +162,18 @@ class Transformer(Encoder):
         x = self.embed(tokens)
         if plan is not None and keep is None:
             x = replaced(x, plan, self.mask_token)
+        position = tokens.position
+        if plan is not None and plan.unlocated is not None and self.nowhere is not None:
+            lost = (plan.unlocated if keep is None else gather(plan.unlocated, keep))[..., None]
+            x = torch.where(lost, x + self.nowhere.to(x.dtype), x)
+            position = None if position is None else position.masked_fill(lost, 0)  # turned by nothing, wherever it lies
         prefix = 0
         if self.cls is not None:
             prefix = 1
             x = torch.cat([self.cls.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
         # a lattice has no padding; knowing it spares the device a round trip
         valid = None if isinstance(stream, LatticeStream) else tokens.valid
-        x, layers, attention = self.blocks(x, tokens.position, prefix, valid, want, tokens.structure, tokens.edges)
+        x, layers, attention = self.blocks(x, position, prefix, valid, want, tokens.structure, tokens.edges)
         summary = {"cls": x[:, 0]} if prefix else {}
         x = x[:, prefix:]
         weight = tokens.valid[..., None].to(x.dtype)
@@ -172,7 +183,7 @@ class Transformer(Encoder):
                        layers=None if layers is None else [layer[:, prefix:] for layer in layers])
 
     def layer_groups(self) -> list[list[nn.Parameter]]:
-        stem = [*self.embed.parameters(), self.mask_token, *([] if self.cls is None else [self.cls])]
+        stem = [*self.embed.parameters(), self.mask_token, *(p for p in (self.cls, self.nowhere) if p is not None)]
         groups = [stem, *(list(block.parameters()) for block in self.blocks.blocks)]
         groups[-1] += self.blocks.norm.parameters()
         return groups

@@ -88,7 +88,8 @@ class Masking(Settings):
     hidden one. With `decode` it is given a mask token for each of those places, visible ones too, and for no other; the loss
     counts the hidden ones among them. swap: share of the replaced tokens that show the content of another one, drawn among all,
     in place of a mask token (Hou et al. 2022, GraphMAE, section 3). remask: what the predictor does not get of what the encoder
-    made of tokens; null: as it works. hides: of what, in a word.
+    made of tokens; null: as it works. unlocated: share of the tokens that are not hidden whose place the encoder is not told,
+    drawn among those that show anything (Wang et al. 2023, DropPos, section 3.1). hides: of what, in a word.
     """
 
     hides: ClassVar[str] = "tokens"
@@ -96,6 +97,7 @@ class Masking(Settings):
     decode: Annotated[RunningCell, Slot("decoder masking", DECODINGS)] | None = None
     swap: Annotated[float, Field(ge=0, lt=1)] = 0.0
     remask: Remask | None = None
+    unlocated: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="after")
     def _decodes(self) -> Self:
@@ -107,9 +109,16 @@ class Masking(Settings):
 
     def check(self, recipe: Any) -> list[str]:
         """What is impossible about it in this recipe; empty when all is well."""
+        problems, sees = [], recipe.encoder.sees
         if self.swap and "swap" not in recipe.encoder.takes:
-            return ["it swaps contents of tokens, which this encoder cannot take; set swap: 0"]
-        return []
+            problems.append("it swaps contents of tokens, which this encoder cannot take; set swap: 0")
+        if self.unlocated and "unlocated" not in recipe.encoder.takes:
+            problems.append("it drops places of tokens, which this encoder cannot take; set encoder.transformer.unlocated: "
+                            "true, or unlocated: 0")
+        if self.unlocated and ("position" not in sees or sees & {"structure", "edges", "kind"}):
+            problems.append(f"it drops places of tokens, which this encoder is to be told by position alone; it sees "
+                            f"{', '.join(sorted(sees)) or 'nothing'}: set encoder.….sees: [position]")
+        return problems
 
     def decide(self, step: Step, view: str) -> Plan:
         """The plan of a view in this step: of its stream alone, unless a masking looks at more than that."""
@@ -125,7 +134,8 @@ class Masking(Settings):
         decode = None if self.decode is None else self.decode.decode(stream, rng)
         return Plan(hidden=hidden, predict=(hidden & live).float(), keep=keep, decode=decode,
                     swap=self._swapped(rng, live) if self.swap else None,
-                    remask=None if self.remask is None else self._remasked(rng, live, self.remask))
+                    remask=None if self.remask is None else self._remasked(rng, live, self.remask),
+                    unlocated=_drawn(rng, "unlocated", live & ~hidden, self.unlocated) if self.unlocated else None)
 
     def _swapped(self, rng: Rng, live: Tensor) -> Tensor:
         n = live.shape[1]
@@ -135,16 +145,20 @@ class Masking(Settings):
 
     @staticmethod
     def _remasked(rng: Rng, live: Tensor, remask: Remask) -> Tensor:
-        n = live.shape[1]
-        few = (live.sum(1, keepdim=True).double() * remask.ratio + 0.5).floor()
-        draws = (rng.uniform(f"remask {k}", n).masked_fill(~live, 2) for k in range(remask.passes))  # padding comes last
-        return torch.stack([draw.argsort(dim=1, stable=True).argsort(dim=1) < few for draw in draws])
+        return torch.stack([_drawn(rng, f"remask {k}", live, remask.ratio) for k in range(remask.passes)])
 
 
 def informative(stream: TokenStream) -> Tensor:
     """(B, N) bool: the tokens that show anything: not padding, and with an element whose weight is not 0."""
     weight = stream.weight
     return stream.valid if weight is None else stream.valid & (weight > 0).any(-1)
+
+
+def _drawn(rng: Rng, purpose: str, among: Tensor, ratio: float) -> Tensor:
+    """(B, N) bool: the share `ratio` of the tokens `among` (B, N), rounded to the nearest, drawn in each row."""
+    draw = rng.uniform(purpose, among.shape[1]).masked_fill(~among, 2)  # the others come last
+    few = (among.sum(1, keepdim=True).double() * ratio + 0.5).floor()
+    return draw.argsort(dim=1, stable=True).argsort(dim=1) < few
 
 
 def rounded(count: int, ratio: float) -> int:

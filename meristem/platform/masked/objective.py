@@ -35,7 +35,7 @@ class Readout(Settings):
     target: Annotated[TargetSettings, Slot("target", TARGETS)]
     output: str | None = None
     of: str | None = None
-    region: Literal["hidden", "visible", "all"] = "hidden"
+    region: Literal["hidden", "visible", "all", "unlocated"] = "hidden"
     weight: float = 1.0
 
 
@@ -89,6 +89,12 @@ class Masked(ObjectiveSettings):
                                 "of its size and count")
             if readout.target.whole and readout.region != "all":
                 problems.append(f"readout '{line}' compares whole views; set its region to all")
+            if readout.region == "unlocated" and not masking.unlocated:
+                problems.append(f"readout '{line}' is of the tokens whose place is dropped, and none is; set masking."
+                                f"{self.encode}.….unlocated")
+            if readout.target.placeless and not (self.predictor.placeless and readout.region == "unlocated"):
+                problems.append(f"readout '{line}' asks where tokens lie, which may be asked only where it is not told; set "
+                                "its region: unlocated, and predictor: placeless")
             if masking.decode is not None and readout.region != "hidden":
                 problems.append(f"readout '{line}' is of the {readout.region} region, but only some places are decoded; set "
                                 f"its region to hidden, or masking.{self.encode}.….decode to null")
@@ -121,7 +127,8 @@ class MaskedObjective(Objective):
         super().__init__()
         recipe = assembly.recipe
         self.settings, self.sees = settings, recipe.encoder.sees
-        sizes = {name: readout.target.size_in(assembly) for name, readout in settings.readouts.items()}
+        sizes = {name: readout.target.size_in(assembly, readout.of or settings.encode)
+                 for name, readout in settings.readouts.items()}
         for name in [name for name, readout in settings.readouts.items() if readout.output is not None]:
             if (size := sizes.pop(name)) != assembly.encoder.width:
                 raise RecipeError(f"readout '{name}' compares {size} numbers per token with an output of "
@@ -188,4 +195,6 @@ def _region(region: str, stream: TokenStream, plan: Plan) -> Tensor:
     if region == "hidden":
         return plan.predict
     live = informative(stream)
+    if region == "unlocated":
+        return (live if plan.unlocated is None else live & plan.unlocated).float()
     return (live if region == "all" else live & ~plan.hidden).float()

@@ -8,11 +8,13 @@ from meristem.platform.masked.gradient import Gradient
 from meristem.platform.masked.groups import Groups
 from meristem.platform.masked.guides import Guided
 from meristem.platform.masked.masking import Block, HiddenEdges, Masking, Nothing, Random, Region, Shuffle
+from meristem.platform.masked.places import Place, Placeless
 from meristem.platform.masked.predictors import Decoder, Dense, Graph, Linear, PredictorSettings
 from meristem.platform.masked.projected import Projected
 from meristem.platform.masked.regressor import Regressor
 from meristem.platform.masked.slices import Slices
 from meristem.platform.masked.spectrum import Spectrum
+from meristem.platform.masked.stochastic import Stochastic
 from meristem.platform.masked.targets import Chamfer, Content, Cosine, Extent, Features, Surface, TargetSettings
 
 MASKINGS: dict[str, type[Masking]] = {
@@ -34,6 +36,8 @@ PREDICTORS: dict[str, type[PredictorSettings]] = {
     "dense": Dense,
     "graph": Graph,
     "regressor": Regressor,
+    "placeless": Placeless,
+    "stochastic": Stochastic,
 }
 
 TARGETS: dict[str, type[TargetSettings]] = {
@@ -47,4 +51,5 @@ TARGETS: dict[str, type[TargetSettings]] = {
     "projected": Projected,
     "gradient": Gradient,
     "slices": Slices,
+    "place": Place,
 }

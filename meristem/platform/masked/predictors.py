@@ -57,7 +57,8 @@ class PredictorSettings(Settings):
 
     remasks: whether it works on tokens as the encoder made them, some of which a masking may keep from it. outputs: what it
     gives beside its heads', vectors of the encoder's width, for readouts that name them. everywhere: whether it can predict
-    where nothing is hidden. context: whether it looks at another view, as `cross` does.
+    where nothing is hidden. context: whether it looks at another view, as `cross` does. placeless: whether
+    it tells its tokens nothing of where they lie.
     """
 
     corruption: ClassVar[str]
@@ -66,6 +67,7 @@ class PredictorSettings(Settings):
     outputs: ClassVar[frozenset[str]] = frozenset()
     everywhere: ClassVar[bool] = True
     context: ClassVar[bool] = False
+    placeless: ClassVar[bool] = False
 
     def check(self, name: str, encoder: EncoderSettings, masking: Masking) -> list[str]:
         """What is impossible about it with this encoder and masking; name: as the recipe calls it."""

@@ -27,7 +27,7 @@ class Projected(TargetSettings):
     def check(self, recipe: Any) -> list[str]:
         return named(recipe, self.by)
 
-    def size_in(self, assembly: Assembly) -> int:
+    def size_in(self, assembly: Assembly, view: str) -> int:
         return 3 * assembly.foreign[self.by].width
 
     def prepare(self, step: Step, view: str) -> None:

@@ -27,9 +27,11 @@ class TargetSettings(Settings):
     """The typed entry of a target: it makes the target, which has no gradient, and owns the loss.
 
     whole: whether it compares views as wholes, and so asks for a prediction of every token.
+    placeless: whether it would be answered by the places of tokens, so that no predictor may be told them.
     """
 
     whole: ClassVar[bool] = False
+    placeless: ClassVar[bool] = False
 
     def check(self, recipe: Any) -> list[str]:
         """What is impossible about this target in this recipe; empty when all is well."""
@@ -43,8 +45,8 @@ class TargetSettings(Settings):
         """Numbers per token that a predictor must give."""
         raise NotImplementedError
 
-    def size_in(self, assembly: Assembly) -> int:
-        """The same in an assembly; for targets whose size more than tokenizer and encoder decide."""
+    def size_in(self, assembly: Assembly, view: str) -> int:
+        """The same for tokens of a view in an assembly; for targets whose size more than tokenizer and encoder decide."""
         return self.size(assembly.tokenizer, assembly.encoder)
 
     def prepare(self, step: Step, view: str) -> None:
