@@ -32,6 +32,7 @@ class Plan:
     edges: (E,) bool, the edges of the stream that are hidden.
     fill: (B, N, P) content that hidden tokens show in place of their own, so that an encoder has nothing left to hide.
     unlocated: (B, N) bool, the tokens whose place the encoder is not told.
+    order: (B, N) int64, the rank of each token among those of its row: nobody is given a later one.
     rng: more random numbers of each row, for a predictor that draws some.
     """
 
@@ -44,6 +45,7 @@ class Plan:
     edges: Tensor | None = None
     fill: Tensor | None = None
     unlocated: Tensor | None = None
+    order: Tensor | None = None
     rng: Rng | None = None
 
     def shown(self, stream: TokenStream) -> TokenStream:

@@ -21,7 +21,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor, rope: Tensor | None = None, memory_rope: Tensor | None = None,
                 mask: Tensor | None = None) -> Tensor:
-        """mask: (B, 1, 1, m) bool, False where nothing may look; None: everywhere."""
+        """mask: (B, 1, 1 or n, m) bool, False where nothing may look; None: everywhere."""
         from timm.layers import apply_rot_embed_cat
 
         q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -50,11 +50,13 @@ class Blocks(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor | None, prefix: int = 0, valid: Tensor | None = None,
                 want: frozenset[str] = frozenset(), structure: Tensor | None = None,
-                edges: Edges | None = None) -> tuple[Tensor, list[Tensor] | None, Tensor | None]:
+                edges: Edges | None = None,
+                order: Tensor | None = None) -> tuple[Tensor, list[Tensor] | None, Tensor | None]:
         """Encode tokens x (B, prefix + n, D).
 
         position: (B, n, C), or None for a set without positions. prefix: tokens in front that have none. valid: (B, n), False
         for padding, which no other token attends to; None where there is none, which is faster. structure: (B, n, S).
+        order: (B, n) ranks: a token attends to itself, to those before it and to the prefix, and the prefix to itself.
         Returns the normed tokens (B, prefix + n, D); if `layers` is wanted the tokens after each block, before the norm; if
         `attention` is wanted the weights (B, H, prefix + n, prefix + n) of the last block.
         """
@@ -65,6 +67,10 @@ class Blocks(nn.Module):
             mask = (valid | ~valid.any(1, keepdim=True))[:, None, None]  # an empty row attends to itself rather than to nothing
             if position is not None:
                 position = position.masked_fill(~valid[:, prefix:, None], 0)
+        if order is not None:
+            sees = F.pad(order[:, :, None] >= order[:, None], (0, 0, prefix, 0))
+            sees = F.pad(sees, (prefix, 0), value=True)[:, None]
+            mask = sees if mask is None else sees & mask | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
         if self.places is not None and structure is not None:
             x = x + F.pad(self.places(structure).to(x.dtype), (0, 0, prefix, 0))
         if self.bias is not None and edges is not None:
@@ -121,7 +127,7 @@ class TransformerSettings(EncoderSettings):
 
     @property
     def takes(self) -> frozenset[str]:
-        return frozenset({"drop", "replace", "swap"} | ({"unlocated"} if self.unlocated else set()))
+        return frozenset({"drop", "replace", "swap", "order"} | ({"unlocated"} if self.unlocated else set()))
 
     @property
     def provides(self) -> frozenset[str]:
@@ -173,7 +179,8 @@ class Transformer(Encoder):
             x = torch.cat([self.cls.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
         # a lattice has no padding; knowing it spares the device a round trip
         valid = None if isinstance(stream, LatticeStream) else tokens.valid
-        x, layers, attention = self.blocks(x, position, prefix, valid, want, tokens.structure, tokens.edges)
+        order = None if plan is None or plan.order is None else plan.order if keep is None else gather(plan.order, keep)
+        x, layers, attention = self.blocks(x, position, prefix, valid, want, tokens.structure, tokens.edges, order)
         summary = {"cls": x[:, 0]} if prefix else {}
         x = x[:, prefix:]
         weight = tokens.valid[..., None].to(x.dtype)

@@ -90,9 +90,11 @@ class Masking(Settings):
     in place of a mask token (Hou et al. 2022, GraphMAE, section 3). remask: what the predictor does not get of what the encoder
     made of tokens; null: as it works. unlocated: share of the tokens that are not hidden whose place the encoder is not told,
     drawn among those that show anything (Wang et al. 2023, DropPos, section 3.1). hides: of what, in a word.
+    orders: whether it decides an order, so that tokens are predicted from those before them.
     """
 
     hides: ClassVar[str] = "tokens"
+    orders: ClassVar[bool] = False
     corruption: Literal["drop", "replace"] = "drop"
     decode: Annotated[RunningCell, Slot("decoder masking", DECODINGS)] | None = None
     swap: Annotated[float, Field(ge=0, lt=1)] = 0.0

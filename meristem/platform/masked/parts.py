@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from meristem.platform.masked.autoregressive import Autoregressive, Order
 from meristem.platform.masked.complement import Complement
 from meristem.platform.masked.cross import Cross
 from meristem.platform.masked.gradient import Gradient
@@ -27,6 +28,7 @@ MASKINGS: dict[str, type[Masking]] = {
     "guided": Guided,
     "groups": Groups,
     "complement": Complement,
+    "order": Order,
 }
 
 PREDICTORS: dict[str, type[PredictorSettings]] = {
@@ -38,6 +40,7 @@ PREDICTORS: dict[str, type[PredictorSettings]] = {
     "regressor": Regressor,
     "placeless": Placeless,
     "stochastic": Stochastic,
+    "autoregressive": Autoregressive,
 }
 
 TARGETS: dict[str, type[TargetSettings]] = {

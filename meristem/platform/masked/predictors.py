@@ -57,8 +57,8 @@ class PredictorSettings(Settings):
 
     remasks: whether it works on tokens as the encoder made them, some of which a masking may keep from it. outputs: what it
     gives beside its heads', vectors of the encoder's width, for readouts that name them. everywhere: whether it can predict
-    where nothing is hidden. context: whether it looks at another view, as `cross` does. placeless: whether
-    it tells its tokens nothing of where they lie.
+    where nothing is hidden. context: whether it looks at another view, as `cross` does. placeless: whether it tells its tokens
+    nothing of where they lie. orders: whether it predicts each token from those before it.
     """
 
     corruption: ClassVar[str]
@@ -68,6 +68,7 @@ class PredictorSettings(Settings):
     everywhere: ClassVar[bool] = True
     context: ClassVar[bool] = False
     placeless: ClassVar[bool] = False
+    orders: ClassVar[bool] = False
 
     def check(self, name: str, encoder: EncoderSettings, masking: Masking) -> list[str]:
         """What is impossible about it with this encoder and masking; name: as the recipe calls it."""
@@ -77,6 +78,11 @@ class PredictorSettings(Settings):
             problems.append(f"the {name} predictor works on masked tokens that are "
                             f"{'dropped' if self.corruption == 'drop' else 'replaced'}; set the masking's corruption to "
                             f"{self.corruption}, or choose another predictor")
+        if masking.orders and not self.orders:
+            problems.append(f"the {name} predictor would be shown what it predicts, as tokens are ordered and none is hidden; "
+                            "choose predictor: autoregressive")
+        if self.orders and not masking.orders:
+            problems.append(f"the {name} predictor goes by an order, and this masking decides none; use `order`")
         if masking.remask is not None and not self.remasks:
             problems.append(f"the {name} predictor is given all encoded tokens; take remask out of the masking, or choose "
                             "predictor: graph")
