@@ -33,6 +33,8 @@ class Plan:
     fill: (B, N, P) content that hidden tokens show in place of their own, so that an encoder has nothing left to hide.
     unlocated: (B, N) bool, the tokens whose place the encoder is not told.
     order: (B, N) int64, the rank of each token among those of its row: nobody is given a later one.
+    group: how many rows that follow each other share one sequence in the encoder. attend: share of a sequence's tokens that
+    each token attends to, those whose keys suit its query best; None: all.
     rng: more random numbers of each row, for a predictor that draws some.
     """
 
@@ -46,6 +48,8 @@ class Plan:
     fill: Tensor | None = None
     unlocated: Tensor | None = None
     order: Tensor | None = None
+    group: int = 1
+    attend: float | None = None
     rng: Rng | None = None
 
     def shown(self, stream: TokenStream) -> TokenStream:

@@ -193,6 +193,10 @@ class Step:
             keys["token"] = index[encoded.valid]
             kinds = {name: x if encoded.index is None else gather(x, index) for name, x in self.stream(view).kind.items()}
             keys |= {name: x[encoded.valid] for name, x in kinds.items() if x.shape == (b, n)}
+            group = self._plans[view].group if masked else 1
+            if group > 1:  # who shares a sequence, by the first of them
+                first = torch.arange(b, device=index.device) // group * group
+                keys["group"] = self.batch.items.cursor[looks.item[first]][:, None].expand(b, n)[encoded.valid]
             if view in self._plans and (masked or by != "encoder") and self._plans[view].hidden.shape == (b, n):
                 keys["hidden"] = self._plans[view].hidden[encoded.valid].long()
             source = self.stream(view).source if encoded.frame is None else encoded.frame.centres()

@@ -24,11 +24,12 @@ def replaced(x: Tensor, plan: Plan, token: Tensor) -> Tensor:
 class Encoder(nn.Module):
     """Tokens or arrays in, `Encoded` out.
 
-    width: D of its tokens. takes: how it can be masked, of {drop, replace, swap, unlocated, order}: `drop` encodes the plan's
-    kept tokens only, `replace` puts a learned mask token (or zeros, in convolutions) where content is hidden, `swap` another
-    token's content at some of them, `unlocated` a learned vector for the place of a token where the plan tells none, `order`
-    keeps tokens from attending to later ones. provides: what it can return, of {cls, mean, sum, max, pyramid, dense, layers,
-    attention}. Both are its settings'. mask_unit: grain, in tokens of the stream, at which it can be masked.
+    width: D of its tokens. takes: how it can be masked, of {drop, replace, swap, unlocated, order, mix}: `drop` encodes the
+    plan's kept tokens only, `replace` puts a learned mask token (or zeros, in convolutions) where content is hidden, `swap`
+    another token's content at some of them, `unlocated` a learned vector for the place of a token where the plan tells none,
+    `order` keeps tokens from attending to later ones, `mix` encodes several rows in one sequence. provides: what it can
+    return, of {cls, mean, sum, max, pyramid, dense, layers, attention}. Both are its settings'. mask_unit: grain, in tokens of
+    the stream, at which it can be masked.
     pyramid_widths, pyramid_strides: channels and stride (array elements) of each pyramid level, fine to coarse.
     dense_width: channels of `dense`. depth: how many `layers` there are.
     """

@@ -51,12 +51,14 @@ class Blocks(nn.Module):
     def forward(self, x: Tensor, position: Tensor | None, prefix: int = 0, valid: Tensor | None = None,
                 want: frozenset[str] = frozenset(), structure: Tensor | None = None,
                 edges: Edges | None = None,
-                order: Tensor | None = None) -> tuple[Tensor, list[Tensor] | None, Tensor | None]:
+                order: Tensor | None = None,
+                attend: float | None = None) -> tuple[Tensor, list[Tensor] | None, Tensor | None]:
         """Encode tokens x (B, prefix + n, D).
 
         position: (B, n, C), or None for a set without positions. prefix: tokens in front that have none. valid: (B, n), False
         for padding, which no other token attends to; None where there is none, which is faster. structure: (B, n, S).
         order: (B, n) ranks: a token attends to itself, to those before it and to the prefix, and the prefix to itself.
+        attend: the share of the n tokens, those whose keys suit its query best, that a token attends to beside the prefix.
         Returns the normed tokens (B, prefix + n, D); if `layers` is wanted the tokens after each block, before the norm; if
         `attention` is wanted the weights (B, H, prefix + n, prefix + n) of the last block.
         """
@@ -84,15 +86,28 @@ class Blocks(nn.Module):
         attention = None
         for i, block in enumerate(self.blocks):
             if "attention" in want and i == len(self.blocks) - 1:
-                attention = _attention(block, x, rope, mask)
-            x = block(x, rope=rope, attn_mask=mask)
+                attention = _logits(block, x, rope, _nearest(block, x, rope, mask, attend, prefix)).softmax(-1)
+            x = block(x, rope=rope, attn_mask=_nearest(block, x, rope, mask, attend, prefix))
             if "layers" in want:
                 layers.append(x)
         return self.norm(x), layers if "layers" in want else None, attention
 
 
-def _attention(block: Any, x: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Attention weights (B, H, N, N) of a block given its input; its fused attention does not return them."""
+def _nearest(block: Any, x: Tensor, rope: Tensor | None, mask: Tensor | None, attend: float | None,
+             prefix: int) -> Tensor | None:
+    """The mask of a block, given its input, that lets each token attend to its best share of those that `mask` lets it, and to
+    the prefix, which attends to all: (B, H, N, N). attend None: `mask` as it is.
+    """
+    if attend is None:
+        return mask
+    logits = _logits(block, x, rope, mask).detach()
+    best = logits[..., prefix:].topk(max(round(attend * (x.shape[1] - prefix)), 1), dim=-1).values[..., -1:]
+    chosen = F.pad((logits >= best)[..., prefix:, prefix:], (prefix, 0, prefix, 0), value=True) & (logits > float("-inf"))
+    return chosen if mask is None or mask.dtype == torch.bool else mask.masked_fill(~chosen, float("-inf"))
+
+
+def _logits(block: Any, x: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Attention before its softmax (B, H, N, N) of a block given its input; its fused attention does not return it."""
     from timm.layers import apply_rot_embed_cat
 
     attn = block.attn
@@ -102,7 +117,17 @@ def _attention(block: Any, x: Tensor, rope: Tensor | None, mask: Tensor | None) 
     logits = (q * attn.scale) @ k.transpose(-2, -1)
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
-    return logits.softmax(-1)
+    return logits
+
+
+def _together(x: Tensor, group: int) -> Tensor:
+    """(B, n, …) to (B / group, group · n, …): rows that follow each other become one sequence."""
+    return x if group == 1 else x.unflatten(0, (-1, group)).flatten(1, 2)
+
+
+def _apart(x: Tensor, group: int) -> Tensor:
+    """The inverse: each row gets its own tokens back."""
+    return x if group == 1 else x.unflatten(1, (group, -1)).flatten(0, 1)
 
 
 class TransformerSettings(EncoderSettings):
@@ -127,7 +152,7 @@ class TransformerSettings(EncoderSettings):
 
     @property
     def takes(self) -> frozenset[str]:
-        return frozenset({"drop", "replace", "swap", "order"} | ({"unlocated"} if self.unlocated else set()))
+        return frozenset({"drop", "replace", "swap", "order", "mix"} | ({"unlocated"} if self.unlocated else set()))
 
     @property
     def provides(self) -> frozenset[str]:
@@ -147,7 +172,8 @@ class TransformerSettings(EncoderSettings):
 class Transformer(Encoder):
     """Tokens of any modality. `drop` embeds and encodes the kept tokens only; `replace` puts a learned token for hidden ones.
 
-    A token that the plan does not locate is not rotated, and a learned vector on its content says so.
+    A token that the plan does not locate is not rotated, and a learned vector on its content says so. Rows that the plan puts
+    into one sequence share its class token; `mean` and `max` are of a row's own tokens.
 
     `layers` are tokens after each block without the class token; `attention` holds the class token first.
     """
@@ -173,21 +199,23 @@ class Transformer(Encoder):
             lost = (plan.unlocated if keep is None else gather(plan.unlocated, keep))[..., None]
             x = torch.where(lost, x + self.nowhere.to(x.dtype), x)
             position = None if position is None else position.masked_fill(lost, 0)  # turned by nothing, wherever it lies
-        prefix = 0
+        prefix, group = 0, 1 if plan is None else plan.group
+        x, position = _together(x, group), None if position is None else _together(position, group)
         if self.cls is not None:
             prefix = 1
             x = torch.cat([self.cls.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
         # a lattice has no padding; knowing it spares the device a round trip
         valid = None if isinstance(stream, LatticeStream) else tokens.valid
         order = None if plan is None or plan.order is None else plan.order if keep is None else gather(plan.order, keep)
-        x, layers, attention = self.blocks(x, position, prefix, valid, want, tokens.structure, tokens.edges, order)
-        summary = {"cls": x[:, 0]} if prefix else {}
-        x = x[:, prefix:]
+        x, layers, attention = self.blocks(x, position, prefix, valid, want, tokens.structure, tokens.edges, order,
+                                           None if plan is None else plan.attend)
+        summary = {"cls": x[:, 0].repeat_interleave(group, 0)} if prefix else {}
+        x = _apart(x[:, prefix:], group)
         weight = tokens.valid[..., None].to(x.dtype)
         summary["mean"] = (x * weight).sum(1) / weight.sum(1).clamp_min(1)
         summary["max"] = x.masked_fill(~tokens.valid[..., None], torch.finfo(x.dtype).min).amax(1)
         return Encoded(x, summary, tokens.valid, index=keep, lattice=stream.lattice, attention=attention,
-                       layers=None if layers is None else [layer[:, prefix:] for layer in layers])
+                       layers=None if layers is None else [_apart(layer[:, prefix:], group) for layer in layers])
 
     def layer_groups(self) -> list[list[nn.Parameter]]:
         stem = [*self.embed.parameters(), self.mask_token, *(p for p in (self.cls, self.nowhere) if p is not None)]

@@ -9,6 +9,7 @@ from meristem.platform.masked.gradient import Gradient
 from meristem.platform.masked.groups import Groups
 from meristem.platform.masked.guides import Guided
 from meristem.platform.masked.masking import Block, HiddenEdges, Masking, Nothing, Random, Region, Shuffle
+from meristem.platform.masked.mixing import Mixture
 from meristem.platform.masked.places import Place, Placeless
 from meristem.platform.masked.predictors import Decoder, Dense, Graph, Linear, PredictorSettings
 from meristem.platform.masked.projected import Projected
@@ -29,6 +30,7 @@ MASKINGS: dict[str, type[Masking]] = {
     "groups": Groups,
     "complement": Complement,
     "order": Order,
+    "mixture": Mixture,
 }
 
 PREDICTORS: dict[str, type[PredictorSettings]] = {
