@@ -38,7 +38,8 @@ def step_of(assembly: Assembly, *views: View, start: int = 0) -> Step:
 
 def predicted(assembly: Assembly, step: Step) -> Tensor:
     objective = assembly.objectives["pixels"]
-    (prediction,) = objective._predict(step, step.plan(objective.settings.encode)).values()
+    view = objective.settings.encode
+    (prediction,) = objective._predict(step, step.plan(view), view).values()
     value: Tensor = prediction.value
     return value
 

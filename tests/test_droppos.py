@@ -67,7 +67,7 @@ def test_tokens_that_change_places_take_their_answers_with_them() -> None:
         other = Step(made.assembly, Batch(made.batch.items, {"x": replace(view, array=array)}), 0.5, 0)
         objective = made.assembly.objectives["places"]
         with torch.no_grad():
-            return objective._predict(other, other.plan("x"))["place"].value  # type: ignore[operator]
+            return objective._predict(other, other.plan("x"), "x")["place"].value  # type: ignore[operator]
 
     def exchanged(a: int, b: int) -> Tensor:
         array = view.array.clone()

@@ -133,7 +133,7 @@ def test_no_gradient_of_a_sample_s_decoding_asks_for_another_s_pixels() -> None:
     view = made.view("x")
     array = view.array.clone().requires_grad_()
     own = Step(made.assembly, Batch(made.batch.items, {"x": replace(view, array=array)}), 0.5, 0)
-    predicted: Tensor = made.assembly.objectives["pixels"]._predict(own, own.plan("x"))["content"].value
+    predicted: Tensor = made.assembly.objectives["pixels"]._predict(own, own.plan("x"), "x")["content"].value
     predicted[2].sum().backward()
     assert array.grad is not None
     assert array.grad.abs().flatten(1).sum(1).gt(0).tolist() == [row == 2 for row in range(8)]

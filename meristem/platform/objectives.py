@@ -71,6 +71,7 @@ class Encoded:
     pyramid: feature maps (B, D_i, *S_i), fine to coarse, when wanted. dense: (B, D, *S) map at the array's resolution, when
     wanted. layers: tokens after each block, when wanted. attention: (B, H, n, n) of the last block, when wanted.
     slices: (B, T, D) what each slice alone became, where an encoder works slice by slice.
+    told: (B, D) what the encoder made of the number it was told, where it is told one.
     """
 
     tokens: Tensor
@@ -84,6 +85,7 @@ class Encoded:
     attention: Tensor | None = None
     slices: Tensor | None = None
     frame: Frame | None = None
+    told: Tensor | None = None
 
     def at(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, m, D) at source points (B, m, C), linear between cells' centres, and (B, m) whether these lie inside.

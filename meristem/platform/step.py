@@ -143,9 +143,11 @@ class Step:
             plan = self.plan(view) if masked else None
             stream = self.stream(view).seen(self.assembly.recipe.encoder.sees)
             stream = stream if plan is None else plan.shown(stream)
+            number = self.assembly.recipe.encoder.tells
+            told = {} if number is None else {"condition": self.view(view).params.get(number)}
             self.passes.append(f"{by}({view}{', plan' if masked else ''})")
             with torch.set_grad_enabled(torch.is_grad_enabled() and by == "encoder"):
-                encoded: Encoded = encoder(stream, None if plan is None or plan.fill is not None else plan, want=want)
+                encoded: Encoded = encoder(stream, None if plan is None or plan.fill is not None else plan, want=want, **told)
             if encoded.lattice is not None and isinstance(stream, LatticeStream):
                 frame = self.view(view).frame
                 encoded.frame = frame.coarse(self.assembly.encoder.grid(frame.shape, stream.patch)[1], encoded.lattice)

@@ -7,6 +7,7 @@ from meristem.platform.derived.base import Derivation
 from meristem.platform.derived.channels import Channels
 from meristem.platform.derived.crop import Crop
 from meristem.platform.derived.difference import Difference
+from meristem.platform.derived.diffusion import Diffused, Noise, Part
 from meristem.platform.derived.frequency import Frequency
 from meristem.platform.derived.look import Look
 from meristem.platform.derived.montage import Montage
@@ -21,4 +22,7 @@ DERIVATIONS: dict[str, type[Derivation]] = {
     "difference": Difference,
     "channels": Channels,
     "still": Still,
+    "part": Part,
+    "noise": Noise,
+    "diffused": Diffused,
 }

@@ -31,7 +31,8 @@ class Encoder(nn.Module):
     return, of {cls, mean, sum, max, pyramid, dense, layers, attention}. Both are its settings'. mask_unit: grain, in tokens of
     the stream, at which it can be masked.
     pyramid_widths, pyramid_strides: channels and stride (array elements) of each pyramid level, fine to coarse.
-    dense_width: channels of `dense`. depth: how many `layers` there are.
+    dense_width: channels of `dense`. depth: how many `layers` there are. told: how wide the vector is that it makes of a number
+    that it is told; 0 where it is told none.
     """
 
     width: int
@@ -42,6 +43,7 @@ class Encoder(nn.Module):
     pyramid_strides: tuple[tuple[int, ...], ...] = ()
     dense_width: int = 0
     depth: int = 0
+    told: int = 0
 
     def forward(self, stream: TokenStream, plan: Plan | None = None, *, want: frozenset[str] = frozenset()) -> Encoded:
         """stream: already reduced to what the recipe's `sees` allows. want: of {pyramid, dense, layers, attention}."""
@@ -83,6 +85,11 @@ class EncoderSettings(Settings):
     def provides(self) -> frozenset[str]:
         """`Encoder.provides` of what these settings build, known before anything is built."""
         return frozenset({"mean"})
+
+    @property
+    def tells(self) -> str | None:
+        """Which number among a view's parameters the encoder is told, as `condition`; None: none."""
+        return None
 
     def detached(self) -> Self:
         """The same modules, without any file that their first weights come from: a checkpoint brings its own."""

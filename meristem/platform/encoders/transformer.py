@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from meristem.modalities.base import Axis, Tokenizer
 from meristem.modalities.stream import Edges, LatticeStream, TokenStream, gather
 from meristem.platform.encoders.base import Encoder, EncoderSettings, replaced
+from meristem.platform.encoders.conditioning import Adapted, Told
 from meristem.platform.encoders.rotary import Rotary
 from meristem.platform.objectives import Encoded, Plan
 
@@ -26,10 +27,11 @@ class Blocks(nn.Module):
     axes: of the positions it will be given. drop_path: stochastic depth of the last block, rising linearly from 0. tokenizer:
     of tokens that have edges or `structure`: an edge of each type, and its weight, add to each head's attention (Ying et
     al. 2021, Graphormer, section 3.1.2, for edges instead of distances), and what `structure` says is added to the tokens.
+    told: numbers of a vector that adapts every block, where there is one.
     """
 
     def __init__(self, width: int, depth: int, heads: int, axes: Sequence[Axis], drop_path: float = 0.0,
-                 mlp_ratio: float = 4.0, tokenizer: Tokenizer | None = None) -> None:
+                 mlp_ratio: float = 4.0, tokenizer: Tokenizer | None = None, told: int = 0) -> None:
         from timm.models.eva import EvaBlock  # timm brings torchvision: seconds that reading a recipe need not wait for
 
         super().__init__()
@@ -47,18 +49,19 @@ class Blocks(nn.Module):
             if isinstance(module, nn.Linear):  # as He et al. 2022
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        self.adapted = nn.ModuleList(Adapted(told, width) for _ in range(depth)) if told else None
 
     def forward(self, x: Tensor, position: Tensor | None, prefix: int = 0, valid: Tensor | None = None,
                 want: frozenset[str] = frozenset(), structure: Tensor | None = None,
-                edges: Edges | None = None,
-                order: Tensor | None = None,
-                attend: float | None = None) -> tuple[Tensor, list[Tensor] | None, Tensor | None]:
+                edges: Edges | None = None, order: Tensor | None = None, attend: float | None = None,
+                told: Tensor | None = None) -> tuple[Tensor, list[Tensor] | None, Tensor | None]:
         """Encode tokens x (B, prefix + n, D).
 
         position: (B, n, C), or None for a set without positions. prefix: tokens in front that have none. valid: (B, n), False
         for padding, which no other token attends to; None where there is none, which is faster. structure: (B, n, S).
         order: (B, n) ranks: a token attends to itself, to those before it and to the prefix, and the prefix to itself.
         attend: the share of the n tokens, those whose keys suit its query best, that a token attends to beside the prefix.
+        told: (B, told) the vector that each block goes by.
         Returns the normed tokens (B, prefix + n, D); if `layers` is wanted the tokens after each block, before the norm; if
         `attention` is wanted the weights (B, H, prefix + n, prefix + n) of the last block.
         """
@@ -70,9 +73,9 @@ class Blocks(nn.Module):
             if position is not None:
                 position = position.masked_fill(~valid[:, prefix:, None], 0)
         if order is not None:
-            sees = F.pad(order[:, :, None] >= order[:, None], (0, 0, prefix, 0))
-            sees = F.pad(sees, (prefix, 0), value=True)[:, None]
-            mask = sees if mask is None else sees & mask | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+            before = F.pad(order[:, :, None] >= order[:, None], (0, 0, prefix, 0))
+            before = F.pad(before, (prefix, 0), value=True)[:, None]
+            mask = before if mask is None else before & mask | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
         if self.places is not None and structure is not None:
             x = x + F.pad(self.places(structure).to(x.dtype), (0, 0, prefix, 0))
         if self.bias is not None and edges is not None:
@@ -83,41 +86,44 @@ class Blocks(nn.Module):
             mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
         rope = self.rotary(position, prefix) if position is not None and self.rotary is not None else None
         layers: list[Tensor] = []
-        attention = None
+        attention: Tensor | None = None
         for i, block in enumerate(self.blocks):
-            if "attention" in want and i == len(self.blocks) - 1:
-                attention = _logits(block, x, rope, _nearest(block, x, rope, mask, attend, prefix)).softmax(-1)
-            x = block(x, rope=rope, attn_mask=_nearest(block, x, rope, mask, attend, prefix))
+            adapted: Any = None if self.adapted is None else self.adapted[i]
+            sees = mask
+            if attend is not None or ("attention" in want and i == len(self.blocks) - 1):
+                logits = _logits(block, block.norm1(x) if adapted is None else adapted.entered(block, x, told), rope, mask)
+                logits, sees = _nearest(logits, mask, attend, prefix)
+                attention = logits.softmax(-1) if "attention" in want else None
+            x = block(x, rope=rope, attn_mask=sees) if adapted is None else adapted(block, x, told, rope, sees)
             if "layers" in want:
                 layers.append(x)
         return self.norm(x), layers if "layers" in want else None, attention
 
 
-def _nearest(block: Any, x: Tensor, rope: Tensor | None, mask: Tensor | None, attend: float | None,
-             prefix: int) -> Tensor | None:
-    """The mask of a block, given its input, that lets each token attend to its best share of those that `mask` lets it, and to
-    the prefix, which attends to all: (B, H, N, N). attend None: `mask` as it is.
-    """
-    if attend is None:
-        return mask
-    logits = _logits(block, x, rope, mask).detach()
-    best = logits[..., prefix:].topk(max(round(attend * (x.shape[1] - prefix)), 1), dim=-1).values[..., -1:]
-    chosen = F.pad((logits >= best)[..., prefix:, prefix:], (prefix, 0, prefix, 0), value=True) & (logits > float("-inf"))
-    return chosen if mask is None or mask.dtype == torch.bool else mask.masked_fill(~chosen, float("-inf"))
-
-
-def _logits(block: Any, x: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Attention before its softmax (B, H, N, N) of a block given its input; its fused attention does not return it."""
+def _logits(block: Any, normed: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Attention before its softmax (B, H, N, N) of a block, of what it is given; its fused attention does not return it."""
     from timm.layers import apply_rot_embed_cat
 
     attn = block.attn
-    q, k, _ = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, _ = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     if rope is not None:
         q, k = apply_rot_embed_cat(q, rope), apply_rot_embed_cat(k, rope)
-    logits = (q * attn.scale) @ k.transpose(-2, -1)
+    logits: Tensor = (q * attn.scale) @ k.transpose(-2, -1)
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
     return logits
+
+
+def _nearest(logits: Tensor, mask: Tensor | None, attend: float | None, prefix: int) -> tuple[Tensor, Tensor | None]:
+    """Logits (B, H, N, N) and mask of an attention that lets each token attend to its best share of those that it may, and to
+    the prefix, which attends to all. attend None: both as they are.
+    """
+    if attend is None:
+        return logits, mask
+    best = logits[..., prefix:].topk(max(round(attend * (logits.shape[-1] - prefix)), 1), dim=-1).values[..., -1:]
+    chosen = F.pad((logits >= best)[..., prefix:, prefix:], (prefix, 0, prefix, 0), value=True) & (logits > float("-inf"))
+    sees = chosen if mask is None or mask.dtype == torch.bool else mask.masked_fill(~chosen, float("-inf"))
+    return logits.masked_fill(~chosen, float("-inf")), sees
 
 
 def _together(x: Tensor, group: int) -> Tensor:
@@ -132,7 +138,8 @@ def _apart(x: Tensor, group: int) -> Tensor:
 
 class TransformerSettings(EncoderSettings):
     """size: a named size; width, depth, heads override it. cls: has a class token. drop_path: of the last block. unlocated:
-    can be kept from knowing the places of tokens.
+    can be kept from knowing the places of tokens. condition: the number among a view's parameters that it is told, 0 for views
+    that have none.
     """
 
     size: Literal["tiny", "small", "base", "large"] = "small"
@@ -143,6 +150,7 @@ class TransformerSettings(EncoderSettings):
     drop_path: float = 0.0
     mlp_ratio: float = 4.0
     unlocated: bool = False
+    condition: str | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -157,6 +165,10 @@ class TransformerSettings(EncoderSettings):
     @property
     def provides(self) -> frozenset[str]:
         return frozenset({"mean", "max", "layers", "attention"} | ({"cls"} if self.cls else set()))
+
+    @property
+    def tells(self) -> str | None:
+        return self.condition
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -183,12 +195,15 @@ class Transformer(Encoder):
         self.takes, self.provides = settings.takes, settings.provides
         self.width, self.depth, heads = settings.shape
         self.embed = tokenizer.embedding(self.width)
-        self.blocks = Blocks(self.width, self.depth, heads, axes, settings.drop_path, settings.mlp_ratio, tokenizer)
+        self.told = self.width if settings.condition is not None else 0
+        self.blocks = Blocks(self.width, self.depth, heads, axes, settings.drop_path, settings.mlp_ratio, tokenizer, self.told)
         self.mask_token = nn.Parameter(torch.randn(self.width) * 0.02)
         self.cls = nn.Parameter(torch.randn(1, 1, self.width) * 0.02) if settings.cls else None
         self.nowhere = nn.Parameter(torch.randn(self.width) * 0.02) if settings.unlocated else None
+        self.condition = Told(self.width) if self.told else None
 
-    def forward(self, stream: TokenStream, plan: Plan | None = None, *, want: frozenset[str] = frozenset()) -> Encoded:
+    def forward(self, stream: TokenStream, plan: Plan | None = None, *, want: frozenset[str] = frozenset(),
+                condition: Tensor | None = None) -> Encoded:
         keep = None if plan is None else plan.keep
         tokens = stream if keep is None else stream.take(keep)
         x = self.embed(tokens)
@@ -206,19 +221,23 @@ class Transformer(Encoder):
             x = torch.cat([self.cls.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
         # a lattice has no padding; knowing it spares the device a round trip
         valid = None if isinstance(stream, LatticeStream) else tokens.valid
+        told = None if self.condition is None else self.condition(x.new_zeros(len(x)) if condition is None else condition)
         order = None if plan is None or plan.order is None else plan.order if keep is None else gather(plan.order, keep)
         x, layers, attention = self.blocks(x, position, prefix, valid, want, tokens.structure, tokens.edges, order,
-                                           None if plan is None else plan.attend)
+                                           None if plan is None else plan.attend, told)
         summary = {"cls": x[:, 0].repeat_interleave(group, 0)} if prefix else {}
         x = _apart(x[:, prefix:], group)
         weight = tokens.valid[..., None].to(x.dtype)
         summary["mean"] = (x * weight).sum(1) / weight.sum(1).clamp_min(1)
         summary["max"] = x.masked_fill(~tokens.valid[..., None], torch.finfo(x.dtype).min).amax(1)
-        return Encoded(x, summary, tokens.valid, index=keep, lattice=stream.lattice, attention=attention,
+        return Encoded(x, summary, tokens.valid, index=keep, lattice=stream.lattice, attention=attention, told=told,
                        layers=None if layers is None else [_apart(layer[:, prefix:], group) for layer in layers])
 
     def layer_groups(self) -> list[list[nn.Parameter]]:
-        stem = [*self.embed.parameters(), self.mask_token, *(p for p in (self.cls, self.nowhere) if p is not None)]
+        stem = [*self.embed.parameters(), self.mask_token, *(p for p in (self.cls, self.nowhere) if p is not None),
+                *(() if self.condition is None else self.condition.parameters())]
         groups = [stem, *(list(block.parameters()) for block in self.blocks.blocks)]
+        for group, adapted in zip(groups[1:], self.blocks.adapted or (), strict=False):
+            group += adapted.parameters()
         groups[-1] += self.blocks.norm.parameters()
         return groups

@@ -53,7 +53,7 @@ class Cross(Decoder):
             problems.append(f"the {name} predictor fills in every place; take decode out of the masking")
         return problems
 
-    def blocks(self, axes: tuple[Axis, ...], tokenizer: Tokenizer) -> nn.Module:
+    def blocks(self, axes: tuple[Axis, ...], tokenizer: Tokenizer, told: int) -> nn.Module:
         return CrossBlocks(self.width, self.depth, self.heads, axes)
 
     def build(self, encoder: Encoder, tokenizer: Tokenizer, axes: tuple[Axis, ...], channels: int, sizes: Mapping[str, int],

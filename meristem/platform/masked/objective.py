@@ -28,12 +28,14 @@ if TYPE_CHECKING:
 class Readout(Settings):
     """One line of a masked objective: predicted by its own head, compared with a target, in a region, with a weight.
 
-    output: the predictor's output of this name in place of a head of its own. of: the view that the target is made of, whose
-    tokens lie as those of the encoded one do; null: the encoded one itself.
+    output: the predictor's output of this name in place of a head of its own. encode: the view that is encoded for it, by the
+    same encoder and predictor; null: the objective's. of: the view that the target is made of, whose tokens lie as those of the
+    encoded one do; null: the encoded one itself.
     """
 
     target: Annotated[TargetSettings, Slot("target", TARGETS)]
     output: str | None = None
+    encode: str | None = None
     of: str | None = None
     region: Literal["hidden", "visible", "all", "unlocated"] = "hidden"
     weight: float = 1.0
@@ -61,20 +63,29 @@ class Masked(ObjectiveSettings):
             raise ValueError("give `target` (one readout) or `readouts`, not both")
         return {k: v for k, v in data.items() if k != "target"} | {"readouts": {"content": {"target": data["target"]}}}
 
+    @property
+    def encodes(self) -> list[str]:
+        """The views that are encoded, in the order of their first readouts."""
+        return list(dict.fromkeys(readout.encode or self.encode for readout in self.readouts.values()))
+
     def check(self, recipe: Any) -> list[str]:
-        if self.encode not in recipe.looks:
-            return [f"encode names '{self.encode}': there is no such view (views: {', '.join(recipe.looks)})"]
-        if self.encode not in recipe.masking:
-            return [f"view '{self.encode}' has no masking, so that nothing is hidden; add masking.{self.encode}"]
-        if recipe.modality.tokenizer().kinds:
-            return ["tokens of channels lie several at one place, and a predictor is told places alone; set "
-                    f"modality.{recipe.modality.name}.tokens: patch"]
-        if recipe.masking[self.encode].hides != "tokens":
-            return [f"masking.{self.encode} hides {recipe.masking[self.encode].hides} and no token's content; use `random`"]
-        name, masking = next(n for n, part in PREDICTORS.items() if part is type(self.predictor)), recipe.masking[self.encode]
-        problems = self.predictor.check(name, recipe.encoder, masking) + self._check_context(name, recipe)
+        name = next(n for n, part in PREDICTORS.items() if part is type(self.predictor))
+        problems = []
+        for view in dict.fromkeys([self.encode, *self.encodes]):
+            if view not in recipe.looks:
+                return [f"encode names '{view}': there is no such view (views: {', '.join(recipe.looks)})"]
+            if view not in recipe.masking:
+                return [f"view '{view}' has no masking, so that nothing is hidden; add masking.{view}"]
+            if recipe.modality.tokenizer().kinds:
+                return ["tokens of channels lie several at one place, and a predictor is told places alone; set "
+                        f"modality.{recipe.modality.name}.tokens: patch"]
+            if recipe.masking[view].hides != "tokens":
+                return [f"masking.{view} hides {recipe.masking[view].hides} and no token's content; use `random`"]
+            problems += self.predictor.check(name, recipe.encoder, recipe.masking[view])
+        problems += self._check_context(name, recipe)
         for line, readout in self.readouts.items():
-            of = readout.of or self.encode
+            view = readout.encode or self.encode
+            of, masking = readout.of or view, recipe.masking[view]
             problems += readout.target.fits(recipe, of)
             if readout.output is not None and readout.output not in self.predictor.outputs:
                 problems.append(f"readout '{line}' is of output '{readout.output}', which the {name} predictor does not have "
@@ -84,20 +95,20 @@ class Masked(ObjectiveSettings):
                                 "what is hidden alone; set its region to hidden")
             if of not in recipe.looks:
                 problems.append(f"readout '{line}' is of '{of}': there is no such view (views: {', '.join(recipe.looks)})")
-            elif any(getattr(recipe.looks[of], x) != getattr(recipe.looks[self.encode], x) for x in ("size", "count")):
-                problems.append(f"readout '{line}' is of '{of}', whose tokens are not those of '{self.encode}'; choose a view "
+            elif any(getattr(recipe.looks[of], x) != getattr(recipe.looks[view], x) for x in ("size", "count")):
+                problems.append(f"readout '{line}' is of '{of}', whose tokens are not those of '{view}'; choose a view "
                                 "of its size and count")
             if readout.target.whole and readout.region != "all":
                 problems.append(f"readout '{line}' compares whole views; set its region to all")
             if readout.region == "unlocated" and not masking.unlocated:
                 problems.append(f"readout '{line}' is of the tokens whose place is dropped, and none is; set masking."
-                                f"{self.encode}.….unlocated")
+                                f"{view}.….unlocated")
             if readout.target.placeless and not (self.predictor.placeless and readout.region == "unlocated"):
                 problems.append(f"readout '{line}' asks where tokens lie, which may be asked only where it is not told; set "
                                 "its region: unlocated, and predictor: placeless")
             if masking.decode is not None and readout.region != "hidden":
                 problems.append(f"readout '{line}' is of the {readout.region} region, but only some places are decoded; set "
-                                f"its region to hidden, or masking.{self.encode}.….decode to null")
+                                f"its region to hidden, or masking.{view}.….decode to null")
         return problems
 
     def _check_context(self, name: str, recipe: Any) -> list[str]:
@@ -118,7 +129,7 @@ class Masked(ObjectiveSettings):
 
 
 class MaskedObjective(Objective):
-    """Encodes the masked view once, predicts, and compares with every readout's target.
+    """Encodes each masked view once, predicts, and compares with every readout's target.
 
     The predictor is given the places of the tokens and nothing of their content; of the context, what the encoder made of it.
     """
@@ -127,7 +138,7 @@ class MaskedObjective(Objective):
         super().__init__()
         recipe = assembly.recipe
         self.settings, self.sees = settings, recipe.encoder.sees
-        sizes = {name: readout.target.size_in(assembly, readout.of or settings.encode)
+        sizes = {name: readout.target.size_in(assembly, readout.of or readout.encode or settings.encode)
                  for name, readout in settings.readouts.items()}
         for name in [name for name, readout in settings.readouts.items() if readout.output is not None]:
             if (size := sizes.pop(name)) != assembly.encoder.width:
@@ -138,15 +149,14 @@ class MaskedObjective(Objective):
                                                   recipe.modality.channels, sizes, everywhere)
 
     def forward(self, step: Step) -> dict[str, Loss]:
-        view = self.settings.encode
-        stream, plan = step.stream(view), step.plan(view)
         for readout in self.settings.readouts.values():
-            readout.target.prepare(step, readout.of or view)
+            readout.target.prepare(step, readout.of or readout.encode or self.settings.encode)
+        predictions = {view: self._predict(step, step.plan(view), view) for view in self.settings.encodes}
         losses = {}
-        predictions = self._predict(step, plan)
         for name, readout in self.settings.readouts.items():
-            prediction = predictions[readout.output or name]
-            weight = _region(readout.region, stream, plan)
+            view = readout.encode or self.settings.encode
+            prediction = predictions[view][readout.output or name]
+            weight = _region(readout.region, step.stream(view), step.plan(view))
             if prediction.index is not None:
                 weight = weight.gather(1, prediction.index)
             total, count = readout.target.compare(step, readout.of or view, prediction.index, prediction.value, weight)
@@ -155,8 +165,7 @@ class MaskedObjective(Objective):
                 total, count.clamp_min(1e-12), self.settings.weight * readout.weight)
         return losses
 
-    def _predict(self, step: Step, plan: Plan) -> dict[str, Prediction]:
-        view = self.settings.encode
+    def _predict(self, step: Step, plan: Plan, view: str) -> dict[str, Prediction]:
         encoded = step.encode(view, masked=True, want=self.settings.predictor.want)
         other = self.settings.context
         context = () if other is None else (Context(step.encode(other), blind(step.stream(other).seen(self.sees))),)
@@ -171,13 +180,14 @@ class MaskedObjective(Objective):
         token's mean and deviation back; every one, also those that training does not decode), visible ones as they are. Empty
         when no readout predicts content.
         """
-        stream, plan = step.stream(self.settings.encode), replace(step.plan(self.settings.encode), decode=None)
+        view = self.settings.encode
+        stream, plan = step.stream(view), replace(step.plan(view), decode=None)
         if stream.lattice is None or not any(isinstance(r.target, Content) for r in self.settings.readouts.values()):
             return {}
-        predictions = self._predict(step, plan)
+        predictions = self._predict(step, plan, view)
         for name, readout in self.settings.readouts.items():
             target, prediction = readout.target, predictions[readout.output or name]
-            if isinstance(target, Content):
+            if isinstance(target, Content) and readout.encode in (None, view):
                 stream = stream if readout.of is None else step.stream(readout.of)
                 mean, std = target.statistics(stream, step.assembly.recipe.modality.channels)
                 hidden, content = plan.hidden[..., None], stream.content

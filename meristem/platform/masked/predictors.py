@@ -147,7 +147,7 @@ class DecoderPredictor(Predictor):
         self.everywhere = everywhere
         self.enter = nn.Linear(encoder.width, settings.width)
         self.mask_token = nn.Parameter(torch.empty(settings.width).normal_(std=0.02))
-        self.blocks = settings.blocks(axes, tokenizer)
+        self.blocks = settings.blocks(axes, tokenizer, encoder.told)
         self.heads = nn.ModuleDict({name: nn.Linear(settings.width, size) for name, size in sizes.items()})
         for layer in (self.enter, *self.heads.values()):
             if isinstance(layer, nn.Linear):
@@ -158,9 +158,9 @@ class DecoderPredictor(Predictor):
         assert plan.keep is not None
         seen = self.enter(encoded.tokens)
         if plan.decode is not None:
-            return self._some(seen, stream, plan.keep, plan.decode)
+            return self._some(seen, stream, plan.keep, plan.decode, encoded.told)
         x, _, _ = self.blocks(self._filled(seen, plan), stream.position, valid=padding(stream), structure=stream.structure,
-                              edges=stream.edges)
+                              edges=stream.edges, told=encoded.told)
         return self._read(x, plan)
 
     def _filled(self, seen: Tensor, plan: Plan) -> Tensor:
@@ -177,13 +177,14 @@ class DecoderPredictor(Predictor):
             x = gather(x, index)
         return {name: Prediction(head(x), index) for name, head in self.heads.items()}
 
-    def _some(self, seen: Tensor, stream: TokenStream, keep: Tensor, decode: Tensor) -> dict[str, Prediction]:
+    def _some(self, seen: Tensor, stream: TokenStream, keep: Tensor, decode: Tensor,
+              told: Tensor | None) -> dict[str, Prediction]:
         """As `forward`, with mask tokens at `decode` (B, m) and nowhere else: the cost is that of k + m tokens."""
         x = torch.cat([seen, self.mask_token.to(seen).expand(*decode.shape, -1)], 1)
         places = torch.cat([keep, decode], 1)
         position = None if stream.position is None else gather(stream.position, places)
         valid = None if isinstance(stream, LatticeStream) else gather(stream.valid, places)
-        x, _, _ = self.blocks(x, position, valid=valid)
+        x, _, _ = self.blocks(x, position, valid=valid, told=told)
         x = x[:, keep.shape[1]:]
         return {name: Prediction(head(x), decode) for name, head in self.heads.items()}
 
@@ -214,8 +215,9 @@ class Decoder(PredictorSettings):
                             "encoder.….sees")
         return problems
 
-    def blocks(self, axes: tuple[Axis, ...], tokenizer: Tokenizer) -> nn.Module:
-        return Blocks(self.width, self.depth, self.heads, axes, tokenizer=tokenizer)
+    def blocks(self, axes: tuple[Axis, ...], tokenizer: Tokenizer, told: int) -> nn.Module:
+        """told: numbers of the vector that the encoder makes of a number it is told."""
+        return Blocks(self.width, self.depth, self.heads, axes, tokenizer=tokenizer, told=told)
 
     def build(self, encoder: Encoder, tokenizer: Tokenizer, axes: tuple[Axis, ...], channels: int, sizes: Mapping[str, int],
               everywhere: bool) -> Predictor:
