@@ -44,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Cache]:
 
 def recipe(batch: int = 4, seed: int = 0, **views: NpyView) -> Any:
     return SimpleNamespace(modality=Npy(), views=views or {"x": NpyView(), "y": NpyView(size=(2, 4, 3), count=3, reach=3)},
-                           train=TrainSettings(batch=batch, seed=seed))
+                           train=TrainSettings(batch=batch, seed=seed), compose=None)
 
 
 def load(made: tuple[Manifest, Cache], plan: Any = None, *, rows: list[Row] | None = None, steps: int = 6, workers: int = 0,
@@ -205,7 +205,7 @@ def test_real_cells(data_root: Path, tmp_path: Path) -> None:
     manifest = Manifest.discover(tmp_path, modality)
     cache = Cache.build(manifest, modality, tmp_path / "cache")
     plan: Any = SimpleNamespace(modality=modality, views={"x": modality.ViewOptions.model_validate({"size": [64, 64]})},
-                                train=TrainSettings(batch=9))
+                                train=TrainSettings(batch=9), compose=None)
     assert len(cache) == 9 and not cache.quarantine
     batch = next(iter(loader(cache, manifest.rows, plan, fields=("mask",), steps=1, workers=0)))
     view = modality.augment(batch.views["x"], plan.views["x"])

@@ -37,7 +37,7 @@ from meristem.platform.schedules import Scalar
 from meristem.platform.slots import Slot, validated
 
 # keys that hold a part, `name: {arguments}`
-PARTS = ("modality", "encoder", "predictor", "target", "loss", "transform", "task", "sample", "detector", "guide")
+PARTS = ("modality", "encoder", "predictor", "target", "loss", "transform", "task", "sample", "detector", "guide", "compose")
 NAMED = {"views": "names", "readouts": "names", "masking": "parts", "heads": "parts", "objectives": "parts",
          "derived": "parts", "foreign": "parts"}  # the user's names
 TASK_ONLY = frozenset({"task", "probe", "lora"})  # keys of a task's recipe that a plain one lacks
