@@ -87,6 +87,7 @@ class Blocks(nn.Module):
         rope = self.rotary(position, prefix) if position is not None and self.rotary is not None else None
         layers: list[Tensor] = []
         attention: Tensor | None = None
+        block: Any
         for i, block in enumerate(self.blocks):
             adapted: Any = None if self.adapted is None else self.adapted[i]
             sees = mask
