@@ -96,15 +96,15 @@ class AutoregressivePredictor(Predictor):
 
     def __init__(self, settings: Autoregressive, encoder: Encoder, axes: tuple[Axis, ...], sizes: Mapping[str, int]) -> None:
         super().__init__()
-        width, heads = encoder.width, settings.heads
-        if encoder.depth % settings.depth or width % heads or width // heads % 2:
-            raise RecipeError(f"{settings.depth} blocks of {heads} heads cannot stand beside an encoder of {encoder.depth} "
+        width, heads, depth = encoder.width, settings.heads, settings.depth or encoder.depth
+        if encoder.depth % depth or width % heads or width // heads % 2:
+            raise RecipeError(f"{depth} blocks of {heads} heads cannot stand beside an encoder of {encoder.depth} "
                               f"blocks and width {width}",
                               "Choose a depth that divides the encoder's, and heads of an even width.")
-        self.every = encoder.depth // settings.depth
+        self.every = encoder.depth // depth
         self.rotary = Rotary(width // heads, axes)
         self.query, self.first = (nn.Parameter(torch.randn(1, 1, width) * 0.02) for _ in range(2))
-        self.blocks = nn.ModuleList(QueryBlock(width, heads) for _ in range(settings.depth))
+        self.blocks = nn.ModuleList(QueryBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.heads = nn.ModuleDict({name: nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, size))
                                     for name, size in sizes.items()})
@@ -130,14 +130,14 @@ class AutoregressivePredictor(Predictor):
 class Autoregressive(PredictorSettings):
     """Predicts each token from those before it in the masking's order (Song et al. 2024, SemAIM, section 3.3).
 
-    depth, heads: of its blocks, which are as wide as the encoder's and stand beside every n-th of them. It reads out by
-    perceptrons of two layers.
+    depth, heads: of its blocks, which are as wide as the encoder's and stand beside every n-th of them; null: beside each. It
+    reads out by perceptrons of two layers.
     """
 
     corruption = "replace"
     want = frozenset({"layers"})
     orders = True
-    depth: Annotated[int, Field(ge=1)] = 12
+    depth: Annotated[int, Field(ge=1)] | None = None
     heads: Annotated[int, Field(ge=1)] = 3
 
     def check(self, name: str, encoder: EncoderSettings, masking: Masking) -> list[str]:
