@@ -157,7 +157,7 @@ def test_drawn_whole_numbers_and_rows_are_keys_of_units() -> None:
     view.params |= {"speed": torch.arange(8) % 3, "noise_key": torch.arange(8), "zoom": torch.rand(8),
                     "flip": torch.zeros(8, 2, dtype=torch.int64)}
     key = Step(assembly, batch, 0.0, 1).units("v").key
-    assert key.keys() == {"item", "row", "view", "speed"}
+    assert key.keys() == {"item", "row", "view", "look", "speed"} and key["look"].tolist() == [0, 1] * 4
     assert torch.equal(key["speed"], view.params["speed"])
     assert key["row"].tolist() == [9, 9, 8, 8, 7, 7, 6, 6] and key["item"].tolist() == [4, 4, 5, 5, 6, 6, 7, 7]
     dense = Step(assembly, batch, 0.0, 1).units("v", level="dense").key

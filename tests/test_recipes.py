@@ -115,7 +115,7 @@ def test_a_status_is_not_inherited(tmp_path: Path) -> None:
     path.write_text("extends: image/mae\n")
     assert load("image/mae").status == "tested" and load(path).status == "expressible"
     listed = {row["name"]: row["status"] for row in rows()}
-    assert listed["graph/graphmae-cora"] == "verified" and listed["graph/graphmae2"] == "expressible"
+    assert listed["graph/graphmae-cora"] == "verified" and listed["graph/paretognn"] == "expressible"
     assert all(listed[name] == read(name)["status"] for name in listed)
 
 

@@ -54,8 +54,9 @@ def tiny(name: str) -> list[str]:
                "train.steps=2", "train.log_every=1", "train.checkpoint_every=1"]
     changes += [f"views.{view}.size=[{4 if patch[0] > 1 else 1}, {side}, {side}]" for view in plain["views"]]
     if any("masked" in objective for objective in plain["objectives"].values()):
-        predictor = next(f"objectives.{key}.masked.predictor" for key, o in plain["objectives"].items() if "masked" in o)
-        changes.append(f"{predictor}={{decoder: {{depth: 1, width: 24, heads: 2}}}}")
+        for key, objective in plain["objectives"].items():
+            for predictor in objective.get("masked", {}).get("predictor", ()):
+                changes.append(f"objectives.{key}.masked.predictor.{predictor}={{depth: 1, width: 24, heads: 2}}")
     return changes
 
 

@@ -57,7 +57,7 @@ class PretextObjective(Objective):
     def forward(self, step: Step) -> dict[str, Loss]:
         s = self.settings
         units = step.units(s.view, level=s.level, head=s.head)
-        known = ("item", "row", "view", *step.batch.items.labels)  # all but what was drawn
+        known = ("item", "row", "view", "look", *step.batch.items.labels)  # all but what was drawn
         drawn = {name: key for name, key in units.key.items() if name not in known}
         if s.label not in drawn:
             raise RecipeError(f"view '{s.view}' draws no '{s.label}' for a pretext",
