@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from made_maps import rand
+from resuming import goes_on_to_the_same_bits
 from torch.nn import functional as F
 
 import meristem
@@ -23,7 +24,6 @@ from meristem.platform.masked.slices import Slices
 from meristem.platform.objectives import Items, Units
 from meristem.platform.recipe import load, override, read
 from meristem.platform.step import Batch, Step
-from meristem.platform.training import checkpoint
 from meristem.tasks.inspection import noise
 
 UNET = "{unet: {widths: [4, 8, 8], blocks: [1, 1, 1], decoder: false}}"
@@ -145,22 +145,14 @@ def test_images_and_volumes_train_one_net_which_is_stored_once() -> None:
 
 
 def test_a_joint_run_resumes_and_its_volumes_can_be_probed(image_folder: Path, volume_folder: Path, tmp_path: Path) -> None:
-    def run(out: Path, resume: bool = False) -> None:
+    def run(out: Path, resume: bool) -> None:
         meristem.pretrain("joint/joint-2d3d", {"image": image_folder, "volume": volume_folder}, out,
                           [*SMALL, "train.steps=6", "train.checkpoint_every=3", "train.keep=3"], cache=tmp_path / "cache",
                           quiet=True, resume=resume)
 
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(whole)
-    (parts / "checkpoints").mkdir(parents=True)
-    for name in ("recipe.yaml", "metrics.jsonl"):
-        (parts / name).write_bytes((whole / name).read_bytes())
-    (whole / "checkpoints" / "step-00000003").rename(parts / "checkpoints" / "step-00000003")
-    run(parts, resume=True)
-    a, b = checkpoint.read_weights(whole), checkpoint.read_weights(parts)
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    meristem.embed(whole / "volume", volume_folder, tmp_path / "embedded", quiet=True)
-    meristem.embed(whole / "image", image_folder, tmp_path / "embedded-images", quiet=True)
+    goes_on_to_the_same_bits(run, tmp_path, 3, 6)
+    meristem.embed(tmp_path / "whole" / "volume", volume_folder, tmp_path / "embedded", quiet=True)
+    meristem.embed(tmp_path / "whole" / "image", image_folder, tmp_path / "embedded-images", quiet=True)
 
 
 def test_volumes_read_whole_cannot_share_a_net_with_images() -> None:

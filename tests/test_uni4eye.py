@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
+from resuming import goes_on_to_the_same_bits
 
 import meristem
 from meristem.errors import RecipeError
@@ -21,7 +22,6 @@ from meristem.platform.masked.gradient import Gradient, edges, sobel
 from meristem.platform.objectives import Items
 from meristem.platform.recipe import load, override, read
 from meristem.platform.step import Batch, Step
-from meristem.platform.training import checkpoint
 
 TINY = ["encoder.transformer={width: 24, depth: 2, heads: 2}", "views.x={size: [16, 16]}"]
 DECODER = "masked.predictor.decoder={depth: 1, width: 24, heads: 2}"
@@ -111,17 +111,9 @@ def test_images_and_volumes_share_all_but_their_patches_and_decoders() -> None:
 
 
 def test_a_joint_run_resumes_to_the_same_bits(image_folder: Path, volume_folder: Path, tmp_path: Path) -> None:
-    def run(out: Path, resume: bool = False) -> None:
+    def run(out: Path, resume: bool) -> None:
         meristem.pretrain("joint/uni4eye", {"image": image_folder, "volume": volume_folder}, out,
                           [*SMALL, "train.steps=6", "train.checkpoint_every=3", "train.keep=3"], cache=tmp_path / "cache",
                           quiet=True, resume=resume)
 
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(whole)
-    (parts / "checkpoints").mkdir(parents=True)
-    for name in ("recipe.yaml", "metrics.jsonl"):
-        (parts / name).write_bytes((whole / name).read_bytes())
-    (whole / "checkpoints" / "step-00000003").rename(parts / "checkpoints" / "step-00000003")
-    run(parts, resume=True)
-    a, b = checkpoint.read_weights(whole), checkpoint.read_weights(parts)
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    goes_on_to_the_same_bits(run, tmp_path, 3, 6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from resuming import goes_on_to_the_same_bits
 
 import meristem
 from meristem.errors import RecipeError
@@ -202,12 +202,10 @@ def test_slices_of_a_tile_are_those_of_all_views_and_change_with_the_sample() ->
 
 def test_a_run_learns_and_goes_on_exactly(oblique: Path, tmp_path: Path) -> None:
     changes = [*SMALL, *TILES, "train.steps=4", "train.checkpoint_every=2", "train.keep=3", "train.log_every=1"]
-    options = {"cache": tmp_path / "c", "quiet": True}
-    meristem.pretrain("volume/voco", oblique, tmp_path / "whole", changes, **options)  # type: ignore[arg-type]
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000004")
-    meristem.pretrain("volume/voco", oblique, tmp_path / "cut", changes, resume=True, **options)  # type: ignore[arg-type]
-    whole, cut, start = (checkpoint.read_weights(p) for p in (
-        tmp_path / "whole", tmp_path / "cut", tmp_path / "whole" / "checkpoints" / "step-00000002"))
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+    def run(out: Path, resume: bool) -> None:
+        meristem.pretrain("volume/voco", oblique, out, changes, cache=tmp_path / "c", quiet=True, resume=resume)
+
+    whole = goes_on_to_the_same_bits(run, tmp_path, 2, 4)
+    start = checkpoint.read_weights(tmp_path / "whole" / "checkpoints" / "step-00000002")
     assert not torch.equal(whole["encoder.embed.linear.weight"], start["encoder.embed.linear.weight"])

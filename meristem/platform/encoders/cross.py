@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from meristem.modalities.base import Axis
 from meristem.platform.encoders.rotary import Rotary
+from meristem.platform.encoders.transformer import start_linear
 
 
 class CrossAttention(nn.Module):
@@ -64,10 +65,7 @@ class CrossBlocks(nn.Module):
         self.rotary = Rotary(width // heads, axes)
         self.blocks = nn.ModuleList(CrossBlock(width, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):  # as He et al. 2022
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        start_linear(self.modules())
 
     def forward(self, x: Tensor, position: Tensor | None, valid: Tensor | None, memory: Tensor,
                 memory_position: Tensor | None, memory_valid: Tensor | None) -> Tensor:

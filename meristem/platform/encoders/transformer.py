@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -19,6 +19,20 @@ from meristem.platform.objectives import Encoded, Plan
 
 SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 """width, depth, heads (Touvron et al. 2021; Dosovitskiy et al. 2021)."""
+
+
+def start_linear(modules: Iterable[nn.Module]) -> None:
+    """Linear layers among the modules as He et al. 2022 start theirs: Xavier's uniform weights, no bias."""
+    for module in modules:
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def even_heads(width: int, heads: int) -> None:
+    """Raises ValueError unless each head gets a whole, even number of channels, as rotary positions need."""
+    if width % heads or width // heads % 2:
+        raise ValueError(f"width {width} in {heads} heads: each head needs a whole, even number of channels")
 
 
 class Blocks(nn.Module):
@@ -45,10 +59,7 @@ class Blocks(nn.Module):
             EvaBlock(width, heads, mlp_ratio=mlp_ratio, num_prefix_tokens=0, attn_type="rope",
                      drop_path=drop_path * i / max(depth - 1, 1)) for i in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):  # as He et al. 2022
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        start_linear(self.modules())
         self.adapted = nn.ModuleList(Adapted(told, width) for _ in range(depth)) if told else None
 
     def forward(self, x: Tensor, position: Tensor | None, prefix: int = 0, valid: Tensor | None = None,
@@ -174,8 +185,7 @@ class TransformerSettings(EncoderSettings):
     @model_validator(mode="after")
     def _divides(self) -> Self:
         width, _, heads = self.shape
-        if width % heads or width // heads % 2:
-            raise ValueError(f"width {width} in {heads} heads: each head needs a whole, even number of channels")
+        even_heads(width, heads)
         return self
 
     def build(self, tokenizer: Tokenizer, axes: tuple[Axis, ...], channels: int) -> Transformer:

@@ -17,6 +17,7 @@ from meristem.modalities.stream import TokenStream, gather
 from meristem.platform.encoders.base import Encoder, EncoderSettings
 from meristem.platform.encoders.cross import CrossAttention
 from meristem.platform.encoders.rotary import Rotary
+from meristem.platform.encoders.transformer import start_linear
 from meristem.platform.masked.masking import Masking, informative
 from meristem.platform.masked.predictors import Prediction, Predictor, PredictorSettings
 from meristem.platform.objectives import Encoded, Plan
@@ -108,10 +109,7 @@ class AutoregressivePredictor(Predictor):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.heads = nn.ModuleDict({name: nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, size))
                                     for name, size in sizes.items()})
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        start_linear(self.modules())
 
     def forward(self, encoded: Encoded, stream: TokenStream, plan: Plan) -> dict[str, Prediction]:
         assert encoded.layers is not None and plan.order is not None and stream.position is not None

@@ -16,7 +16,7 @@ from meristem.modalities.rng import Rng
 from meristem.modalities.stream import LatticeStream, TokenStream
 from meristem.platform.derived.base import needs_lattice
 from meristem.platform.encoders.base import Encoder
-from meristem.platform.encoders.transformer import Blocks
+from meristem.platform.encoders.transformer import Blocks, start_linear
 from meristem.platform.masked.predictors import Decoder, Prediction, Predictor
 from meristem.platform.masked.targets import TargetSettings
 from meristem.platform.objectives import Encoded, Plan
@@ -37,10 +37,7 @@ class PlacelessPredictor(Predictor):
         self.enter = nn.Linear(encoder.width, settings.width)
         self.blocks = Blocks(settings.width, settings.depth, settings.heads, axes=())
         self.heads = nn.ModuleDict({name: nn.Linear(settings.width, size) for name, size in sizes.items()})
-        for layer in (self.enter, *self.heads.values()):
-            assert isinstance(layer, nn.Linear)
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        start_linear([self.enter, *self.heads.values()])
 
     def forward(self, encoded: Encoded, stream: TokenStream, plan: Plan) -> dict[str, Prediction]:
         valid = None if isinstance(stream, LatticeStream) else encoded.valid

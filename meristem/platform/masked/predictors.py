@@ -15,7 +15,7 @@ from meristem.modalities.base import Axis, Settings, Tokenizer
 from meristem.modalities.stream import LatticeStream, TokenStream, gather
 from meristem.platform.encoders.base import Encoder, EncoderSettings
 from meristem.platform.encoders.message_passing import Convolution, LayerSettings, Nodes, Norm
-from meristem.platform.encoders.transformer import Blocks
+from meristem.platform.encoders.transformer import Blocks, even_heads, start_linear
 from meristem.platform.masked.masking import Masking, Positive
 from meristem.platform.objectives import Encoded, Plan
 
@@ -149,10 +149,7 @@ class DecoderPredictor(Predictor):
         self.mask_token = nn.Parameter(torch.empty(settings.width).normal_(std=0.02))
         self.blocks = settings.blocks(axes, tokenizer, encoder.told)
         self.heads = nn.ModuleDict({name: nn.Linear(settings.width, size) for name, size in sizes.items()})
-        for layer in (self.enter, *self.heads.values()):
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        start_linear([self.enter, *self.heads.values()])
 
     def forward(self, encoded: Encoded, stream: TokenStream, plan: Plan) -> dict[str, Prediction]:
         assert plan.keep is not None
@@ -204,8 +201,7 @@ class Decoder(PredictorSettings):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        if self.width % self.heads or self.width // self.heads % 2:
-            raise ValueError(f"width {self.width} in {self.heads} heads: each head needs a whole, even number of channels")
+        even_heads(self.width, self.heads)
         return self
 
     def check(self, name: str, encoder: EncoderSettings, masking: Masking) -> list[str]:

@@ -13,7 +13,7 @@ from meristem.modalities.base import Axis, Tokenizer
 from meristem.modalities.stream import LatticeStream, TokenStream, gather
 from meristem.platform.encoders.base import Encoder, EncoderSettings
 from meristem.platform.encoders.cross import CrossBlocks
-from meristem.platform.encoders.transformer import Blocks
+from meristem.platform.encoders.transformer import Blocks, even_heads, start_linear
 from meristem.platform.masked.masking import Masking, Positive
 from meristem.platform.masked.predictors import Prediction, Predictor, PredictorSettings, hidden_places
 from meristem.platform.objectives import Encoded, Plan
@@ -32,10 +32,7 @@ class RegressorPredictor(Predictor):
         self.regressor = CrossBlocks(width, settings.depth, settings.heads, axes)
         self.decoder = Blocks(width, settings.decoder, settings.heads, axes)
         self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
-        for layer in (self.enter, self.leave, self.decode, *self.heads.values()):
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        start_linear([self.enter, self.leave, self.decode, *self.heads.values()])
 
     def forward(self, encoded: Encoded, stream: TokenStream, plan: Plan) -> dict[str, Prediction]:
         assert plan.keep is not None and stream.position is not None  # checked
@@ -62,8 +59,7 @@ class Regressor(PredictorSettings):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        if self.width % self.heads or self.width // self.heads % 2:
-            raise ValueError(f"width {self.width} in {self.heads} heads: each head needs a whole, even number of channels")
+        even_heads(self.width, self.heads)
         return self
 
     def check(self, name: str, encoder: EncoderSettings, masking: Masking) -> list[str]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from meristem.modalities.base import Axis, Tokenizer
 from meristem.modalities.stream import LatticeStream, TokenStream, gather
 from meristem.platform.encoders.base import Encoder, EncoderSettings
-from meristem.platform.encoders.transformer import Blocks
+from meristem.platform.encoders.transformer import Blocks, start_linear
 from meristem.platform.masked.masking import Masking
 from meristem.platform.masked.predictors import Decoder, Prediction, Predictor
 from meristem.platform.objectives import Encoded, Plan
@@ -56,10 +56,7 @@ class StochasticPredictor(Predictor):
         self.place = SinCos(settings.width, axes)
         self.blocks = Blocks(settings.width, settings.depth, settings.heads, axes=())
         self.heads = nn.ModuleDict({name: nn.Linear(settings.width, size) for name, size in sizes.items()})
-        for layer in (self.enter, *self.heads.values()):
-            assert isinstance(layer, nn.Linear)
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        start_linear([self.enter, *self.heads.values()])
 
     def forward(self, encoded: Encoded, stream: TokenStream, plan: Plan) -> dict[str, Prediction]:
         assert plan.keep is not None and stream.position is not None and plan.rng is not None
