@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from meristem.modalities.base import Settings
 from meristem.modalities.frame import Frame
-from meristem.platform.derived.base import needs_lattice
-from meristem.platform.derived.still import needs_time
+from meristem.platform.derived.base import needs_lattice, needs_time
 from meristem.platform.heads import Prototypes
 from meristem.platform.objectives import Units
 from meristem.platform.schedules import Scalar

@@ -34,3 +34,15 @@ def needs_lattice(recipe: Any, what: str) -> list[str]:
     if not by_name and all(len(view.size) == len(recipe.modality.axes) for view in recipe.views.values()):
         return []
     return [f"it {what} arrays, and {recipe.modality.name} data are sets, which have none"]
+
+
+def timed(recipe: Any) -> bool:
+    """Whether the first axis of the recipe's data is time."""
+    axes = recipe.modality.axes
+    return bool(axes) and axes[0].unit == "s"
+
+
+def needs_time(recipe: Any, what: str) -> list[str]:
+    """A problem where the recipe's data are no arrays whose first axis is time."""
+    return needs_lattice(recipe, what) or ([] if timed(recipe) else [
+        f"it {what} clips, and {recipe.modality.name} data have no time"])

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from meristem.modalities.base import View
-from meristem.platform.derived.base import Derivation
+from meristem.platform.derived.base import Derivation, timed
 
 if TYPE_CHECKING:
     from meristem.platform.step import Step
@@ -25,9 +25,8 @@ class Difference(Derivation):
     stride: Annotated[int, Field(ge=1)] = 1
 
     def check(self, recipe: Any) -> list[str]:
-        axes = recipe.modality.axes
-        timed = bool(axes) and axes[0].unit == "s"
-        return [] if timed else [f"it compares moments, and {recipe.modality.name} data has no axis of time; leave it out"]
+        return [] if timed(recipe) else [
+            f"it compares moments, and {recipe.modality.name} data has no axis of time; leave it out"]
 
     def derive(self, view: View, name: str, step: Step) -> View:
         n, weight = view.array.shape[2] - self.stride, view.weight

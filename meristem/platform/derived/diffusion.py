@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import torch
@@ -51,6 +52,7 @@ class Noise(Derivation):
         return replace(view, name=name, array=drawn_noise(self.of, step).to(view.array))
 
 
+@cache
 def remaining(schedule: str, steps: int) -> Tensor:
     """(steps,) float64 ᾱ: the share of the variance that is left of a picture after each step of diffusion.
 

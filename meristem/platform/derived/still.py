@@ -10,16 +10,10 @@ from torch import Tensor
 
 from meristem.modalities.base import View
 from meristem.modalities.stream import LatticeStream
-from meristem.platform.derived.base import Derivation, needs_lattice
+from meristem.platform.derived.base import Derivation, needs_time
 
 if TYPE_CHECKING:
     from meristem.platform.step import Step
-
-
-def needs_time(recipe: Any, what: str) -> list[str]:
-    """A problem where the first axis of the recipe's data is not time."""
-    return needs_lattice(recipe, what) or ([] if recipe.modality.axes[0].unit == "s" else [
-        f"it {what} clips, and {recipe.modality.name} data have no time"])
 
 
 class Still(Derivation):

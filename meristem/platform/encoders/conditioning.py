@@ -42,13 +42,17 @@ class Adapted(nn.Module):
 
     def entered(self, block: Any, x: Tensor, vector: Tensor) -> Tensor:
         """What a block's attention is given of tokens x (B, N, D)."""
-        shift, scale = self.linear(vector)[:, None].chunk(6, -1)[:2]
-        normed: Tensor = block.norm1(x) * (1 + scale) + shift
-        return normed
+        shift, scale, *_ = self.linear(vector)[:, None].chunk(6, -1)
+        return _modulated(block.norm1(x), shift, scale)
 
     def forward(self, block: Any, x: Tensor, vector: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
         """The block (timm's EvaBlock) on x (B, N, D), told vector (B, told)."""
-        gate, shift, scale, last = self.linear(vector)[:, None].chunk(6, -1)[2:]
-        x = x + block.drop_path1(gate * block.attn(self.entered(block, x, vector), rope=rope, attn_mask=mask))
-        x = x + block.drop_path2(last * block.mlp(block.norm2(x) * (1 + scale) + shift))
+        enter_shift, enter_scale, gate, shift, scale, last = self.linear(vector)[:, None].chunk(6, -1)
+        entered = _modulated(block.norm1(x), enter_shift, enter_scale)
+        x = x + block.drop_path1(gate * block.attn(entered, rope=rope, attn_mask=mask))
+        x = x + block.drop_path2(last * block.mlp(_modulated(block.norm2(x), shift, scale)))
         return x
+
+
+def _modulated(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return normed * (1 + scale) + shift
