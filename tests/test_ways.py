@@ -15,6 +15,7 @@ from meristem.platform.assembly import Assembly
 from meristem.platform.encoders.lora import Lora, adapt, merged
 from meristem.platform.evaluation.results import PROTOCOLS, TRAINED, Results
 from meristem.platform.recipe import load
+from meristem.platform.report.figures import sentence
 from meristem.platform.training import checkpoint, optim
 from meristem.tasks import pages
 from meristem.tasks.finetune import resolve
@@ -100,3 +101,8 @@ def test_lora_is_refused_where_there_is_nothing_to_adapt() -> None:
         adapt(Assembly(load("volume/mae-unet", UNET)).encoder, Lora())
     with pytest.raises(RecipeError, match="leave one out"):
         resolve("classification", "image", ["probe=true", "lora={}"])
+
+
+def test_a_way_is_a_noun_that_keeps_its_capitals() -> None:
+    assert sentence(PROTOCOLS["lora"]) == "LoRA fine-tuning" and sentence(PROTOCOLS["warmup"]) == "Fine-tuning after a warm-up"
+    assert sentence("") == ""

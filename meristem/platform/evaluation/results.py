@@ -420,8 +420,8 @@ class Group:
 
 PROTOCOLS = {"finetune": "fine-tuned", "attentive": "attentive probe", "linear": "linear probe",
              "svm": "support vector machine", "few-shot": "few-shot support vector machine", "knn": "nearest neighbours",
-             "retrieval": "retrieval", "propagate": "label propagation", "frozen": "trained on a frozen encoder",
-             "warmup": "fine-tuned after a warm-up", "sawtooth": "fine-tuned after the head", "lora": "fine-tuned by LoRA"}
+             "retrieval": "retrieval", "propagate": "label propagation", "frozen": "training on a frozen encoder",
+             "warmup": "fine-tuning after a warm-up", "sawtooth": "fine-tuning after the head", "lora": "LoRA fine-tuning"}
 TRAINED = ("finetune", "frozen", "warmup", "sawtooth", "lora")  # protocols whose seeds are trainings
 METADATA = "metadata"  # the arm that knows what a file's header says and no pixel
 MANY = 30  # classes, beyond which the areas under their curves take minutes to resample

@@ -94,6 +94,11 @@ def interval(e: Estimate, sign: bool = False) -> str:
     return f"{show(e.value)} [{show(e.low)}, {show(e.high)}]"
 
 
+def sentence(text: str) -> str:
+    """With a capital in front; abbreviations within stay as they are."""
+    return text[:1].upper() + text[1:]
+
+
 def metric_label(results: Results, name: str) -> str:
     label = metrics.LABELS.get(name, name)
     if name == "hd95":
@@ -143,7 +148,7 @@ def label_efficiency(results: Results, summary: Summary, protocol: str) -> Plot:
     told = "; ".join(f"{r.arm} at {r.labelled_subjects}: {r.mean.value:.3f}" for r in rows)
     how = PROTOCOLS.get(protocol, protocol)
     return draw(paint, f"{metric_label(results, metric)} against labelled {results.counted}, {how}. {told}.",
-                f"{how.capitalize()}. Points: mean over {results.counted} and seeds. Bars: 95 % interval over test "
+                f"{sentence(how)}. Points: mean over {results.counted} and seeds. Bars: 95 % interval over test "
                 f"{results.counted}. Faint dots: single seeds.", size=(4.6, 3.1))
 
 
@@ -423,7 +428,7 @@ def _by_class(results: Results, protocol: str, labels: Labels, grid: Array,
 
         middle = len(grid) // 2
         told = "; ".join(f"{arm} {table[0, middle]:.2f} at {grid[middle]:.2g}" for arm, table in means.items())
-        plots.append(draw(paint, f"{y.capitalize()} against {x}, {title}: {told}.", caption if not plots else ""))
+        plots.append(draw(paint, f"{sentence(y)} against {x}, {title}: {told}.", caption if not plots else ""))
     return plots
 
 
@@ -850,7 +855,7 @@ def sheets(results: Results, strips: Sequence[Strip]) -> list[tuple[str, list[tu
                 given = ", ".join(f"{results.classes[c]} {p[i, c]:.2f}" for c in dict.fromkeys([*top, int(group.target[i])]))
                 text = f"{strip.case}, truly {results.classes[group.target[i]]}; given {given}"
                 plots.append(Plot(drawn[strip.case].source, f"{arm}, {heading}, {text}{_span(strip.times)}",
-                                  f"{heading.capitalize()}: {text}.", wide=True))
+                                  f"{sentence(heading)}: {text}.", wide=True))
         if plots:
             n = next(c.labelled_subjects for c in results.cells if (c.arm, c.protocol, c.labels) == (arm, protocol, labels))
             found.setdefault(f"{PROTOCOLS.get(protocol, protocol)}, {n} labelled {results.counted}", []).append((arm, plots))

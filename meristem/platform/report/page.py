@@ -375,7 +375,7 @@ def write_report(results: Results | Sequence[Results], pictures: Pictures | Sequ
     studies = [Study(*parts) for parts in joined]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
-    environment.filters["signed"] = signed
+    environment.filters |= {"signed": signed, "sentence": figures.sentence}
     out_dir.mkdir(parents=True, exist_ok=True)
     page = out_dir / NAME
     page.write_text(environment.get_template(NAME).render(studies=studies, protocol_names=PROTOCOLS), encoding="utf-8")
