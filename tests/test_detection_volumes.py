@@ -23,6 +23,7 @@ from meristem.modalities.volume.pasted import write_pasted
 from meristem.platform.assembly import total
 from meristem.platform.data.manifest import Manifest
 from meristem.platform.data.source import Data, open_data
+from meristem.platform.training.precision import sound
 from meristem.tasks.base import objective
 from meristem.tasks.detection import DetectionObjective, source, stored
 from meristem.tasks.detectors import DETECTORS, Boxed, DetectorSettings
@@ -275,11 +276,13 @@ def test_the_detector_learns_a_volume_by_heart(negatives: str, regression: str) 
 
 def test_views_without_objects_and_low_precision_teach_too_and_what_is_not_finite_is_passed_on() -> None:
     detector = retinanet().build(32, [(4,) * 3, (8,) * 3], 1)
+    sound(detector)
     maps = [torch.randn(2, 32, 4, 4, 4), torch.randn(2, 32, 2, 2, 2)]
     nothing = Boxed(torch.zeros(0, 6), torch.zeros(0, dtype=torch.long))
     with torch.autocast("cpu", torch.bfloat16):
         losses = detector.losses(maps, (16, 16, 16), [nothing] * 2)
-        found = detector.detect(maps, (16, 16, 16))
+        with torch.no_grad():
+            found = detector.detect(maps, (16, 16, 16))
     torch.stack([loss.total for loss in losses.values()]).sum().backward()
     assert losses["boxes"].total == 0 and losses["classes"].total > 0 and len(found) == 2
     assert all(p.grad is not None and p.grad.isfinite().all() for p in detector.parameters())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import meristem
 from meristem.errors import MeristemError, RecipeError
@@ -21,6 +22,7 @@ from meristem.platform import recipe as recipes
 from meristem.platform.assembly import Assembly
 from meristem.platform.training import checkpoint, optim
 from meristem.platform.training.loop import launch
+from meristem.platform.training.precision import sound
 from meristem.tasks.finetune import resolve
 
 TINY = ["encoder.transformer.width=32", "encoder.transformer.depth=2", "encoder.transformer.heads=2", "views.x.size=[16,16,16]",
@@ -277,6 +279,23 @@ def test_fp16_on_a_cpu_is_refused_with_the_remedy() -> None:
         pytest.skip("there is a GPU")
     with pytest.raises(MeristemError, match="bf16"):
         launch(settings(precision="fp16"))
+
+
+@pytest.mark.parametrize("size", [(2, 2, 2), (2, 3, 1), (1, 1)])
+def test_a_kernel_on_a_thin_map_learns_in_bf16_as_in_fp32(size: tuple[int, ...]) -> None:
+    """oneDNN's gradient there is made of memory that nobody wrote, which this fills with NaN."""
+    conv = (nn.Conv3d if len(size) == 3 else nn.Conv2d)(32, 16, 3, padding=1)
+    x = torch.randn(2, 32, *size)
+    plain, = torch.autograd.grad(conv(x).square().sum(), conv.weight)
+    sound(conv)
+    for _ in range(50):
+        spoilt = [torch.full((k,), torch.nan, dtype=torch.bfloat16) for k in (64, 512, 4096, 3**len(size) * 512)]
+        del spoilt
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = conv(x).square().sum()
+        low, = torch.autograd.grad(loss, conv.weight)
+        assert (low - plain).norm() < 0.02 * plain.norm()
+    assert "weight" in conv.state_dict() and conv(torch.randn(1, 32, *[5] * len(size))).isfinite().all()
 
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGUSR1])

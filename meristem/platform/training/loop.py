@@ -25,7 +25,7 @@ from meristem.platform.contrastive.lights import feature_lights
 from meristem.platform.objectives import Loss
 from meristem.platform.recipe import TrainSettings
 from meristem.platform.step import Batch
-from meristem.platform.training import checkpoint, optim
+from meristem.platform.training import checkpoint, optim, precision
 from meristem.platform.training.combine import combined
 from meristem.platform.training.progress import Reporter
 
@@ -58,7 +58,7 @@ class Outcome:
 
 def launch(settings: TrainSettings, accelerator: str = "auto") -> Fabric:
     """Fabric for this process; under torchrun it joins the group."""
-    precision = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[settings.precision]
+    kind = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[settings.precision]
     if accelerator == "auto" and not torch.cuda.is_available():
         accelerator = "cpu"
     if settings.precision == "fp16" and accelerator == "cpu":
@@ -68,7 +68,7 @@ def launch(settings: TrainSettings, accelerator: str = "auto") -> Fabric:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     strategy: Any = DDPStrategy(find_unused_parameters=True) if world > 1 else "auto"  # a mask token may go unused
     fabric = Fabric(accelerator=accelerator, devices=local, num_nodes=world // local, strategy=strategy,
-                    precision=precision)
+                    precision=kind)
     fabric.launch()
     return fabric
 
@@ -135,6 +135,8 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
     if fabric.world_size > 1 and fabric.device.type == "cuda":
         raw = torch.nn.SyncBatchNorm.convert_sync_batchnorm(raw)
     assembly = raw.to(fabric.device)
+    if settings.precision == "bf16" and fabric.device.type == "cpu":
+        precision.sound(assembly)
     if settings.compile:
         assembly.encoder.compile()
     optimiser = optim.optimiser(assembly, settings)
