@@ -143,21 +143,23 @@ class LightDecoder(Decoder):
 
 
 class LinearDecoder(Decoder):
-    """A 1×1 convolution of an encoder's tokens, or of each level of its pyramid, enlarged linearly and summed: a probe of what
-    the encoder knows, to which the array itself is not shown. Batch norm without scale and shift goes before it, since features
-    of different pretraining differ in size (He et al. 2022, appendix A).
+    """A 1×1 convolution of an encoder's tokens, or of each level of its pyramid and of its own full-resolution map, enlarged
+    linearly and summed: a probe of what the encoder knows, to which the array itself is not shown. Batch norm without scale and
+    shift goes before it, since features of different pretraining differ in size (He et al. 2022, appendix A).
     """
 
-    def __init__(self, dims: int, widths: Sequence[int], pyramid: bool, classes: int) -> None:
+    def __init__(self, dims: int, widths: Sequence[int], want: frozenset[str], classes: int) -> None:
         super().__init__()
-        self.want = frozenset({"pyramid"} if pyramid else ())
+        self.want = want
         norm = nn.BatchNorm3d if dims == 3 else nn.BatchNorm2d
         self.out = nn.ModuleList(nn.Sequential(norm(width, affine=False), CONV[dims](width, classes, 1)) for width in widths)
         self.mode = "trilinear" if dims == 3 else "bilinear"
 
     def forward(self, encoded: Encoded, stream: LatticeStream) -> Tensor:
         assert encoded.lattice is not None
-        maps = encoded.pyramid or [encoded.tokens.transpose(1, 2).unflatten(2, encoded.lattice)]
+        maps = [*encoded.pyramid] if encoded.pyramid else [encoded.tokens.transpose(1, 2).unflatten(2, encoded.lattice)]
+        if encoded.dense is not None:
+            maps.append(encoded.dense)
         logits = [F.interpolate(out(x), size=stream.array.shape[2:], mode=self.mode)
                   for out, x in zip(self.out, maps, strict=True)]
         return torch.stack(logits).sum(0)
@@ -172,7 +174,9 @@ def decoder(assembly: Assembly, kind: Kind, base: int, classes: int) -> Decoder:
     patch: tuple[int, ...] = assembly.recipe.modality.options.patch
     dims = len(assembly.recipe.modality.axes)
     if kind == "linear":
-        return LinearDecoder(dims, encoder.pyramid_widths or (encoder.width,), "pyramid" in encoder.provides, classes)
+        want = encoder.provides & {"pyramid", "dense"}
+        widths = (*(encoder.pyramid_widths or (encoder.width,)), *([encoder.dense_width] if "dense" in want else ()))
+        return LinearDecoder(dims, widths, want, classes)
     if kind == "auto" and "dense" in encoder.provides:
         return DenseDecoder(dims, encoder.dense_width, classes)
     if "pyramid" in encoder.provides:
