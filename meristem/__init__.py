@@ -5,9 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from meristem.api import check_data, embed, evaluate, export, finetune, predict, pretrain, recipe_names, report, show_recipe
+    from meristem.api import (
+        adopt,
+        check_data,
+        embed,
+        evaluate,
+        export,
+        finetune,
+        predict,
+        pretrain,
+        recipe_names,
+        report,
+        show_recipe,
+    )
 
-__all__ = ["check_data", "embed", "evaluate", "export", "finetune", "predict", "pretrain", "recipe_names", "report",
+__all__ = ["adopt", "check_data", "embed", "evaluate", "export", "finetune", "predict", "pretrain", "recipe_names", "report",
            "show_recipe"]
 
 

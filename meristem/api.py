@@ -23,6 +23,7 @@ from meristem.platform.data.source import open_data
 from meristem.platform.evaluation.results import METADATA
 from meristem.platform.export import export as _export
 from meristem.platform.training import checkpoint
+from meristem.platform.training.adopt import adopt as _adopt
 from meristem.platform.training.joint import pretrain as _pretrain_joint
 from meristem.platform.training.loop import Outcome, first_rank
 from meristem.platform.training.pretrain import pretrain as _pretrain
@@ -33,8 +34,8 @@ from meristem.tasks.base import objective
 from meristem.tasks.embedding import embed as _embed
 from meristem.tasks.inspection import inspect
 
-__all__ = ["check_data", "embed", "evaluate", "export", "finetune", "guess_modality", "predict", "pretrain", "recipe_names",
-           "report", "show_recipe"]
+__all__ = ["adopt", "check_data", "embed", "evaluate", "export", "finetune", "guess_modality", "predict", "pretrain",
+           "recipe_names", "report", "show_recipe"]
 
 Pathlike = str | Path
 
@@ -167,6 +168,19 @@ def report(directories: Sequence[Pathlike], out: Pathlike | None = None, *, fold
     """
     paths = [Path(d) for d in directories]
     return pages.report(paths, Path(out) if out else paths[0], folds)
+
+
+def adopt(weights: Pathlike, modality: str, out: Pathlike, overrides: Sequence[str] = ()) -> checkpoint.LoadReport:
+    """Make weights that were trained elsewhere a run, for `finetune`, `evaluate`, `embed`, `export` and `pretrain`'s `init`.
+
+    weights: a .safetensors file, or a state dict that torch saved: of timm (encoder.timm.model says which), of MONAI
+    (segresnet, swin), or any whose names end as the encoder's do. modality: image, volume, …; overrides: what the weights
+    were trained with, of encoder and modality (`encoder.timm.model=vit_small_patch14_dinov2`,
+    `modality.image={patch: 14, normalise: imagenet}`), and `name=`, for reports. Tells the fate of every tensor.
+    What the weights have met is unknown, and reports say so. Raises MeristemError.
+    """
+    plain = recipes.override(recipes.read(f"{modality}/base"), ["name=adopted", *overrides])
+    return _adopt(recipes.build(plain, recipes.Recipe), Path(weights), Path(out))
 
 
 def predict(checkpoint_: Pathlike, data: Pathlike, out: Pathlike, *, quiet: bool = False) -> list[Path]:

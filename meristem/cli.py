@@ -148,6 +148,17 @@ def export(checkpoint: Run, out: Annotated[Path, typer.Option("--out", help="A n
     print(api.export(checkpoint, out, form, None if size is None else [int(n) for n in size.split(",")]))
 
 
+@app.command()
+def adopt(weights: Annotated[Path, typer.Option("--weights", help="A .safetensors file or a state dict that torch saved.")],
+          modality: Annotated[str, typer.Option("--modality", help="image, volume, …")], out: OutOption,
+          overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Make weights of timm, MONAI or elsewhere a run, to fine-tune, evaluate and export like any other."""
+    from meristem import api
+    report = api.adopt(weights, modality, out, overrides or ())
+    if not quiet:
+        print(report.line())
+
+
 @recipes_app.command("list")
 def recipes_list(modality: Annotated[str | None, typer.Option("--modality", help="Of one kind of data.")] = None,
                  family: Annotated[str | None, typer.Option("--family", help="masked, contrastive, pretext, …")] = None,

@@ -229,9 +229,12 @@ def _results(recipe: TaskRecipe, data: Data, scope: Scope, contestants: Sequence
         leakage[arm.name] = audit(tested["subjects"], tested["contents"], seen["subjects"], seen["contents"],
                                   trained["subjects"], trained["contents"], seen["key_id"] == tested["key_id"],
                                   recipe.task.spoiled(recipe, found["recipe"]))
-        pretraining[arm.name] = {"recipe": found["recipe"]["name"], "follows": found["recipe"]["follows"],
-                                 "recipe hash": found["recipe_hash"], "steps": found["step"], "samples": len(seen["contents"]),
-                                 "subjects": len(seen["subjects"]), "data manifest": found["manifest"]}
+        about = {"recipe": found["recipe"]["name"], "follows": found["recipe"]["follows"], "recipe hash": found["recipe_hash"]}
+        about |= {"weights from elsewhere": found["weights"]} if "weights" in found else \
+            {"steps": found["step"], "data manifest": found["manifest"]}
+        if seen["contents"] is not None:
+            about |= {"samples": len(seen["contents"]), "subjects": len(seen["subjects"])}
+        pretraining[arm.name] = about
     divided = {name: recipe.task.cases(data, name) if recipe.task.parts else data.rows(name) for name in NAMES}
     splits = {name: Counts(subjects=len({r.subject for r in rows}), cases=len(rows)) for name, rows in divided.items()}
     settings: dict[str, Any] = {f"{recipe.name} (task)": recipe.record()}
@@ -260,6 +263,8 @@ def _scored(task: TaskSettings, metric: str, scope: Scope) -> tuple[Any, tuple[s
 
 def _cost(run: Path) -> str:
     """Of a pretraining run, as its metrics.json says."""
+    if "weights" in checkpoint.read_card(run):
+        return "unknown: trained elsewhere"
     file = run / "metrics.json"
     if not file.is_file():
         return "unknown: its metrics.json is missing"

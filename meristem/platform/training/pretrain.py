@@ -24,14 +24,18 @@ from meristem.platform.training.loop import Outcome, launch, train
 from meristem.platform.training.progress import Reporter
 
 
-def card(recipe: Recipe, data: Data, identities: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """What a checkpoint says of itself, beside its step and reference embedding."""
+def describe(recipe: Recipe, kind: str) -> dict[str, Any]:
+    """What a checkpoint says of itself, beside what it was trained on, its step and reference embedding."""
     modality = recipe.modality
     prefix = "teacher.copies.encoder." if recipe.transfer == "teacher" else "encoder."
     return {"kind": kind, "recipe": recipe.record(), "recipe_hash": recipe.hash, "modality": modality.name,
             "axes": [{"name": a.name, "unit": a.unit} for a in modality.axes], "channels": modality.channels,
-            "transfer": prefix, "manifest": data.manifest.hash, "samples": len(data.cache), "seen": dict(identities),
-            "versions": checkpoint.versions(),
+            "transfer": prefix, "versions": checkpoint.versions()}
+
+
+def card(recipe: Recipe, data: Data, identities: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """`describe`, and what it was trained on."""
+    return {**describe(recipe, kind), "manifest": data.manifest.hash, "samples": len(data.cache), "seen": dict(identities),
             "licence": "Weights inherit the terms of the data they were trained on; check them before sharing."}
 
 
@@ -63,7 +67,7 @@ def open_run(fabric: Fabric, directory: Path, about: Mapping[str, Any], data: Da
             if before.get(key) != about.get(key):
                 raise CheckpointError(f"{what} from what {directory.name} was started with",
                                       "Resume with the same arguments, or start a new directory.")
-        if before["seen"]["contents"] != about["seen"]["contents"]:
+        if _samples(before) != _samples(about):
             raise CheckpointError(f"the training samples differ from those {directory.name} was started with",
                                   "Resume with the same --data, --split and --labels, or start a new directory.")
         return found
@@ -72,6 +76,11 @@ def open_run(fabric: Fabric, directory: Path, about: Mapping[str, Any], data: Da
         checkpoint.write_text(directory / "recipe.yaml", yaml.safe_dump(about["recipe"], sort_keys=False, allow_unicode=True))
         data.cache.write_quarantine(directory / "quarantine.csv")
     return None
+
+
+def _samples(card: Mapping[str, Any]) -> Any:
+    """What tells the samples of a run; of one that began with weights from elsewhere not all contents are known."""
+    return card["seen"]["contents"] or card["manifest"]
 
 
 def close_run(directory: Path, outcome: Outcome, more: Mapping[str, Any]) -> None:
@@ -83,10 +92,15 @@ def close_run(directory: Path, outcome: Outcome, more: Mapping[str, Any]) -> Non
 
 
 def met(identities: dict[str, Any], init: Path | None) -> dict[str, Any]:
-    """Whom the weights have met: in this training, and before it. key_id: of none when the pseudonyms are of two keys."""
+    """Whom the weights have met: in this training, and before it. key_id: of none when the pseudonyms are of two keys.
+
+    subjects, contents: None where that is not known of what they started from.
+    """
     if init is None:
         return identities
     before = checkpoint.read_card(init)["seen"]
+    if before["contents"] is None:
+        return {"subjects": None, "contents": None, "key_id": ""}
     return {"subjects": sorted({*identities["subjects"], *before["subjects"]}),
             "contents": sorted({*identities["contents"], *before["contents"]}),
             "key_id": identities["key_id"] if identities["key_id"] == before["key_id"] else ""}
