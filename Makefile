@@ -5,7 +5,7 @@ DATA ?= demo/phantoms
 OUT ?= demo/$(notdir $(DATA))
 MERISTEM_DATA ?= ../shared/data
 
-.PHONY: demo test bench bench-graphs bench-detection bench-systems
+.PHONY: demo test bench bench-graphs bench-detection bench-systems bench-transfer
 
 # pretrain on unlabelled scans, fine-tune on few and on all labels beside a scratch arm of equal budget, write one report
 demo: .venv/ready
@@ -42,6 +42,10 @@ bench-detection: .venv/ready
 bench-systems: .venv/ready
 	$(BIN)/python benchmarks/systems.py --data $(MERISTEM_DATA) $(ARGS)
 	$(BIN)/python benchmarks/systems.py --table
+
+# grids of arms, label budgets, protocols and seeds on real data of several kinds: hours on a CPU; docs/transfer.md
+bench-transfer: .venv/ready
+	$(BIN)/python benchmarks/transfer.py --data $(MERISTEM_DATA) $(ARGS)
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -126,11 +126,11 @@ def measure(name: str, encoder: str, root: Path, seeds: int, most: int | None, q
         settings = resolve(f"graph/{chosen.task}", "graph", laid, runs[0])
         found = open_data(data, settings.modality, f"fold:{fold}:only" if fold >= 0 else "auto", cache, quiet=True)
         settings, folder = settings.of(found.modality), out / f"{name}-{encoder}-of-fold-{fold}"
-        random = transfer.evaluate(settings, found, folder, [SCRATCH], ["all"], seeds, [chosen.protocol], quiet=True)
+        random = compared(SCRATCH, settings, found, folder, seeds, chosen.protocol)
         table["scratch"].append(scores(random, chosen.metric)["scratch"])
         table["pretrained"].append([])
         for run in runs:  # finished cells of random weights are not run again
-            one = transfer.evaluate(settings, found, folder, [str(run)], ["all"], 1, [chosen.protocol], quiet=True)
+            one = compared(str(run), settings, found, folder, 1, chosen.protocol)
             table["pretrained"][-1] += scores(one, chosen.metric)["pretrained"]
         if chosen.decay is not None:
             theirs = np.mean([authors_probe(settings, found, run, chosen.decay, folder) for run in runs], 0)
@@ -144,6 +144,12 @@ def measure(name: str, encoder: str, root: Path, seeds: int, most: int | None, q
             "steps": steps, "quick": quick,
             "transductive": chosen.protocol != "finetune", "seconds": round(time.perf_counter() - began, 1),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"}
+
+
+def compared(init: str, settings: TaskRecipe, data: Data, folder: Path, seeds: int, protocol: str) -> Results:
+    results = transfer.evaluate([transfer.Entrant(init, settings, data)], folder, ["all"], seeds, [protocol], quiet=True)
+    assert results is not None
+    return results
 
 
 def authors_probe(settings: TaskRecipe, data: Data, run: Path, decay: float, folder: Path) -> tuple[float, float]:

@@ -36,7 +36,7 @@ from meristem.platform.evaluation.results import Results, summarise
 from meristem.platform.recipe import Recipe, digest, load, override, read
 from meristem.platform.step import Batch
 from meristem.tasks.finetune import SCRATCH
-from meristem.tasks.transfer import arms
+from meristem.tasks.transfer import named
 
 RANDOM, SEEDS, PICTURES = "random", 1, 48
 HERE = Path(__file__).parent
@@ -256,13 +256,13 @@ def measure(system: System, given: argparse.Namespace) -> dict[str, Any]:
     page = meristem.evaluate(study.task, place, run / "probed", [*study.over, *system.probed], inits=inits,
                              protocols=study.probes, split=split, seeds=SEEDS)
     summary = summarise(Results.load(page.parent / "results.json"))
-    named = dict(zip((arm.name for arm in arms(inits)), (*runs, RANDOM), strict=True))
-    rows = [row for row in summary.rows if row.metric == summary.metric]
-    less = [c for c in summary.primary() if named[c.arm] == system.name and named[c.baseline] == RANDOM]
+    called = dict(zip(named(inits).values(), (*runs, RANDOM), strict=True))
+    rows = [row for row in summary.rows if row.metric == summary.metric and row.arm in called]
+    less = [c for c in summary.primary() if called[c.arm] == system.name and called.get(c.baseline) == RANDOM]
     figures = json.loads((run / "metrics.json").read_text())
     return {"name": system.name, "steps": figures["steps"], "samples": figures["samples"], "loss": rounded(losses(run)),
             "metric": summary.metric,
-            "probes": {p: {named[row.arm]: rounded(row.mean) for row in rows if row.protocol == p} for p in study.probes},
+            "probes": {p: {called[row.arm]: rounded(row.mean) for row in rows if row.protocol == p} for p in study.probes},
             "gain": {c.protocol: rounded((*c.difference, c.p)) for c in less},
             "torch": torch.__version__, "date": date.today().isoformat()}
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from meristem.platform import recipe as recipes
 from meristem.platform.data import check as checking
 from meristem.platform.data.guess import guess_modality
 from meristem.platform.data.manifest import Manifest
-from meristem.platform.data.source import open_data
+from meristem.platform.data.source import Data, open_data
 from meristem.platform.evaluation.results import METADATA
 from meristem.platform.export import export as _export
 from meristem.platform.training import checkpoint
@@ -33,6 +35,7 @@ from meristem.tasks import pages, transfer
 from meristem.tasks.base import objective
 from meristem.tasks.embedding import embed as _embed
 from meristem.tasks.inspection import inspect
+from meristem.tasks.parallel import in_parallel
 
 __all__ = ["adopt", "check_data", "embed", "evaluate", "export", "finetune", "guess_modality", "predict", "pretrain",
            "recipe_names", "report", "show_recipe"]
@@ -137,26 +140,50 @@ def finetune(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
 
 def evaluate(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] = (), *, inits: Sequence[str],
              labels: Sequence[str] = ("all",), seeds: int = 3, protocols: Sequence[str] = (), split: str = "auto",
-             cache: Path | None = None, quiet: bool = False) -> Path:
+             cache: Path | None = None, jobs: int | None = None, quiet: bool = False) -> Path:
     """Compare encoders by what they are worth to a task; returns the page of the transfer report.
 
-    task: as in `finetune`, `propagation` or `keypoints`. inits: pretraining runs; an arm from scratch is added; `metadata` is
-    one that knows what files say before any pixel. All arms share the first checkpoint's architecture. labels: budgets as in
+    task: as in `finetune`, `propagation` or `keypoints`. inits: pretraining runs; `metadata` is what files say before any
+    pixel. Each network among them gets an arm from random weights, of its own settings. labels: budgets as in
     `finetune`. seeds: draws of labels and trainings per cell. protocols: ways to train on labels (finetune, frozen, warmup,
     sawtooth, lora), and those the task has (classification: attentive, linear, svm, knn; or few-shot or retrieval alone).
-    split: as in `pretrain`; evaluations of all folds, into a directory each, can be pooled by `report`. Finished cells stay in
-    `out`/cells: the same call goes on where one was stopped. Raises MeristemError, before any training where it can.
+    split: as in `pretrain`; evaluations of all folds, into a directory each, can be pooled by `report`. jobs: processes that
+    share the grid; None: one for each GPU. Finished cells stay in `out`/cells: the same call goes on where one was stopped.
+    Raises MeristemError, before any training where it can.
     """
     quiet = quiet or not first_rank()
-    runs = [Path(init) for init in inits if init not in (tuning.SCRATCH, METADATA)]
-    first = next(iter(runs), None)
-    settings = tuning.resolve(task, _modality(task, data, overrides, first), overrides, first)
-    found = open_data(Path(data), settings.modality, split, cache, quiet)
-    transfer.evaluate(settings.of(found.modality), found, Path(out), inits, labels, seeds, protocols, quiet)
+    jobs = jobs or max(torch.cuda.device_count(), 1)
+    entrants = _entrants(task, data, overrides, inits, split, cache, quiet)
+    if jobs > 1 and "WORLD_SIZE" not in os.environ:  # torchrun has its own processes
+        in_parallel(_share, jobs, (task, data, out, overrides, inits, labels, seeds, protocols, split, cache), quiet)
+    transfer.evaluate(entrants, Path(out), labels, seeds, protocols, quiet)
     if not first_rank():
         return Path(out) / "report.html"
-    pages.gather(Path(out), found, runs)
+    pages.gather(Path(out), entrants[0].data, [Path(e.init) for e in entrants if e.init not in (tuning.SCRATCH, METADATA)])
     return pages.report([Path(out)], Path(out))
+
+
+def _entrants(task: str, data: Pathlike, overrides: Sequence[str], inits: Sequence[str], split: str, cache: Path | None,
+              quiet: bool) -> list[transfer.Entrant]:
+    """Every arm's recipe and data. Those without a run are like the first run."""
+    runs = [init for init in inits if init not in (tuning.SCRATCH, METADATA)]
+    kind = _modality(task, data, overrides, Path(runs[0]) if runs else None)
+    opened: dict[str, Data] = {}
+    found: dict[str, transfer.Entrant] = {}
+    for init in runs or [tuning.SCRATCH]:
+        settings = tuning.resolve(task, kind, overrides, tuning.origin(init))
+        options = settings.modality.options.model_dump_json()
+        if options not in opened:
+            opened[options] = open_data(Path(data), settings.modality, split, cache, quiet)
+        found[init] = transfer.Entrant(init, settings.of(opened[options].modality), opened[options])
+    first = next(iter(found.values()))
+    return [found.get(init) or replace(first, init=init) for init in inits]
+
+
+def _share(share: transfer.Share, task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str], inits: Sequence[str],
+           labels: Sequence[str], seeds: int, protocols: Sequence[str], split: str, cache: Path | None, quiet: bool) -> None:
+    entrants = _entrants(task, data, overrides, inits, split, cache, True)
+    transfer.evaluate(entrants, Path(out), labels, seeds, protocols, quiet, share)
 
 
 def report(directories: Sequence[Pathlike], out: Pathlike | None = None, *, folds: bool = False) -> Path:

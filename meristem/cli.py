@@ -86,11 +86,12 @@ def evaluate(task: Task, data: DataOption, out: OutOption, overrides: Overrides 
              labels: Budgets = None,
              seeds: Annotated[int, typer.Option(min=1, help="Seeds per cell: label draw and training.")] = 3,
              protocol: Protocols = None, split: SplitOption = "auto", cache: CacheOption = None,
-             quiet: Quiet = False) -> None:
+             jobs: Annotated[int | None, typer.Option(min=1, help="Processes that share the grid.",
+                                                      show_default="one for each GPU")] = None, quiet: Quiet = False) -> None:
     """Compare encoders at several label budgets; write the transfer report. An interrupted grid goes on where it stopped."""
     from meristem import api
     page = api.evaluate(task, data, out, overrides or (), inits=init or ["scratch"], labels=labels or ["all"], seeds=seeds,
-                        protocols=protocol or (), split=split, cache=cache, quiet=quiet)
+                        protocols=protocol or (), split=split, cache=cache, jobs=jobs, quiet=quiet)
     if not quiet:
         print(page)
 

@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 import meristem
 from meristem import cli
 from meristem.errors import CheckpointError, MeristemError
-from meristem.platform.evaluation.results import Results
+from meristem.platform.evaluation.results import Results, summarise
 from meristem.platform.training import checkpoint
 from meristem.platform.training.restore import restored
+from meristem.tasks.parallel import in_parallel
+from meristem.tasks.transfer import Share
 
 MODEL = "vit_tiny_patch16_224"
 VIT = [f"encoder={{timm: {{model: {MODEL}, size: [32, 32]}}}}", "modality.image={patch: 16, normalise: unit}",
@@ -124,3 +126,36 @@ def test_what_does_not_fit_or_could_run_code_is_refused(tmp_path: Path, capsys: 
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2 and "covers only" in capsys.readouterr().err
+
+
+def test_each_network_meets_random_weights_of_its_own_and_processes_share_the_grid(image_folder: Path, tmp_path: Path) -> None:
+    save_file(seeded(timm.create_model(MODEL, img_size=32, num_classes=0)).state_dict(), tmp_path / "w.safetensors")
+    runs = [tmp_path / "elsewhere", tmp_path / "ours"]
+    meristem.adopt(tmp_path / "w.safetensors", "image", runs[0], [*VIT, "name=elsewhere"])
+    meristem.pretrain("image/mae", image_folder, runs[1], ["encoder.transformer={width: 24, depth: 1, heads: 2}",
+                                                           "views.x.size=[32,32]", "train.steps=1", "train.batch=2",
+                                                           "train.workers=0"], split="0.5,0,0.5", quiet=True)
+
+    def scores(out: str, jobs: int) -> dict[tuple[str, str, int], list[tuple[float, ...]]]:
+        meristem.evaluate("classification", image_folder, tmp_path / out,
+                          ["views.x.size=[32,32]", "train.workers=0", "train.steps=1", "train.batch=2"], jobs=jobs, seeds=2,
+                          inits=list(map(str, runs)), protocols=["knn", "finetune"], split="0.5,0,0.5", quiet=True)
+        return {(c.arm, c.protocol, c.seed): [case.probabilities for case in c.cases]
+                for c in Results.load(tmp_path / out / "results.json").cells}
+
+    alone, shared = scores("alone", 1), scores("shared", 2)
+    assert {arm for arm, _, _ in alone} == {"elsewhere", "mae", "scratch", "scratch mae"} and alone.keys() == shared.keys()
+    for key, values in alone.items():
+        assert np.allclose(values, shared[key], atol=1e-5), key
+    pairs = {(c.arm, c.baseline) for c in summarise(Results.load(tmp_path / "alone" / "results.json")).comparisons}
+    assert pairs == {("elsewhere", "scratch"), ("mae", "scratch mae")}
+
+
+def test_a_part_of_a_grid_that_fails_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(MeristemError, match="2 of 2 processes"):
+        in_parallel(_broken, 2, (), True)
+    assert capfd.readouterr().err.count("what is wrong") == 2
+
+
+def _broken(share: Share, quiet: bool) -> None:
+    raise MeristemError(f"what is wrong with part {share.number}")

@@ -31,7 +31,7 @@ from meristem.platform.step import Step
 from meristem.platform.training import checkpoint, optim
 from meristem.platform.training.progress import Reporter
 from meristem.tasks.segmentation import places
-from meristem.tasks.transfer import arms
+from meristem.tasks.transfer import named
 
 PRE = [*UNET, *QUICK, "modality.volume.patch=[4,4,4]"]
 FINE = [*QUICK, "views.x.size=[16,16,16]"]
@@ -86,8 +86,8 @@ def test_a_fine_tuning_resumes_from_its_own_initial_weights_only(volume_folder: 
     with pytest.raises(CheckpointError, match="initial weights differ"):
         meristem.finetune("segmentation", volume_folder, tmp_path / "run", changes, init=str(tmp_path / "b"),
                           resume=True, **more)
-    one, two, scratch = arms([str(tmp_path / "a"), str(tmp_path / "b")])
-    assert one.name != two.name and one.hash != two.hash and scratch.init is None  # one recipe, other data
+    one, two = named([str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "a")]).values()
+    assert one != two and checkpoint.identity(tmp_path / "a") != checkpoint.identity(tmp_path / "b")  # one recipe, other data
     seen = checkpoint.read_card(tmp_path / "run")["seen"]
     assert set(checkpoint.read_card(tmp_path / "a")["seen"]["contents"]) <= set(seen["contents"])
 

@@ -48,7 +48,7 @@ from meristem.platform.step import Batch, Step
 from meristem.platform.training import checkpoint
 from meristem.tasks.base import TaskRecipe
 from meristem.tasks.propagation import Keypoints, dots, points_of
-from meristem.tasks.transfer import arms
+from meristem.tasks.transfer import named
 from meristem.tasks.ways import kept
 
 SHOWN = 4  # reconstructions of each masked run
@@ -103,7 +103,7 @@ def _pool(directories: Sequence[Path], out: Path) -> None:
 def gather(directory: Path, data: Data, inits: Sequence[Path]) -> None:
     """Make the pictures of a finished evaluation and keep them beside its results; copy the pretraining logs."""
     results = Results.load(directory / "results.json")
-    pretrained = {arm.name: arm.init for arm in arms([str(init) for init in inits]) if arm.init is not None}
+    pretrained = {name: Path(init) for init, name in named([str(init) for init in inits]).items()}
     shown = [replace(picture, label=name) for name, init in pretrained.items() for picture in reconstructions(init, data)]
     overlays = _overlays(directory, results, data) if results.kind in ("segmentation", "propagation") else []
     points = _clouds(directory, results, data) if results.kind in ("parts", "semantic") else []
@@ -350,6 +350,8 @@ def attentions(recipe: Path, pretrained: Mapping[str, Path], data: Data) -> list
     found = []
     view = _first_look(data, rows, task, "x")
     for name, init in pretrained.items():
+        if checkpoint.read_card(init)["recipe"]["encoder"] != task.record()["encoder"]:
+            continue  # of another network than the one that is drawn
         assembly = Assembly(task).eval()
         checkpoint.load_encoder(init, assembly.encoder, task.modality, task.encoder.sees)
         stream = assembly.tokenizer.stream(view)

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -43,11 +43,24 @@ ALONE = {"retrieval": RETRIEVAL, "few-shot": FEW}  # protocols with a metric of 
 
 
 @dataclass(frozen=True)
+class Entrant:
+    """What is compared: init is a run's directory, `SCRATCH` or `METADATA`; recipe: the task's, with the run's encoder; data:
+    read as the run read them.
+    """
+
+    init: str
+    recipe: TaskRecipe
+    data: Data
+
+
+@dataclass(frozen=True)
 class Arm:
     """name: on the page. init: a pretraining run, or None for random weights and for `METADATA`."""
 
     name: str
     init: Path | None
+    recipe: TaskRecipe
+    data: Data
 
     @property
     def hash(self) -> str | None:
@@ -55,25 +68,40 @@ class Arm:
             return None
         return checkpoint.identity(self.init)
 
+    @property
+    def network(self) -> str:
+        """Of the encoder's settings and those of what it reads: arms that share it differ in weights alone."""
+        found = self.recipe.record()
+        return checkpoint.digest([found["encoder"], found["modality"]])
+
     def takes(self, protocol: str) -> bool:
         """Without an encoder there is nothing to fine-tune and no token to attend to."""
         return self.name != METADATA or protocol in ("linear", "svm", "knn", "few-shot", "retrieval")
 
 
-def arms(inits: Sequence[str]) -> list[Arm]:
-    """Arms with distinct names; a pretrained arm without a scratch arm gets one, because a claim needs it."""
-    found: list[Arm] = []
+def named(inits: Sequence[str]) -> dict[str, str]:
+    """init -> distinct names for the page: of runs, those of their recipes."""
+    found: dict[str, str] = {}
     for init in dict.fromkeys(inits):
-        if init in (SCRATCH, METADATA):
-            found.append(Arm(init, None))
-            continue
-        path = Path(init)
-        name = checkpoint.read_card(path)["recipe"]["name"]
-        if name in {arm.name for arm in found}:
-            name = f"{name} {checkpoint.identity(path)[-6:]}"  # not its folder's name, which may be a person's
-        found.append(Arm(name, path))
-    if not any(arm.name == SCRATCH for arm in found) and (not found or any(arm.init is not None for arm in found)):
-        found.append(Arm(SCRATCH, None))
+        name = init if init in (SCRATCH, METADATA) else checkpoint.read_card(Path(init))["recipe"]["name"]
+        if name in found.values():
+            name = f"{name} {checkpoint.identity(Path(init))[-6:]}"  # not its folder's name, which may be a person's
+        found[init] = name
+    return found
+
+
+def arms(entrants: Sequence[Entrant]) -> list[Arm]:
+    """Arms with distinct names. A claim needs random weights to compare with: where they are not entered, each network that was
+    pretrained gets such an arm of its own.
+    """
+    names = named([entrant.init for entrant in entrants])
+    first = {entrant.init: entrant for entrant in reversed(entrants)}
+    found = [Arm(name, None if init in (SCRATCH, METADATA) else Path(init), first[init].recipe, first[init].data)
+             for init, name in names.items()]
+    for arm in [arm for arm in found if arm.init is not None]:
+        random = [other for other in found if other.init is None and other.name != METADATA]
+        if all(other.network != arm.network for other in random):
+            found.append(replace(arm, name=f"{SCRATCH} {arm.name}" if random else SCRATCH, init=None))
     return found
 
 
@@ -81,23 +109,33 @@ def _seeded(recipe: TaskRecipe, seed: int) -> TaskRecipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": seed})})
 
 
-def _cell_file(directory: Path, arm: Arm, protocol: str, labels: str, seed: int, recipe: TaskRecipe, data: Data) -> Path:
+def _cell_file(directory: Path, arm: Arm, protocol: str, labels: str, seed: int) -> Path:
     """The name of a cell's file holds all that decides its content, so a changed recipe or data set is a new cell."""
-    digest = checkpoint.digest([arm.name, arm.hash, protocol, labels, seed, recipe.hash, data.manifest.hash,
-                                [row.split for row in data.manifest.rows]])
+    rows = arm.data.manifest
+    digest = checkpoint.digest([arm.name, arm.hash, protocol, labels, seed, arm.recipe.hash, rows.hash,
+                                [row.split for row in rows.rows]])
     return directory / "cells" / f"{protocol}-{labels}-{seed}-{digest}.json"
 
 
-def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[str], labels: Sequence[str], seeds: int,
-             protocols: Sequence[str], quiet: bool = False) -> Results:
+@dataclass(frozen=True)
+class Share:
+    """The part of a grid that one of several processes runs: every `of`-th piece of work, from `number` on."""
+
+    number: int
+    of: int
+
+
+def evaluate(entrants: Sequence[Entrant], directory: Path, labels: Sequence[str], seeds: int, protocols: Sequence[str],
+             quiet: bool = False, share: Share | None = None) -> Results | None:
     """Run the grid. Finished cells are kept in `directory`/cells and not run again.
 
     Writes results.json (every case), metrics.json (a line per cell) and recipe.yaml.
     protocols: of the task's and of `WAYS` to train on labels; the task's first where none is named. A seed draws the
-    labelled subjects and trains; all arms share the draw.
+    labelled subjects and trains; all arms share the draw. The first entrant's recipe and data are those of the study.
     Label maps and logs of the first seed's cells are kept for the report. Where nothing is trained, a seed draws the random
-    weights of the scratch arm, and the others are tested once.
+    weights of the scratch arms, and the others are tested once. share: run this part alone, and return nothing.
     """
+    recipe, data = entrants[0].recipe, entrants[0].data
     offered, learns = recipe.task.protocols, recipe.task.learns
     offered += tuple(way for way in WAYS if learns and way not in offered)
     protocols = list(dict.fromkeys(protocols)) or [offered[0]]
@@ -123,44 +161,62 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
     if twice is not None:
         raise RecipeError(f"two label budgets come to {sizes[twice]} subjects, '{twice}' is one of them", "Leave one out.")
     (directory / "cells").mkdir(parents=True, exist_ok=True)
-    contestants = arms(inits)
+    contestants = arms(entrants)
     grid = [(protocol, arm) for protocol in protocols for arm in contestants if arm.takes(protocol)]
     if not grid:
         raise RecipeError(f"{METADATA} has no encoder, which {protocols[0]} needs", "Use --protocol linear, knn or retrieval.")
     for arm in contestants:  # what does not fit is refused now, not after hours
         if arm.init is not None:
-            checkpoint.load_encoder(arm.init, recipe.assemble(scope.classes).encoder, recipe.modality, recipe.encoder.sees)
+            own = arm.recipe
+            checkpoint.load_encoder(arm.init, own.assemble(scope.classes).encoder, own.modality, own.encoder.sees)
     cells: list[Cell] = []
     total = len(grid) * len(labels) * seeds
     metric = ALONE[alone] if alone else recipe.task.metric
-    drawn = [[choose(pool, budget, seed, data) for budget in labels] for seed in range(seeds)]
-    held = [*recipe.task.cases(data, "val"), *test]
-    everyone = [row for of_seed in drawn for rows in of_seed for row in rows] + held
-    pretrained = {arm: Frozen(recipe, data, arm.init, everyone, directory) for arm in contestants if arm.init is not None}
+    drawn = {arm.name: [[choose(recipe.task.cases(arm.data, "train") if learns else [], budget, seed, arm.data)
+                         for budget in labels] for seed in range(seeds)] for arm in contestants}
+
+    def everyone(arm: Arm) -> list[Row]:
+        held = [row for part in ("val", "test") for row in recipe.task.cases(arm.data, part)]
+        return [row for of_seed in drawn[arm.name] for rows in of_seed for row in rows] + held
+
+    pretrained = {arm.name: Frozen(arm.recipe, arm.data, arm.init, everyone(arm), directory) for arm in contestants
+                  if arm.init is not None}
+    pieces: dict[tuple[object, ...], int] = {}  # what belongs together: probes of one encoder, or one training
+    done = 0
     for seed in range(seeds):  # seed by seed: an early stop leaves complete, comparable grids
-        seeded = _seeded(recipe, seed)
-        frozen = {arm: pretrained[arm] if arm in pretrained else  # random weights are the seed's own
-                  (Headers if arm.name == METADATA else Frozen)(seeded, data, None, everyone, directory) for arm in contestants}
-        for (budget, rows), (protocol, arm) in product(zip(labels, drawn[seed], strict=True), grid):
-            file = _cell_file(directory, arm, protocol, budget, seed, recipe, data)
+        frozen = dict(pretrained)
+        for arm in [arm for arm in contestants if arm.init is None]:  # random weights are the seed's own
+            kind = Headers if arm.name == METADATA else Frozen
+            frozen[arm.name] = kind(_seeded(arm.recipe, seed), arm.data, None, everyone(arm), directory)
+        for (place, budget), (protocol, arm) in product(enumerate(labels), grid):
+            done += 1
+            file, rows = _cell_file(directory, arm, protocol, budget, seed), drawn[arm.name][seed][place]
+            piece = (seed, budget, protocol, arm.name) if protocol in WAYS else (arm.name, seed if arm.init is None else 0)
+            turn = pieces.setdefault(piece, len(pieces))
+            if share is not None and (turn % share.of != share.number or file.exists()):
+                continue
             subjects = len({row.subject for row in rows})
-            title = f"[{len(cells) + 1}/{total}] {arm.name}, {protocol}, {subjects} labelled {recipe.task.counted}, seed {seed}"
+            title = f"[{done}/{total}] {arm.name}, {protocol}, {subjects} labelled {recipe.task.counted}, seed {seed}"
             if file.exists():
                 cell = Cell.model_validate_json(file.read_text())
             elif seed and not learns and arm.init is not None:
+                if share is not None:
+                    continue
                 cell = next(c for c in cells if c.arm == arm.name).model_copy(update={"seed": seed})
             else:
                 # fine-tuning has a bar of its own; a probe would leave the terminal still for minutes
-                still = protocol not in WAYS and not quiet and first_rank() and sys.stderr.isatty()
+                still = protocol not in WAYS and not quiet and share is None and first_rank() and sys.stderr.isatty()
                 with Console(stderr=True).status(title) if still else nullcontext():
-                    cell = _run(seeded, data, arm, protocol, budget, rows, test, scope, seed, title, frozen[arm],
-                                directory if seed == 0 and first_rank() else None, quiet)
+                    cell = _run(arm, protocol, budget, rows, scope, seed, title, frozen[arm.name],
+                                directory if seed == 0 and first_rank() else None, quiet or share is not None)
                 if first_rank():
                     checkpoint.write_text(file, cell.model_dump_json())
             cells.append(cell)
             if not quiet:
                 shown = mean_scores(cell.cases, recipe.task, scope.scored)[metric]
                 print(f"{title}: {metric} {'undefined' if shown is None else f'{shown:.4f}'}", file=sys.stderr, flush=True)
+    if share is not None:
+        return None
     results = _results(recipe, data, scope, contestants, cells, test, pool, metric)
     if first_rank():
         results.save(directory / "results.json")
@@ -171,9 +227,11 @@ def evaluate(recipe: TaskRecipe, data: Data, directory: Path, inits: Sequence[st
     return results
 
 
-def _run(recipe: TaskRecipe, data: Data, arm: Arm, protocol: str, labels: str, rows: list[Row], test: list[Row], scope: Scope,
-         seed: int, title: str, frozen: Frozen, keep: Path | None, quiet: bool) -> Cell:
+def _run(arm: Arm, protocol: str, labels: str, rows: list[Row], scope: Scope, seed: int, title: str, frozen: Frozen,
+         keep: Path | None, quiet: bool) -> Cell:
     began = time.perf_counter()
+    recipe, data = _seeded(arm.recipe, seed), arm.data
+    test = recipe.task.cases(data, "test")
     chosen: dict[str, float] = {}
     subjects = len({row.subject for row in rows})
     amount: int | Literal["all"] = "all" if labels == "all" and recipe.task.learns else subjects
@@ -203,9 +261,9 @@ def _run(recipe: TaskRecipe, data: Data, arm: Arm, protocol: str, labels: str, r
     if maps and keep is not None:
         (keep / "pictures").mkdir(exist_ok=True)
         np.savez_compressed(keep / "pictures" / f"{name}.npz", **maps)  # type: ignore[arg-type]
-    return Cell(arm=arm.name, init=arm.hash, protocol=protocol, labels=amount,
-                labelled_subjects=subjects, seed=seed, budget=cost, cases=tuple(cases),
-                encoder="" if arm.name == METADATA else next(iter(recipe.dump()["encoder"])), chosen=chosen)
+    encoder = "" if arm.name == METADATA else next(iter(recipe.dump()["encoder"]))
+    return Cell(arm=arm.name, init=arm.hash, protocol=protocol, labels=amount, labelled_subjects=subjects, seed=seed,
+                budget=cost, cases=tuple(cases), encoder=encoder, network=arm.network, chosen=chosen)
 
 
 def _frozen(recipe: TaskRecipe, arm: Arm, scope: Scope) -> Assembly:

@@ -102,7 +102,7 @@ class Cell(Model):
     arm: its name on the page. init: hash of the checkpoint it started from; None: random weights, or no pixel at all
     (`METADATA`): the arm is a baseline. protocol: finetune | attentive | linear | knn | retrieval | propagate | …. labels: the
     budget as asked for; labelled_subjects: what it came to. chosen: what was picked on validation (k, C, lr, …). encoder: name
-    of the architecture.
+    of the architecture; network: what tells its settings from others', so that an arm meets random weights of its own.
     """
 
     arm: str
@@ -114,6 +114,7 @@ class Cell(Model):
     budget: Budget
     cases: tuple[Case, ...]
     encoder: str = ""
+    network: str = ""
     chosen: dict[str, FiniteFloat] = {}
 
 
@@ -474,7 +475,8 @@ def summarise(results: Results, replicates: int = REPLICATES, seed: int = 0) -> 
     for (arm, protocol, labels), mine in cells.items():
         if arm in results.baselines:
             continue
-        rivals = [key for key in cells if key[0] in results.baselines and key[1:] == (protocol, labels)]
+        rivals = [key for key, theirs in cells.items() if key[0] in results.baselines and key[1:] == (protocol, labels)
+                  and (key[0] == METADATA or theirs[0].network == mine[0].network)]
         if all(key[0] == METADATA for key in rivals):
             warnings.append(f"{_where(results, arm, protocol, labels)}: there is no arm from random weights to compare with.")
         for rival in rivals:
