@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
-from meristem.errors import RecipeError
 from meristem.modalities.base import LOOKS, View
 from meristem.modalities.rng import Rng
 from meristem.modalities.stream import LatticeStream, TokenStream, gather
 from meristem.platform import schedules
-from meristem.platform.derived.montage import Montage
 from meristem.platform.objectives import Encoded, Items, Plan, Units
 
 if TYPE_CHECKING:
@@ -179,7 +176,7 @@ class Step:
     def _units(self, by: str, view: str, level: str, masked: bool) -> Units:
         encoded = self.encode(view, by, masked)
         if level == "tiles":
-            return self._tiles(view, encoded)
+            return self.assembly.recipe.derived[view].tiles(self, view, encoded)
         if level == "global":
             level = "cls" if "cls" in encoded.summary else "mean"
         keys, looks = self.keys(view), self.view(view)
@@ -224,20 +221,6 @@ class Step:
         keys |= drawn_labels(looks)
         return keys | {"item": self.batch.items.cursor[looks.item], "row": self.batch.items.row[looks.item],
                        "look": looks.look, "view": looks.look + self.assembly.look_offset[view]}
-
-    def _tiles(self, view: str, encoded: Encoded) -> Units:
-        """The tiles of montages: means over each one's share of the encoder's lattice, with the keys of what it shows."""
-        montage = self.assembly.recipe.derived[view]
-        assert isinstance(montage, Montage)
-        if encoded.lattice is None:
-            raise RecipeError(f"the tiles of '{view}' are parts of a lattice, and this encoder's tokens have none",
-                              "Choose encoder: transformer, unet or timm.")
-        rows = self.view(view).params["rows"].flatten()
-        keys = self.keys(montage.of) | {"part": self.view(montage.of).look}
-        maps = encoded.tokens.transpose(1, 2).unflatten(2, encoded.lattice)
-        pool: Any = F.adaptive_avg_pool2d if len(montage.grid) == 2 else F.adaptive_avg_pool3d
-        z = pool(maps, montage.grid).flatten(2).transpose(1, 2).flatten(0, 1)
-        return Units(z, {name: key[rows] for name, key in keys.items()}, torch.ones(len(z), device=z.device))
 
     def gather(self, units: Units) -> Units:
         """The same units of every rank, in rank order; every rank must hold as many."""

@@ -236,8 +236,8 @@ class DINOLoss(ContrastiveLoss):
     def after(self) -> None:
         if self._seen is not None:
             seen = all_ranks(self._seen[None]).sum(0)
-            if seen[-1] > 0:
-                self.centre.lerp_(seen[:-1] / seen[-1], 1 - self.settings.centre_momentum)
+            share = (seen[-1] > 0) * (1 - self.settings.centre_momentum)  # asking here would wait for the device
+            self.centre.lerp_(seen[:-1] / seen[-1].clamp_min(1), share.to(self.centre))
             self._seen = None
 
 

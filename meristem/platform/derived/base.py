@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from meristem.modalities.base import Settings, View, ViewSettings
 
 if TYPE_CHECKING:
+    from meristem.platform.objectives import Encoded, Units
     from meristem.platform.step import Step
 
 
@@ -25,6 +26,10 @@ class Derivation(Settings):
 
     def derive(self, view: View, name: str, step: Step) -> View:
         """A new view called `name`; `view` stays as it is. Random numbers: step.rng(purpose, self.of)."""
+        raise NotImplementedError
+
+    def tiles(self, step: Step, name: str, encoded: Encoded) -> Units:
+        """The units of the level `tiles`: what was encoded, by the parts that the view called `name` is put together of."""
         raise NotImplementedError
 
 

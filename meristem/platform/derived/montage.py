@@ -10,10 +10,12 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
+from meristem.errors import RecipeError
 from meristem.modalities.base import View, ViewSettings
 from meristem.modalities.frame import Frame
 from meristem.modalities.rng import Rng
 from meristem.platform.derived.base import Derivation, needs_lattice
+from meristem.platform.objectives import Encoded, Units
 
 if TYPE_CHECKING:
     from meristem.platform.step import Step
@@ -101,6 +103,18 @@ class Montage(Derivation):
             mirror -= 2 * (rng.uniform("flip", d) < torch.tensor(self.flip, device=side.device))
         centre = 2 * start + side - 1
         return torch.cat([torch.diag_embed(side * mirror).flip((1, 2)), centre.flip(1)[..., None]], 2)
+
+    def tiles(self, step: Step, name: str, encoded: Encoded) -> Units:
+        """Means over each tile's share of the encoder's lattice, with the keys of what it shows."""
+        if encoded.lattice is None:
+            raise RecipeError(f"the tiles of '{name}' are parts of a lattice, and this encoder's tokens have none",
+                              "Choose encoder: transformer, unet or timm.")
+        rows = step.view(name).params["rows"].flatten()
+        keys = step.keys(self.of) | {"part": step.view(self.of).look}
+        maps = encoded.tokens.transpose(1, 2).unflatten(2, encoded.lattice)
+        pool: Any = F.adaptive_avg_pool2d if len(self.grid) == 2 else F.adaptive_avg_pool3d
+        z = pool(maps, self.grid).flatten(2).transpose(1, 2).flatten(0, 1)
+        return Units(z, {key: x[rows] for key, x in keys.items()}, torch.ones(len(z), device=z.device))
 
 
 def needs_montage(recipe: Any, view: str, masked: bool = False) -> list[str]:
