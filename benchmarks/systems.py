@@ -92,6 +92,8 @@ SMALL_DECODER = "objectives.pixels.masked.predictor.decoder={depth: 2, width: 96
 CHEST, HIPPOCAMPUS = "pneumoniamnist/pneumoniamnist_union.npz", "msd-task04-hippocampus"
 SECONDS = ("modality.skeleton.windows={frames: 120, step: 60}", "modality.skeleton.segment=8",
            "train.workers=0")  # windows of one second, as many again between them; a sequence is on one side only
+LINEARLY = ("task.segmentation.decoder=linear", "train.freeze={encoder: 1.0}", "views.x.size=[24,24,24]", "train.steps=100",
+                 "train.batch=4", "train.lr=1.0e-2", "train.ema=null", "train.precision=fp32", "train.workers=0")
 STUDIES = {
     "cells": Study("WBC-Dataset 1, 298 white blood cells of four classes, tokens of single channels", "wbc-dataset1",
                    ("modality.image={patch: 16, tokens: channel}", "train.batch=32", "train.workers=0"), 300,
@@ -109,10 +111,10 @@ STUDIES = {
                    "image/classification", ("linear", "knn"), ("views.x.size=[28,28]", "train.workers=0")),
     "hippocampus": Study("Medical Decathlon, hippocampus in brain MR; a linear decoder on frozen tokens",
                          HIPPOCAMPUS, ("modality.volume.patch=[6,6,6]", "train.batch=8", "train.workers=0",
-                                       "train.log_every=5"), 800, "volume/segmentation", ("finetune",),
-                         ("task.segmentation.decoder=linear", "train.freeze={encoder: 1.0}", "views.x.size=[24,24,24]",
-                          "train.steps=100", "train.batch=4", "train.lr=1.0e-2", "train.ema=null", "train.precision=fp32",
-                          "train.workers=0")),
+                                       "train.log_every=5"), 800, "volume/segmentation", ("finetune",), LINEARLY),
+    "hippocampus-levels": Study("Hippocampus in brain MR; a linear decoder on the frozen levels of a U-Net's way down",
+                                HIPPOCAMPUS, ("modality.volume.patch=[6,6,6]", "train.batch=8", "train.workers=0",
+                                              "train.log_every=5"), 160, "volume/segmentation", ("finetune",), LINEARLY),
     "hippocampus-slices": Study(
         "Hippocampus in brain MR, slice by slice from behind to the front; a linear decoder on the frozen levels", HIPPOCAMPUS,
         ("modality.volume.patch=[1,4,4]", "modality.volume.orientation=ARS", "train.batch=8", "train.workers=0",
@@ -154,6 +156,9 @@ PLAIN = {  # what the plain method is, by study and name
     ("chest", "simclr"): ("image/simclr", ("views.v.size=[28,28]",)),
     ("hippocampus", "mae"): ("volume/mae", ("views.x.size=[36,36,36]", SMALL_DECODER)),
     ("hippocampus", "simclr"): ("volume/simclr", ("views.v.size=[24,24,24]",)),
+    ("hippocampus-levels", "mae"): ("volume/mae-unet", ("views.x.size=[24,24,24]", "masking.x.random.unit=1",
+                                                      "objectives.pixels.masked.predictor=linear", "train.precision=fp32")),
+    ("hippocampus-levels", "simclr"): ("volume/simclr", ("views.v.size=[24,24,24]",)),
     ("hippocampus-slices", "mae"): ("volume/mae-unet", ("views.x.size=[4,32,32]", "train.precision=fp32")),
     ("hippocampus-slices", "simclr"): ("volume/simclr", ("views.v.size=[1,32,32]", "views.v.affine.rotate=[15,0,0]")),
     ("shapes", "mae"): ("points/mae", ("views.x.size=[512]",
@@ -226,7 +231,7 @@ def pretrained(name: str, recipe: str, laid: list[str], study: Study, given: arg
     """A finished run; plain ones are shared by all systems of one study and encoder."""
     laid = [*laid, f"train.steps={given.steps or study.steps}"]
     init = str(pretrained(after, *jobs(System.read(after))[after], given)) if after else SCRATCH
-    out: Path = given.out / f"{name}-{digest([recipe, laid])}"
+    out: Path = given.out / f"{name}-{digest([recipe, laid, study.data, study.split])}"
     if not finished(out):
         places = {name: given.data / place for name, place in study.members} or study.place(given)
         meristem.pretrain(recipe, places, out, laid, init=init, split=study.split, resume=out.is_dir())
