@@ -1,7 +1,8 @@
-"""Uncertainty over subjects: bootstrap intervals, paired exchange tests, correction for several comparisons.
+"""Uncertainty over subjects and over seeds: intervals, effect sizes, paired exchange tests, corrections, rankings.
 
 A statistic is a function of subject weights (R, n) -> (R,): a resample is a row of counts, leaving a subject out is a row with
 a zero. Cases of one subject share its weight, so the patient stays the unit, for means and for set metrics such as AUROC alike.
+Of several seeds or arms at once it is (R, n) -> (S, R).
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import gammaln
 from scipy.stats import norm, t
 
 Array = NDArray[Any]
 Statistic = Callable[[Array], Array]
 
 REPLICATES = 2000
+SEEDS = 3           # fewest of which a spread between runs can be told
 _CHUNK = 400_000    # elements of a weight matrix evaluated at once
 _LEFT_OUT = 500     # groups of the jackknife: beyond so many subjects, several are left out together
 
@@ -25,6 +28,17 @@ class Estimate(NamedTuple):
     value: float
     low: float
     high: float
+
+
+class Spread(NamedTuple):
+    """What a mean over seeds and subjects is uncertain by.
+
+    interval: over new seeds and new subjects alike. subjects, seeds: standard error that the choice of each leaves in it.
+    """
+
+    interval: Estimate
+    subjects: float
+    seeds: float
 
 
 def per_subject(values: Array, owner: Array) -> Array:
@@ -43,14 +57,14 @@ def bootstrap(statistic: Statistic, n: int, level: float = 0.95, replicates: int
 
     BCa bootstrap (Efron 1987) over subjects. `widen`: the tails are expanded as by Hesterberg (2015), because means of
     resamples of n subjects spread too little, by (n−1)/n, and σ is estimated: α/2 -> Φ(−√(n/(n−1)) t_{α/2, n−1}).
-    Rank statistics (AUROC) resample with enough spread and want it off; the tests measure the coverage. Resamples in which the
-    statistic is undefined (NaN: a class is missing) are left out. One subject has no interval: (NaN, NaN).
+    Rank statistics (AUROC) resample with enough spread and want it off; the tests measure the coverage: 93 to 97 % from 8
+    subjects on, 90 % of 5. Resamples in which the statistic is undefined (NaN: a class is missing) are left out. One subject
+    has no interval: (NaN, NaN).
     """
     value = float(statistic(np.ones((1, n)))[0])
     if n < 2 or np.isnan(value):
         return Estimate(value, np.nan, np.nan)
-    rng = np.random.default_rng(seed)
-    draws = np.concatenate([statistic(w) for w in _resamples(rng, n, replicates)])
+    draws = resampled(statistic, n, replicates, seed)
     draws = draws[~np.isnan(draws)]
     if not len(draws):
         return Estimate(value, np.nan, np.nan)
@@ -67,6 +81,11 @@ def bootstrap(statistic: Statistic, n: int, level: float = 0.95, replicates: int
     return Estimate(value, float(low), float(high))
 
 
+def resampled(statistic: Statistic, n: int, replicates: int = REPLICATES, seed: int = 0) -> Array:
+    """(…, R) the statistic of resamples of n subjects; one seed draws the same ones for whatever statistic."""
+    return np.concatenate([statistic(w) for w in _resamples(np.random.default_rng(seed), n, replicates)], -1)
+
+
 def _resamples(rng: np.random.Generator, n: int, replicates: int) -> Iterator[Array]:
     chunk = max(1, _CHUNK // n)
     for start in range(0, replicates, chunk):
@@ -75,16 +94,101 @@ def _resamples(rng: np.random.Generator, n: int, replicates: int) -> Iterator[Ar
         yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(float)
 
 
-def _acceleration(statistic: Statistic, n: int) -> float:
-    """Efron's acceleration from the (delete-a-group) jackknife: Σd³ / (6 (Σd²)^{3/2}), d = mean − leave-out value."""
+def _left_out(statistic: Statistic, n: int) -> Array:
+    """(…, groups) the statistic without each subject in turn, or without each of 500 groups of them."""
     groups = min(n, _LEFT_OUT)
     mine = np.arange(n) % groups
     rows = max(1, _CHUNK // n)
-    left = np.concatenate([statistic((mine[None] != np.arange(a, min(a + rows, groups))[:, None]).astype(float))
-                           for a in range(0, groups, rows)])
+    return np.concatenate([statistic((mine[None] != np.arange(a, min(a + rows, groups))[:, None]).astype(float))
+                           for a in range(0, groups, rows)], -1)
+
+
+def _acceleration(statistic: Statistic, n: int) -> float:
+    """Efron's acceleration from the (delete-a-group) jackknife: Σd³ / (6 (Σd²)^{3/2}), d = mean − leave-out value."""
+    left = _left_out(statistic, n)
     d = np.nanmean(left) - left[~np.isnan(left)]
     spread = float((d**2).sum())
     return float((d**3).sum() / (6 * spread**1.5)) if spread > 0 else 0.0
+
+
+def crossed(statistic: Statistic, n: int, level: float = 0.95) -> Spread | None:
+    """Seeds kept apart from subjects. statistic: (R, n) -> (S, R), of each seed. None for fewer than three seeds.
+
+    Every seed was tested on the same subjects: y_si = μ + seed_s + subject_i + rest_si, of the jackknife's pseudo-values (Tukey
+    1958), which are a mean's own values and make a set metric a mean; as readers and cases are kept apart in the evaluation
+    of diagnostic tests (Dorfman, Berbaum and Metz 1992). With mean squares A of seeds, B of subjects, E of the rest, S × m
+    values: subjects leave the variance B / Sm, seeds max(A − E, 0) / Sm. Each counts in the interval by a t quantile of its own
+    degrees of freedom (Howe 1974), since three seeds tell little: it covers 94 to 97 %, and up to 98 % of three seeds
+    where both variances are alike. NaN where the statistic needs a subject that is left out.
+    """
+    each = statistic(np.ones((1, n)))
+    seeds = len(each)
+    if seeds < SEEDS or n < 2:
+        return None
+    left = _left_out(statistic, n)
+    m = left.shape[1]
+    y = m * each - (m - 1) * left
+    of_seed, of_subject, mean = y.mean(1, keepdims=True), y.mean(0, keepdims=True), y.mean()
+    a = m * ((of_seed - mean) ** 2).sum() / (seeds - 1)
+    b = seeds * ((of_subject - mean) ** 2).sum() / (m - 1)
+    rest = ((y - of_seed - of_subject + mean) ** 2).sum() / ((seeds - 1) * (m - 1))
+    subjects, runs = (np.sqrt(v / (seeds * m)) for v in (b, max(a - rest, 0.0) if not np.isnan(a) else a))
+    tail = (1 + level) / 2
+    half = np.hypot(t.ppf(tail, m - 1) * subjects, t.ppf(tail, seeds - 1) * runs)
+    value = float(each.mean())
+    return Spread(Estimate(value, float(value - half), float(value + half)), float(subjects), float(runs))
+
+
+def standardised(difference: Array) -> Statistic:
+    """Hedges' g of paired differences (n,) as a function of subject weights: J · mean / SD.
+
+    J = Γ((n−1)/2) / (√((n−1)/2) Γ((n−2)/2)) takes out the bias of a small sample (Hedges 1981). NaN where all differ alike. Its
+    bootstrap interval covers 93 to 97 % from 30 subjects on, but about 91 % where differences are as skewed as an exponential.
+    """
+    nu = len(difference) - 1
+    small = np.exp(gammaln(nu / 2) - gammaln((nu - 1) / 2)) / np.sqrt(nu / 2) if nu > 1 else np.nan
+
+    def g(weight: Array) -> Array:
+        total = weight.sum(1)
+        mean = weight @ difference / total
+        spread = (weight @ (difference - difference.mean())**2 / total - (mean - difference.mean())**2) * total
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(spread > 1e-20, small * mean / np.sqrt(spread / (total - 1)), np.nan)
+
+    return g
+
+
+def superiority(difference: Array, level: float = 0.95) -> Estimate:
+    """Share of subjects with a positive difference (n,), ties counted half: the probability that one fares better.
+
+    Wilson's (1927) interval, which also says something where all are better; with many ties it is wider than need be.
+    """
+    n, share = len(difference), float(((np.sign(difference) + 1) / 2).mean())
+    z2 = float(norm.ppf((1 + level) / 2)) ** 2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return Estimate(share, float(max(middle - half, 0.0)), float(min(middle + half, 1.0)))
+
+
+def rank_shares(values: Array) -> Array:
+    """How often each arm takes each place. values: (arms, R), high is better. Returns (arms, places); all sums are 1.
+
+    Arms that are level share the places they take. Draws in which an arm has no value are left out.
+    """
+    known = values[:, ~np.isnan(values).any(0)]
+    better, level = ((f(known[None], known[:, None])).sum(1) for f in (np.greater, np.equal))  # (arms, R); level with itself
+    places = np.arange(len(values))[None, :, None]
+    taken = (places >= better[:, None]) & (places < (better + level)[:, None])
+    return np.asarray((taken / level[:, None]).mean(-1))
+
+
+def kendall(values: Array, whole: Array) -> float:
+    """Kendall's τ-b between each draw's values (arms, R) and those of the whole set (arms,), mean over draws, NaN without."""
+    one, two = np.triu_indices(len(whole), 1)
+    a, b = np.sign(values[one] - values[two]), np.sign(whole[one] - whole[two])[:, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        tau = (a * b).sum(0) / np.sqrt((a**2).sum(0) * (b**2).sum(0))
+    return float(tau[~np.isnan(tau)].mean()) if (~np.isnan(tau)).any() else float("nan")
 
 
 def sign_flip(difference: Array, replicates: int = REPLICATES, seed: int = 0) -> float:
