@@ -48,3 +48,8 @@ def test_one_fold_that_met_its_test_set_marks_all() -> None:
 def test_what_are_no_folds_of_one_evaluation_is_refused(other: Results, says: str) -> None:
     with pytest.raises(MeristemError, match=says):
         pooled([fold(0), other])
+
+
+def test_traits_of_all_folds_are_kept() -> None:
+    folds = [fold(i).model_copy(update={"traits": {"site": {f"sub-{i}-0-0": "1"}} if i else {}}) for i in range(3)]
+    assert pooled(folds).traits == {"site": {"sub-1-0-0": "1", "sub-2-0-0": "1"}}

@@ -22,8 +22,21 @@ from meristem.platform import recipe as recipes
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.source import open_data
 from meristem.platform.evaluation.leakage import audit
-from meristem.platform.evaluation.results import Budget, Case, Cell, Counts, Dataset, Group, Results, Summary, join, summarise
-from meristem.platform.evaluation.statistics import bootstrap, mean_of
+from meristem.platform.evaluation.results import (
+    SMALL,
+    Budget,
+    Case,
+    Cell,
+    Counts,
+    Dataset,
+    Group,
+    Results,
+    Summary,
+    _hidden,
+    join,
+    summarise,
+)
+from meristem.platform.evaluation.statistics import bootstrap, crossed, mean_of
 from meristem.platform.objectives import Encoded
 from meristem.platform.report import figures
 from meristem.platform.report.figures import Curve
@@ -188,7 +201,7 @@ def test_lower_is_better_turns_the_verdict_not_the_number(study: Results) -> Non
 
 
 def test_unequal_budgets_are_found(study: Results) -> None:
-    assert not summarise(study, replicates=100).warnings
+    assert not any("unequal" in w for w in summarise(study, replicates=100).warnings)
     longer = edited(study, lambda c: c.model_copy(update={"budget": c.budget.model_copy(update={"steps": 2400})})
                     if c.arm == "mae" and c.labels == 5 else c)
     s = summarise(longer, replicates=100)
@@ -257,6 +270,168 @@ def test_auroc_interval_resamples_subjects_with_all_their_images() -> None:
 
 
 # ---- the file
+
+# ---- effect sizes, seeds, rankings, subgroups
+
+def test_effect_size_is_of_the_differences_within_subjects(study: Results, summary: Summary) -> None:
+    mae, scratch = by_hand(study, "mae", 10), by_hand(study, "scratch", 10)
+    d = np.array([mae[s] - scratch[s] for s in mae])
+    c = next(c for c in summary.primary() if (c.arm, c.labels) == ("mae", 10))
+    assert c.size is not None and c.better is not None
+    assert c.size.value == pytest.approx(d.mean() / d.std(ddof=1) * (1 - 3 / (4 * (len(d) - 1) - 1)), rel=1e-3)
+    assert c.size.low < c.size.value < c.size.high and c.better.value == pytest.approx((d > 0).mean())
+    distance = next(c for c in summary.comparisons if (c.arm, c.labels, c.metric) == ("mae", 10, "hd95"))
+    assert distance.size is not None and distance.size.value < 0, "the sign is that of the difference"
+    assert distance.better is not None and distance.better.value > 0.5, "a smaller distance is better"
+
+
+def test_figures_of_a_whole_set_have_no_effect_size_of_subjects() -> None:
+    found = {c.metric: c for c in summarise(classification(n=40), replicates=100).comparisons}
+    assert found["auroc"].size is None and found["auroc"].better is None
+    assert found["accuracy"].size is not None and found["brier"].better is not None
+
+
+def test_seeds_are_kept_apart_from_subjects(study: Results, summary: Summary) -> None:
+    row, c = summary.row("mae", "finetune", 10), next(c for c in summary.primary() if (c.arm, c.labels) == ("mae", 10))
+    assert row is not None and row.spread is not None and c.spread is not None
+    half = (row.mean.high - row.mean.low) / 2
+    assert row.spread.subjects * 2.02 == pytest.approx(half, rel=0.1), "of subjects: the interval that speaks of them alone"
+    assert row.spread.interval.value == pytest.approx(row.mean.value)
+    # runs that differ by a constant differ by nothing else
+    shifted = edited(study, lambda k: k.model_copy(update={"cases": tuple(
+        case.model_copy(update={"metrics": {m: {c: v + 0.02 * k.seed * (k.arm == "mae") for c, v in of.items()}
+                                            for m, of in case.metrics.items()}}) for case in k.cases)}))
+    again = summarise(shifted, replicates=200)
+    wider = next(k for k in again.primary() if (k.arm, k.labels) == ("mae", 10))
+    assert wider.spread is not None and wider.spread.seeds == pytest.approx(0.02 / np.sqrt(3), rel=0.15)
+    assert wider.difference.low > 0 > wider.spread.interval.low
+    assert any("not where the seeds too are others: mae, finetune, 5" in w for w in again.warnings)
+    two = edited(study, lambda k: k if k.seed < 2 else None)
+    assert all(r.spread is None for r in summarise(two, replicates=50).rows)
+
+
+def test_statistics_by_seed_are_those_of_each_seed_alone(study: Results) -> None:
+    for results, metric in ((study, "dice"), (classification(n=60, classes=3), "auroc"), (classification(n=60), "accuracy")):
+        cells = [c for c in results.cells if c.arm != "scratch" and c.labels in (10, 20)]
+        cells = [c for c in cells if c.arm == cells[0].arm]
+        weight = np.random.default_rng(0).integers(0, 3, (7, len({k.subject for k in cells[0].cases}))).astype(float)
+        together = results.group(cells).by_seed(metric)(weight)
+        for found, cell in zip(together, cells, strict=True):
+            assert found == pytest.approx(results.group([cell]).statistic(metric)(weight))
+        assert results.group(cells).statistic(metric)(weight) == pytest.approx(together.mean(0))
+
+
+def test_rankings_count_places_over_the_same_resamples(summary: Summary) -> None:
+    few, _, every = summary.rankings
+    assert few.arms == ("mae", "simclr", "scratch") and few.by_subject[0][0] == 1.0 and few.tau_subjects == 1.0
+    assert every.labels == "all" and 0.05 < max(row[0] for row in every.by_subject) < 1 and every.tau_subjects < 0.9
+    for shares in (every.by_subject, every.by_seed):
+        assert np.sum(shares, 0) == pytest.approx(1) and np.sum(shares, 1) == pytest.approx(1)
+    assert {round(3 * x) / 3 for row in every.by_seed for x in row} == {x for row in every.by_seed for x in row}
+
+
+def test_where_low_is_good_the_lowest_is_first(study: Results) -> None:
+    ranking = summarise(study.model_copy(update={"metric": "hd95"}), replicates=50).rankings[0]
+    assert ranking.arms == ("mae", "simclr", "scratch")
+
+
+def test_two_arms_have_no_ranking(study: Results) -> None:
+    assert summarise(edited(study, lambda c: c if c.arm != "mae" else None), replicates=50).rankings == ()
+
+
+def divided(study: Results, sizes: dict[str, int], trait: str = "site") -> Results:
+    """The study with its subjects in groups of these sizes; the rest is not known."""
+    values = [value for value, n in sizes.items() for _ in range(n)]
+    subjects = sorted({case.subject for case in study.cells[0].cases})
+    of = dict(zip(subjects, values, strict=False))
+    table = {case.case: of[case.subject] for case in study.cells[0].cases if case.subject in of}
+    return study.model_copy(update={"traits": {trait: table}})
+
+
+def test_a_subgroup_is_what_its_subjects_alone_would_give(study: Results) -> None:
+    results = divided(study, {"1": 20, "2": 22})
+    first, second = (g for g in summarise(results, replicates=300).subgroups if g.labels == 10)
+    assert (first.subjects, second.subjects) == (20, 22)
+    own = edited(study, lambda c: c.model_copy(update={"cases": tuple(
+        case for case in c.cases if results.traits["site"][case.case] == "2")}))
+    alone = summarise(own, replicates=300)
+    for arm, mean in second.means.items():
+        row = alone.row(arm, "finetune", 10)
+        assert row is not None and mean == pytest.approx(row.mean)
+    for c in alone.primary():
+        if c.labels == 10:
+            assert second.differences[c.arm][c.baseline] == pytest.approx(c.difference)
+
+
+@pytest.mark.parametrize("sizes, hidden", [
+    ({"a": 20, "b": 22}, {}),
+    ({"a": 20, "b": 18, "c": 4}, {"c": "few", "b": "others"}),  # 42 − 20 − 18 would tell c
+    ({"a": 20, "b": 16, "c": 3, "d": 3}, {"c": "few", "d": "few"}),
+    ({"a": 20, "b": 19, "c": 2, "d": 1}, {"c": "few", "d": "few", "b": "others"}),  # three together are few as well
+    ({"a": 3, "b": 2}, {"a": "few", "b": "few"}),
+])
+def test_few_are_not_told_nor_can_be_worked_out(sizes: dict[str, int], hidden: dict[str, str]) -> None:
+    assert {value: why for value, why in _hidden(sizes).items() if why} == hidden
+
+
+def test_hidden_subgroups_say_nothing(study: Results) -> None:
+    subgroups = summarise(divided(study, {"1": 20, "2": 13, "3": SMALL}), replicates=50).subgroups  # and four not known
+    at = {g.value: g for g in subgroups if g.labels == 5}
+    assert list(at) == ["1", "2", "3", ""] and at["1"].subjects == 20 and at["2"].means
+    assert (at[""].hidden, at["3"].hidden) == ("few", "others")
+    for value in ("3", ""):
+        assert at[value].subjects is None and not at[value].means and not at[value].differences
+    assert summarise(divided(study, {str(i): 1 for i in range(42)}), replicates=50).subgroups == ()
+
+
+def test_a_subgroup_that_goes_the_other_way_is_a_warning(study: Results) -> None:
+    results = divided(study, {"female": 14, "male": 28}, "sex")
+
+    def turned(cell: Cell) -> Cell:
+        if (cell.arm, cell.labels) != ("mae", 5):
+            return cell
+        return cell.model_copy(update={"cases": tuple(case.model_copy(update={"metrics": {
+            m: {c: v - 0.06 for c, v in of.items()} for m, of in case.metrics.items()}})
+            if results.traits["sex"][case.case] == "female" else case for case in cell.cases)})
+
+    said = [w for w in summarise(edited(results, turned), replicates=200).warnings if "the other way" in w]
+    assert len(said) == 1 and "mae, finetune, 5 labelled subjects: sex female (14 test subjects)" in said[0]
+    assert not any("the other way" in w for w in summarise(results, replicates=200).warnings)
+
+
+def test_the_page_shows_effects_ranks_and_subgroups(study: Results, tmp_path: Path) -> None:
+    results = divided(study, {"1": 20, "2": 18})
+    page = Page(write_report(results, Pictures(), [], tmp_path))
+    summary = summarise(results)
+    effects = page.table("effects-finetune")
+    assert effects[0][2:] == ["to", "Difference, other seeds too", "Seeds' share", "Effect size g", "Subjects better"]
+    c = next(c for c in summary.primary() if (c.arm, c.labels) == ("mae", 5))
+    assert c.size is not None and c.better is not None and c.spread is not None
+    assert effects[1][:3] == ["5", "mae", "scratch"] and effects[1][5].startswith(f"+{c.size.value:.2f} [")
+    assert effects[1][6].startswith(f"{100 * c.better.value:.0f} % [")
+    assert [float(x.replace("−", "-")) for x in re.findall(r"[+−][\d.]+", effects[1][3])] == \
+        pytest.approx(c.spread.interval, abs=6e-4)
+    ranks = page.table("ranking-finetune")
+    assert ranks[0][2:] == ["Place 1", "Place 2", "Place 3"] and ranks[1][:3] == ["5", "mae", "100 % (100 %)"]
+    assert "Kendall's τ with that order, 1 where it never changes: 1.00 (1.00) at 5;" in page.text
+    table = {row[1]: row[2:] for row in page.table("subgroups")[1:]}
+    assert table["not known"][0] == f"fewer than {SMALL}" and table["2"][0] == "withheld" and table["1"][0] == "20"
+    first = next(g for g in summary.subgroups if (g.value, g.labels) == ("1", 5))
+    assert table["1"][1] == figures.interval(first.means["scratch"])
+    assert set(table["2"][1:]) == set(table["not known"][1:]) == {"–"}
+    (report,) = json.loads((tmp_path / "report.json").read_text())["reports"]
+    assert "traits" not in report["results"] and Summary.model_validate(report["summary"]) == summary
+
+
+def test_an_interval_over_seeds_of_an_area_is_that_of_its_pseudo_values() -> None:
+    results = classification(n=60)
+    cells = [c for c in results.cells if (c.arm, c.labels) == ("dino", 20)]
+    group, n = results.group(cells), 30
+    row = summarise(results, replicates=50).row("dino", "linear", 20)
+    assert row is not None and row.spread == crossed(group.by_seed("auroc"), n)
+    left = np.array([group.statistic("auroc")((np.arange(n) != i).astype(float)[None])[0] for i in range(n)])
+    assert row.spread is not None and row.spread.subjects == pytest.approx(np.sqrt((n - 1) * left.var()), rel=1e-6)
+
 
 def test_results_survive_json(study: Results, tmp_path: Path) -> None:
     assert Results.load(study.save(tmp_path / "results.json")) == study

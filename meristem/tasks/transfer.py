@@ -24,6 +24,7 @@ from meristem.platform.assembly import Assembly
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
 from meristem.platform.data.splits import NAMES
+from meristem.platform.data.traits import traits
 from meristem.platform.encoders.lora import adapt
 from meristem.platform.evaluation.leakage import audit
 from meristem.platform.evaluation.metrics import LABELS
@@ -304,7 +305,7 @@ def _results(recipe: TaskRecipe, data: Data, scope: Scope, contestants: Sequence
                                    quarantined=len(data.cache.quarantine)),
                    cells=tuple(cells), counted=recipe.task.counted, scoring=recipe.task.scoring,
                    overlaps=dict(getattr(recipe.task, "overlaps", {})), unit=scope.unit or "mm",
-                   tolerance=getattr(recipe.task, "tolerance", None),
+                   tolerance=getattr(recipe.task, "tolerance", None), traits=traits(data.manifest.rows, test),
                    pretraining=pretraining, leakage=leakage, versions=checkpoint.versions(), settings=settings,
                    cost={"device": device} | {f"pretraining of {a.name}": _cost(a.init) for a in contestants if a.init})
 

@@ -18,6 +18,7 @@ PATH = ("path", "file", "filename", "video", "clip")  # names of a column, likel
 SUBJECT = ("subject", "patient", "group", "source")
 LABEL = ("class", "label", "action")
 SUFFIXES = (".csv", ".txt", ".list")
+PARTICIPANTS = "participants.tsv"  # of BIDS: a line for each subject, by the name of its folder
 
 
 def is_list(search: Search, path: Path) -> bool:
@@ -64,6 +65,17 @@ def read(search: Search, splits: Mapping[Path, str]) -> Path:
     root = next(iter(splits)).parent
     inside = all(p.is_relative_to(root) for f in search.found for p in f.paths)
     return root if inside or not search.found else Path(os.path.commonpath([f.paths[0].parent for f in search.found]))
+
+
+def participants(search: Search, root: Path) -> None:
+    """Add what `participants.tsv` says of each subject to its samples; `n/a` says nothing."""
+    if not (root / PARTICIPANTS).is_file():
+        return
+    lines = csv.DictReader(io.StringIO(_text(root / PARTICIPANTS)), delimiter="\t")
+    said = {line.pop("participant_id", None): {k: number(v.strip()) for k, v in line.items() if k and v and v.strip() != "n/a"}
+            for line in lines}
+    for f in search.found:
+        f.meta = {**said.get(f.subject, {}), **f.meta}
 
 
 def number(text: str) -> float | str:

@@ -32,11 +32,12 @@ class Row:
 
     case, subject: pseudonyms. paths: one file or a folder of numbered ones, or one per channel; an element of an array file is
     `file.npz#key/17`. fields: companions by name (mask). labels: class index by name (`class`). split: train | val | test, or
-    '' when open. local: the true name relative to the data, for `data check` only. meta: other columns of a CSV; they may
-    identify a person, so they are in no table. rank: place of the subject among all by true name, where a table names it.
-    fold: of a declared cross-validation, the one that tests it; −1 where none is declared. element: number of the part of the
-    sample that is meant (a node), where a task counts parts; −1: all of it. other: that of the second of a pair of parts.
-    objects: that are annotated in it, none perhaps; None where nobody looked. partners: indices of rows that are pairs of it.
+    '' when open. local: the true name relative to the data, for `data check` only. meta: other columns of a CSV or of
+    `participants.tsv`; they may identify a person, so they are in no table. rank: place of the subject among all by true name,
+    where a table names it. fold: of a declared cross-validation, the one that tests it; −1 where none is declared. element:
+    number of the part of the sample that is meant (a node), where a task counts parts; −1: all of it. other: that of the second
+    of a pair of parts. objects: that are annotated in it, none perhaps; None where nobody looked. partners: indices of rows
+    that are pairs of it.
     """
 
     index: int
@@ -144,6 +145,7 @@ class Manifest:
             remedy = f"Files end in {', '.join(modality.suffixes)}; see `meristem data check --help` for the layouts."
             listed = f" ({len(search.lost)} set aside, the first: {search.lost[0][2]})" if search.lost else ""
             raise DataError("empty", f"no {modality.name} data found in {path}{listed}", remedy)
+        lists.participants(search, root)
         return _manifest(search, root)
 
     def select(self, split: str | Sequence[str] | None = None, labelled: bool | None = None) -> list[Row]:

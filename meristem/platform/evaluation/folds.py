@@ -45,6 +45,8 @@ def pooled(folds: Sequence[Results]) -> Results:
                       quarantined=parts[0].quarantined)
     return first.model_copy(update={
         "cells": tuple(_joined([fold[key] for fold in cells]) for key in keys), "dataset": dataset,
+        "traits": {trait: {case: value for fold in folds for case, value in fold.traits.get(trait, {}).items()}
+                   for trait in dict.fromkeys(t for fold in folds for t in fold.traits)},
         "leakage": {arm: _worst([fold.leakage[arm] for fold in folds]) for arm in first.leakage},
         "pretraining": {arm: _common([fold.pretraining[arm] for fold in folds]) for arm in first.pretraining},
         "cost": _common([fold.cost for fold in folds])})

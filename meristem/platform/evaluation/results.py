@@ -15,19 +15,27 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, model_
 from scipy.stats import rankdata
 
 from meristem.errors import MeristemError
+from meristem.modalities.base import natural
 from meristem.platform.evaluation import metrics
 from meristem.platform.evaluation.detection import SCORINGS, Detections
 from meristem.platform.evaluation.leakage import Leakage
 from meristem.platform.evaluation.statistics import (
     REPLICATES,
     Estimate,
+    Spread,
     Statistic,
     bootstrap,
+    crossed,
     exchange,
     holm,
+    kendall,
     mean_of,
     per_subject,
+    rank_shares,
+    resampled,
     sign_flip,
+    standardised,
+    superiority,
 )
 
 Array = NDArray[Any]
@@ -140,7 +148,8 @@ class Results(Model):
     settings). unit: of distances (mm | px). tolerance: of the NSD.
     pretraining: arm -> excerpt of its card. leakage: arm -> audit. cost: anything worth printing, by name. settings: the
     resolved recipes, by name. counted: what is drawn for training, tested and resampled. scoring: how detections are scored;
-    overlaps: class -> IoU from which on one is right, where classes differ in that.
+    overlaps: class -> IoU from which on one is right, where classes differ in that. traits: trait (site, age, …) -> test case
+    -> its value; case by case they may single a person out, so a report holds groups of them only.
     """
 
     task: str
@@ -153,6 +162,7 @@ class Results(Model):
     counted: Literal["subjects", "nodes", "pairs"] = "subjects"
     scoring: str = ""
     overlaps: dict[str, FiniteFloat] = {}
+    traits: dict[str, dict[str, str]] = {}
     unit: str = "mm"
     tolerance: FiniteFloat | None = None
     pretraining: dict[str, dict[str, Any]] = {}
@@ -233,7 +243,8 @@ class Results(Model):
 class Row(Model):
     """An arm at one protocol and label budget, in one metric. seeds: seed -> its own mean; seed_sd: their spread (n − 1).
 
-    trial_sd: of the settings of few shots, the spread over trials (n − 1).
+    trial_sd: of the settings of few shots, the spread over trials (n − 1). spread: what the mean is uncertain by; primary
+    metric, from three seeds on.
     """
 
     arm: str
@@ -247,12 +258,15 @@ class Row(Model):
     seed_sd: float | None
     subjects: int
     trial_sd: dict[str, float] = {}
+    spread: Spread | None = None
 
 
 class Comparison(Model):
-    """A pretrained arm minus a baseline over the same subjects and seeds. p, p_holm: primary metric only.
+    """A pretrained arm minus a baseline over the same subjects and seeds. p, p_holm, spread: primary metric only.
 
-    equal_budget: both were trained alike, so that the difference is due to the weights; never so of `METADATA`.
+    equal_budget: both were trained alike, so that the difference is due to the weights; never so of `METADATA`. size: Hedges' g
+    of the subjects' differences. better: share of subjects with whom the arm does better. Both of means over subjects only: an
+    area or a ratio over the set has no value of a subject, and is itself the size of the effect.
     """
 
     arm: str
@@ -267,6 +281,45 @@ class Comparison(Model):
     equal_budget: bool
     p: float | None = None
     p_holm: float | None = None
+    size: Estimate | None = None
+    better: Estimate | None = None
+    spread: Spread | None = None
+
+
+class Ranking(Model):
+    """How sure the order of three arms or more is, in the primary metric (Wiesenfarth et al. 2021).
+
+    arms: best first. by_subject, by_seed: of each arm, how often it takes each place among them, over resamples of the subjects
+    (the same for all arms) and over the seeds one by one. tau_subjects, tau_seeds: Kendall's τ of those orders with this one.
+    """
+
+    protocol: str
+    labels: Labels
+    labelled_subjects: int
+    arms: tuple[str, ...]
+    by_subject: tuple[tuple[float, ...], ...]
+    by_seed: tuple[tuple[float, ...], ...]
+    tau_subjects: float
+    tau_seeds: float
+    subjects: int
+    seeds: int
+
+
+class Subgroup(Model):
+    """The test cases that share a trait, in the primary metric. value: '' of those of which it is not known.
+
+    hidden: why nothing is said of it: `few`, it has fewer than `SMALL` subjects, or `others`, it would tell those of another.
+    differences: arm -> baseline -> arm minus baseline.
+    """
+
+    trait: str
+    value: str
+    protocol: str
+    labels: Labels
+    subjects: int | None = None
+    hidden: Literal["", "few", "others"] = ""
+    means: dict[str, Estimate] = {}
+    differences: dict[str, dict[str, Estimate]] = {}
 
 
 class Summary(Model):
@@ -277,6 +330,8 @@ class Summary(Model):
     comparisons: tuple[Comparison, ...]
     warnings: tuple[str, ...]
     verdict: tuple[str, ...]
+    rankings: tuple[Ranking, ...] = ()
+    subgroups: tuple[Subgroup, ...] = ()
 
     def row(self, arm: str, protocol: str, labels: Labels, metric: str | None = None) -> Row | None:
         key = (arm, protocol, labels, metric or self.metric)
@@ -365,31 +420,45 @@ class Group:
         v = self.values[metric].mean(0)
         return per_subject(v.mean(0) if label is None else v[label], self.owner)
 
+    def subject_means(self, metric: str) -> Array | None:
+        """One value per subject (n,), mean over seeds, of a metric that is a mean of its cases' values; else None."""
+        if metric in metrics.CASE_METRICS and self.target is not None and self.probabilities is not None:
+            return per_subject(metrics.CASE_METRICS[metric](self.target, self.probabilities).mean(0), self.owner)
+        of_set = self.target is not None or self.pooled(metric) or metric in metrics.BY_CATEGORY
+        return None if of_set else self.subject_values(metric)
+
     def statistic(self, metric: str, label: int | None = None) -> Statistic:
-        """The mean over seeds as a function of subject weights.
+        """The mean over seeds as a function of subject weights (R, n) -> (R,).
 
         label: of one class: its own scores, itself against the rest (rank metrics), its recall (accuracy).
         """
+        each = self.by_seed(metric, label)
+        return lambda w: each(w).mean(0)
+
+    def by_seed(self, metric: str, label: int | None = None) -> Statistic:
+        """Of each seed by itself: (R, n) -> (seeds, R)."""
         owner = self.owner
         if self.pooled(metric):
-            return lambda w: self.sums(metric, w[:, owner], label).mean(0)
+            return lambda w: self.sums(metric, w[:, owner], label)
         if metric in metrics.BY_CATEGORY:
-            member, value = self._members(), self.values[metric].mean((0, 1))
-            return lambda w: metrics.ratio(w[:, owner] @ (member * value[:, None]), w[:, owner] @ member)
+            member, value = self._members(), self.values[metric].mean(1)
+            return lambda w: np.stack([metrics.ratio(w[:, owner] @ (member * v[:, None]), w[:, owner] @ member) for v in value])
         if self.target is None:
-            return mean_of(self.subject_values(metric, label))
+            scores = self.values[metric].mean(1) if label is None else self.values[metric][:, label]
+            of_subject = np.stack([per_subject(v, owner) for v in scores])
+            return lambda w: of_subject @ w.T / w.sum(1)
         target, probabilities = self.target, self.probabilities
         assert probabilities is not None
         if label is None and metric in metrics.CASE_METRICS:
-            values = metrics.CASE_METRICS[metric](target, probabilities).mean(0)
-            return lambda w: w[:, owner] @ values / w[:, owner].sum(1)
+            values = metrics.CASE_METRICS[metric](target, probabilities)
+            return lambda w: values @ w[:, owner].T / w[:, owner].sum(1)
         if label is None:
             function = metrics.SET_METRICS[metric]
-            return lambda w: np.mean([function(target, p, w[:, owner]) for p in probabilities], axis=0)
+            return lambda w: np.stack([function(target, p, w[:, owner]) for p in probabilities])
         if metric == "accuracy":
-            return lambda w: np.mean([metrics.recall(target, p, label, w[:, owner]) for p in probabilities], axis=0)
+            return lambda w: np.stack([metrics.recall(target, p, label, w[:, owner]) for p in probabilities])
         binary = {"auroc": metrics.binary_auroc, "auprc": metrics.binary_auprc}[metric]
-        return lambda w: np.mean([binary(target == label, p[:, label], w[:, owner]) for p in probabilities], axis=0)
+        return lambda w: np.stack([binary(target == label, p[:, label], w[:, owner]) for p in probabilities])
 
     def _members(self) -> Array:
         """(cases, categories) 1 where a case is of a category."""
@@ -407,16 +476,8 @@ class Group:
         return metric in metrics.RATIOS or self.detections is not None
 
     def per_seed(self, metric: str) -> dict[int, float]:
-        if self.pooled(metric):
-            found = list(self.sums(metric, np.ones((1, len(self.cases))))[:, 0])
-        elif metric in metrics.BY_CATEGORY:
-            member = self._members()
-            found = list(metrics.ratio(self.values[metric].mean(1) @ member, member.sum(0)))
-        elif self.target is None:
-            found = [per_subject(v, self.owner).mean() for v in self.values[metric].mean(1)]
-        else:
-            found = list(metrics.SET_METRICS[metric](self.target, self.probabilities))
-        return {seed: float(v) for seed, v in zip(self.seeds, found, strict=True)}
+        values = self.by_seed(metric)(np.ones((1, len(self.subjects))))[:, 0]
+        return {seed: float(v) for seed, v in zip(self.seeds, values, strict=True)}
 
 
 PROTOCOLS = {"finetune": "fine-tuned", "attentive": "attentive probe", "linear": "linear probe",
@@ -428,6 +489,7 @@ METADATA = "metadata"  # the arm that knows what a file's header says and no pix
 MANY = 30  # classes, beyond which the areas under their curves take minutes to resample
 QUERIES = "queries"  # the one class of retrieval: all of them
 FEW = "few-shot"  # the metric of that protocol
+SMALL = 5  # subjects below which a subgroup is not told: whoever knows them could recognise them, and so few say nothing
 SHAPES = "shapes"  # the one class of part segmentation: all of them, whatever their parts
 
 
@@ -455,9 +517,10 @@ def summarise(results: Results, replicates: int = REPLICATES, seed: int = 0) -> 
     """Means with 95 % intervals per arm, paired differences to every baseline, and what limits them.
 
     Seeds are averaged within a case first, then subjects are resampled: an interval speaks of other patients, not of other
-    seeds; the spread over seeds stands beside it. Differences are taken within a case over the seeds and subjects both arms
-    have. p by exchanging the arms within subjects (segmentation: sign flips), Holm-corrected over all comparisons in the
-    primary metric. Equality of training budgets is checked; what differs is a warning.
+    seeds; the spread over seeds stands beside it, and in the primary metric an interval over both. Differences are taken within
+    a case over the seeds and subjects both arms have. p by exchanging the arms within subjects (segmentation: sign flips),
+    Holm-corrected over all comparisons in the primary metric. Equality of training budgets is checked; what differs is a
+    warning.
     """
     cells = groups(results)
     made = {key: results.group(mine) for key, mine in cells.items()}
@@ -486,9 +549,12 @@ def summarise(results: Results, replicates: int = REPLICATES, seed: int = 0) -> 
     tested = [c for c in comparisons if c.p is not None]
     corrected = dict(zip(map(id, tested), holm([c.p for c in tested if c.p is not None]), strict=True))
     comparisons = [c.model_copy(update={"p_holm": corrected.get(id(c))}) for c in comparisons]
-    warnings += [*_shortcuts(results, rows), *_thin(made, results.tested)]
+    subgroups = _subgroups(results, cells, replicates, seed)
+    warnings += [*_unsteady(results, comparisons), *_contrary(results, comparisons, subgroups), *_shortcuts(results, rows),
+                 *_thin(made, results.tested)]
     return Summary(metric=results.metric, rows=tuple(rows), comparisons=tuple(comparisons), warnings=tuple(warnings),
-                   verdict=tuple(_verdict(results, comparisons)))
+                   verdict=tuple(_verdict(results, comparisons)), subgroups=tuple(subgroups),
+                   rankings=tuple(_rankings(results, cells, made, replicates, seed)))
 
 
 def _where(results: Results, arm: str, protocol: str, labels: Labels) -> str:
@@ -531,11 +597,12 @@ def _row(results: Results, key: tuple[str, str, Labels], cells: Sequence[Cell], 
         classes = {c: bootstrap(*group.of_category(metric, c), replicates=replicates, seed=seed)
                    for c in np.unique(group.categories).tolist()}
     seeds = group.per_seed(metric)
+    spread = crossed(group.by_seed(metric), n) if metric == results.metric else None
     return Row(arm=key[0], protocol=key[1], labels=key[2], labelled_subjects=cells[0].labelled_subjects, metric=metric,
                mean=interval(), classes=classes, seeds=seeds,
                seed_sd=float(np.std(list(seeds.values()), ddof=1)) if len(seeds) > 1 else None, subjects=n,
                trial_sd=dict(zip(results.classes, group.values[FEW].mean(0).std(-1, ddof=1).tolist(), strict=True))
-               if results.kind == "few-shot" else {})
+               if results.kind == "few-shot" else {}, spread=spread)
 
 
 def compare(results: Results, mine: Sequence[Cell], theirs: Sequence[Cell], replicates: int = REPLICATES, seed: int = 0,
@@ -564,25 +631,144 @@ def compare(results: Results, mine: Sequence[Cell], theirs: Sequence[Cell], repl
     if not shared:
         return [], warnings
 
-    def grouped(cells: Sequence[Cell]) -> Group:
-        known = (made or {}).get((cells[0].arm, cells[0].protocol, cells[0].labels))
-        whole = known is not None and set(known.cases) == shared and set(known.seeds) == seeds
-        return known if known is not None and whole else results.group(cells, shared)
-
-    one, two = grouped(mine), grouped(theirs)
+    one, two = _alike(results, (mine, theirs), made)
     if one.subjects != two.subjects or (one.target is not None and (one.target != two.target).any()):
         raise MeristemError(f"{where}: the same test case has another subject or target in the two arms",
                             "The arms were tested on different data under the same names; evaluate them together.")
     found = []
     for metric in (m for m in _shown(one, results) if m in two.metrics):
-        plus, minus = one.statistic(metric), two.statistic(metric)
-        difference = bootstrap(lambda w, f=plus, g=minus: f(w) - g(w), len(one.subjects),  # type: ignore[misc]
-                               replicates=replicates, seed=seed, widen=metric not in metrics.RANK_METRICS)
-        p = _test(one, two, metric, replicates, seed) if metric == results.metric else None
-        found.append(Comparison(arm=a.arm, baseline=b.arm, protocol=a.protocol, labels=a.labels, metric=metric, p=p,
-                                labelled_subjects=a.labelled_subjects, difference=difference, subjects=len(one.subjects),
-                                seeds=len(seeds), equal_budget=not unequal and b.arm != METADATA))
+        primary, means = metric == results.metric, (one.subject_means(metric), two.subject_means(metric))
+        size = better = None
+        if means[0] is not None and means[1] is not None and len(one.subjects) > 1:
+            d = means[0] - means[1]
+            size = bootstrap(standardised(d), len(d), replicates=replicates, seed=seed)
+            better = superiority(d if results.higher[metric] else -d)
+        found.append(Comparison(arm=a.arm, baseline=b.arm, protocol=a.protocol, labels=a.labels, metric=metric,
+                                labelled_subjects=a.labelled_subjects, subjects=len(one.subjects), seeds=len(seeds),
+                                difference=_difference(one, two, metric, replicates, seed), size=size, better=better,
+                                p=_test(one, two, metric, replicates, seed) if primary else None,
+                                spread=crossed(_minus(one.by_seed(metric), two.by_seed(metric)), len(one.subjects))
+                                if primary else None, equal_budget=not unequal and b.arm != METADATA))
     return found, warnings
+
+
+def _alike(results: Results, arms: Sequence[Sequence[Cell]], made: Mapping[tuple[str, str, Labels], Group] | None = None,
+           only: set[str] | None = None) -> list[Group]:
+    """A group of each arm's cells over the seeds and cases that all have; none where they share nothing.
+
+    made: groups that serve where they hold just these. only: case names to keep.
+    """
+    seeds = set.intersection(*({c.seed for c in cells} for cells in arms))
+    kept = [[c for c in cells if c.seed in seeds] for cells in arms]
+    shared = set.intersection(*({case.case for case in cell.cases} for cells in kept for cell in cells)) if seeds else set()
+    shared = shared if only is None else shared & only
+    groups_ = []
+    for cells in kept if shared else ():
+        known = (made or {}).get((cells[0].arm, cells[0].protocol, cells[0].labels))
+        whole = known is not None and set(known.cases) == shared and set(known.seeds) == seeds
+        groups_.append(known if known is not None and whole else results.group(cells, shared))
+    return groups_
+
+
+def _minus(one: Statistic, two: Statistic) -> Statistic:
+    return lambda w: one(w) - two(w)
+
+
+def _difference(one: Group, two: Group, metric: str, replicates: int, seed: int) -> Estimate:
+    return bootstrap(_minus(one.statistic(metric), two.statistic(metric)), len(one.subjects), replicates=replicates, seed=seed,
+                     widen=metric not in metrics.RANK_METRICS)
+
+
+def _at(cells: Mapping[tuple[str, str, Labels], list[Cell]]) -> dict[tuple[str, Labels], list[list[Cell]]]:
+    """(protocol, labels) -> the cells of each arm."""
+    found: dict[tuple[str, Labels], list[list[Cell]]] = defaultdict(list)
+    for (_, protocol, labels), mine in cells.items():
+        found[protocol, labels].append(mine)
+    return found
+
+
+def _rankings(results: Results, cells: Mapping[tuple[str, str, Labels], list[Cell]],
+              made: Mapping[tuple[str, str, Labels], Group], replicates: int, seed: int) -> list[Ranking]:
+    found = []
+    for (protocol, labels), arms in _at(cells).items():
+        alike = _alike(results, arms, made) if len(arms) > 2 else []
+        if not alike:
+            continue
+        better, n = 1 if results.higher[results.metric] else -1, len(alike[0].subjects)
+        draws = np.stack([better * resampled(g.statistic(results.metric), n, replicates, seed) for g in alike])
+        each = np.stack([better * np.array(list(g.per_seed(results.metric).values())) for g in alike])
+        whole = each.mean(1)
+        order = np.argsort(-whole, kind="stable")
+        found.append(Ranking(
+            protocol=protocol, labels=labels, labelled_subjects=arms[0][0].labelled_subjects,
+            arms=tuple(arms[i][0].arm for i in order), by_subject=tuple(map(tuple, rank_shares(draws)[order].tolist())),
+            by_seed=tuple(map(tuple, rank_shares(each)[order].tolist())), tau_subjects=kendall(draws, whole),
+            tau_seeds=kendall(each, whole), subjects=n, seeds=each.shape[1]))
+    return found
+
+
+def _subgroups(results: Results, cells: Mapping[tuple[str, str, Labels], list[Cell]], replicates: int,
+               seed: int) -> list[Subgroup]:
+    """Of every trait that divides the test cases, each value's cases by themselves; one that would tell of few is hidden."""
+    found, metric = [], results.metric
+    for (protocol, labels), arms in _at(cells).items():
+        owner = {case.case: case.subject for mine in arms for cell in mine for case in cell.cases}
+        for trait, values in results.traits.items():
+            members: dict[str, set[str]] = defaultdict(set)
+            for case in owner:
+                members[values.get(case, "")].add(case)
+            hidden = _hidden({value: len({owner[case] for case in mine}) for value, mine in members.items()})
+            if len(hidden) < 2 or all(hidden.values()):
+                continue
+            for value in sorted(members, key=lambda v: (not v, natural(v))):
+                told = {"trait": trait, "value": value, "protocol": protocol, "labels": labels, "hidden": hidden[value]}
+                alike = [] if hidden[value] else _alike(results, arms, only=members[value])
+                by_arm = {mine[0].arm: group for mine, group in zip(arms, alike, strict=False)}
+                n = len(alike[0].subjects) if alike else 0
+                means = {arm: bootstrap(group.statistic(metric), n, replicates=replicates, seed=seed,
+                                        widen=metric not in metrics.RANK_METRICS) for arm, group in by_arm.items()}
+                differences = {arm: {rival: _difference(group, by_arm[rival], metric, replicates, seed)
+                                     for rival in by_arm if rival in results.baselines}
+                               for arm, group in by_arm.items() if arm not in results.baselines}
+                found.append(Subgroup.model_validate({**told, "subjects": n if alike else None, "means": means,
+                                                      "differences": differences}))
+    return found
+
+
+def _hidden(sizes: Mapping[str, int]) -> dict[str, str]:
+    """Value -> why it must not be told: it has few subjects, or what is told of all would leave few to be worked out."""
+    hidden = {value: "few" if n < SMALL else "" for value, n in sizes.items()}
+    while any(hidden.values()) and not all(hidden.values()):
+        if sum(map(bool, hidden.values())) > 1 and sum(sizes[v] for v, why in hidden.items() if why) >= SMALL:
+            break
+        hidden[min((v for v, why in hidden.items() if not why), key=sizes.__getitem__)] = "others"
+    return hidden
+
+
+def _unsteady(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
+    """What holds for other subjects but, as far as the seeds tell, not for other training runs too."""
+    unsure = [f"{_where(results, c.arm, c.protocol, c.labels)} against {c.baseline} "
+              f"([{signed(c.spread.interval.low)}, {signed(c.spread.interval.high)}])"
+              for c in comparisons if c.spread and not c.difference.low <= 0 <= c.difference.high
+              and c.spread.interval.low <= 0 <= c.spread.interval.high]
+    clear = f"Clear over other {results.counted}, but not where the seeds too are others"
+    return [f"{clear}: {'; '.join(unsure)}."] if unsure else []
+
+
+def _contrary(results: Results, comparisons: Sequence[Comparison], subgroups: Sequence[Subgroup]) -> list[str]:
+    """Subgroups whose difference clearly has the other sign than that of all."""
+    said = []
+    whole = {(c.arm, c.baseline, c.protocol, c.labels): c.difference.value for c in comparisons if c.metric == results.metric}
+    for g in subgroups:
+        for arm, rivals in g.differences.items():
+            for rival, part in rivals.items():
+                sign = float(part.low > 0) - float(part.high < 0)
+                if sign * whole.get((arm, rival, g.protocol, g.labels), 0.0) < 0:
+                    said.append(f"{_where(results, arm, g.protocol, g.labels)}: {g.trait} {g.value or 'not known'} "
+                                f"({g.subjects} {results.tested}) differs from {rival} the other way than all together, by "
+                                f"{signed(part.value)} [{signed(part.low)}, {signed(part.high)}]; of many subgroups some do "
+                                "so by chance.")
+    return said
 
 
 _EQUAL: dict[str, Callable[[Cell], int | str]] = {
@@ -678,7 +864,9 @@ def join(old: Results, new: Results) -> Results | None:
 
 
 def dump(results: Sequence[Results], summaries: Sequence[Summary]) -> str:
-    """The text of `report.json`: {"reports": [{"summary": …, "results": …}]}, undefined numbers as null."""
+    """The text of `report.json`: {"reports": [{"summary": …, "results": …}]}, undefined numbers as null, without the traits of
+    single cases.
+    """
     pairs = zip(summaries, results, strict=True)
-    return json.dumps({"reports": [{"summary": json.loads(s.model_dump_json()), "results": json.loads(r.model_dump_json())}
-                                   for s, r in pairs]}, indent=1)
+    return json.dumps({"reports": [{"summary": json.loads(s.model_dump_json()),
+                                    "results": json.loads(r.model_dump_json(exclude={"traits"}))} for s, r in pairs]}, indent=1)

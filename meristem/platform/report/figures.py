@@ -86,12 +86,12 @@ def palette(results: Results) -> dict[str, str]:
             for i, arm in enumerate(arms)}
 
 
-def interval(e: Estimate, sign: bool = False) -> str:
+def interval(e: Estimate, sign: bool = False, digits: int = 3) -> str:
     """0.812 [0.795, 0.828]; without the brackets where one subject gives no interval; – where there is no value."""
-    show = signed if sign else "{:.3f}".format
+    value, low, high = (signed(x, digits) if sign else f"{x:.{digits}f}" for x in e)
     if np.isnan(e.low):
-        return "–" if np.isnan(e.value) else show(e.value)
-    return f"{show(e.value)} [{show(e.low)}, {show(e.high)}]"
+        return "–" if np.isnan(e.value) else value
+    return f"{value} [{low}, {high}]"
 
 
 def sentence(text: str) -> str:

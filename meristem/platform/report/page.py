@@ -17,7 +17,10 @@ from meristem.platform.evaluation.metrics import BY_CATEGORY, LABELS
 from meristem.platform.evaluation.results import (
     METADATA,
     PROTOCOLS,
+    SMALL,
+    Comparison,
     Labels,
+    Ranking,
     Results,
     Row,
     Summary,
@@ -27,11 +30,13 @@ from meristem.platform.evaluation.results import (
     signed,
     summarise,
 )
+from meristem.platform.evaluation.statistics import Estimate, Spread
 from meristem.platform.report import figures
 from meristem.platform.report.figures import PANELS, Curve, Plot, interval, metric_label, summary_metric
 from meristem.platform.report.pictures import Pictures
 
 NAME = "report.html"
+HIDDEN = {"few": f"fewer than {SMALL}", "others": "withheld"}  # why nothing is said of a subgroup
 Parts = tuple[Results, Pictures, Sequence[Curve]]
 
 
@@ -117,6 +122,56 @@ class Study:
             lines.append(Line(_labels(row), row.arm, row.arm in self.results.baselines, interval(row.mean),
                               "–" if row.seed_sd is None else f"{row.seed_sd:.3f}", against))
         return lines
+
+    def effects(self, protocol: str) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+        """Heads and rows (labels, arm, values): how large the differences are, and what they are uncertain by."""
+        found = [c for c in self.summary.primary() if c.protocol == protocol]
+        sized, crossed = any(c.size for c in found), any(c.spread for c in found)
+        heads = ["to", *(["Difference, other seeds too", "Seeds' share"] if crossed else []),
+                 *(["Effect size g", f"{self._units} better"] if sized else [])]
+        rows = []
+        for c in found if sized or crossed else ():
+            spread = [interval(c.spread.interval, sign=True), _share(c.spread)] if c.spread else ["–", "–"]
+            size = [interval(c.size, sign=True, digits=2) if c.size else "–", _percents(c.better) if c.better else "–"]
+            rows.append((_labels(c), c.arm, [c.baseline, *(spread if crossed else []), *(size if sized else [])]))
+        return heads, rows
+
+    @property
+    def _units(self) -> str:
+        return figures.sentence("trials" if self.results.kind == "few-shot" else self.results.counted)
+
+    def ranking(self, protocol: str) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+        """Heads and rows (labels, arm, values): how often each arm takes each place, over resamples and, behind it, seeds."""
+        found = [r for r in self.summary.rankings if r.protocol == protocol]
+        most = max((len(r.arms) for r in found), default=0)
+        rows = []
+        for r in found:
+            for arm, *shares in zip(r.arms, r.by_subject, r.by_seed, strict=True):
+                told = [_percent(x) + (f" ({_percent(y)})" if r.seeds > 1 else "") for x, y in zip(*shares, strict=True)]
+                rows.append((_labels(r), arm, [*told, *["–"] * (most - len(told))]))
+        return [f"Place {i + 1}" for i in range(most)], rows
+
+    def agreement(self, protocol: str) -> str:
+        """Kendall's τ of the resampled orders with the order shown."""
+        told = [f"{r.tau_subjects:.2f}" + (f" ({r.tau_seeds:.2f})" if r.seeds > 1 else "") + f" at {_labels(r)}"
+                for r in self.summary.rankings if r.protocol == protocol and not np.isnan(r.tau_subjects)]
+        return "; ".join(told)
+
+    @cached_property
+    def subgroups(self) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+        """Heads and rows (trait, value, values) of the headline's protocol and labels: subjects, means, differences."""
+        found = [g for g in self.summary.subgroups if (g.protocol, g.labels) == (self.protocol, self.labels)]
+        told = next((g for g in found if not g.hidden), None)
+        if told is None:
+            return [], []
+        pairs = [(arm, rival) for arm, rivals in told.differences.items() for rival in rivals]
+        rows = []
+        for g in found:
+            values = [interval(e) for e in g.means.values()]
+            values += [interval(e, sign=True) for rivals in g.differences.values() for e in rivals.values()]
+            rows.append((figures.sentence(g.trait), g.value or "not known",
+                         [HIDDEN.get(g.hidden, str(g.subjects)), *(values or ["–"] * (len(told.means) + len(pairs)))]))
+        return [self._units, *told.means, *(f"{arm} − {rival}" for arm, rival in pairs)], rows
 
     def metric_of(self, protocol: str) -> str:
         return metric_label(self.results, summary_metric(self.summary, protocol))
@@ -325,6 +380,20 @@ def _value(row: Row, name: str) -> str:
     return f"{told} ± {row.trial_sd[name]:.3f}" if name in row.trial_sd else told
 
 
+def _share(spread: Spread) -> str:
+    """What share of a variance is of seeds."""
+    total = spread.subjects**2 + spread.seeds**2
+    return _percent(spread.seeds**2 / total) if total > 0 else "–"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _percents(e: Estimate) -> str:
+    return f"{_percent(e.value)} [{100 * e.low:.0f}, {100 * e.high:.0f}]"
+
+
 def p_value(p: float | None) -> str:
     """0.012, <0.001, – when there is none."""
     if p is None:
@@ -332,7 +401,7 @@ def p_value(p: float | None) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _labels(row: Row) -> str:
+def _labels(row: Row | Comparison | Ranking) -> str:
     if not row.labelled_subjects:
         return "none"
     return f"{row.labelled_subjects} (all)" if row.labels == "all" else str(row.labelled_subjects)
@@ -378,6 +447,7 @@ def write_report(results: Results | Sequence[Results], pictures: Pictures | Sequ
     environment.filters |= {"signed": signed, "sentence": figures.sentence}
     out_dir.mkdir(parents=True, exist_ok=True)
     page = out_dir / NAME
-    page.write_text(environment.get_template(NAME).render(studies=studies, protocol_names=PROTOCOLS), encoding="utf-8")
+    text = environment.get_template(NAME).render(studies=studies, protocol_names=PROTOCOLS, small=SMALL)
+    page.write_text(text, encoding="utf-8")
     (out_dir / "report.json").write_text(dump([s.results for s in studies], [s.summary for s in studies]) + "\n")
     return page
