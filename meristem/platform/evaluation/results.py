@@ -539,7 +539,7 @@ def summarise(results: Results, replicates: int = REPLICATES, seed: int = 0) -> 
         if arm in results.baselines:
             continue
         rivals = [key for key, theirs in cells.items() if key[0] in results.baselines and key[1:] == (protocol, labels)
-                  and (key[0] == METADATA or theirs[0].network == mine[0].network)]
+                  and _rivals(mine[0], theirs[0])]
         if all(key[0] == METADATA for key in rivals):
             warnings.append(f"{_where(results, arm, protocol, labels)}: there is no arm from random weights to compare with.")
         for rival in rivals:
@@ -555,6 +555,11 @@ def summarise(results: Results, replicates: int = REPLICATES, seed: int = 0) -> 
     return Summary(metric=results.metric, rows=tuple(rows), comparisons=tuple(comparisons), warnings=tuple(warnings),
                    verdict=tuple(_verdict(results, comparisons)), subgroups=tuple(subgroups),
                    rankings=tuple(_rankings(results, cells, made, replicates, seed)))
+
+
+def _rivals(arm: Cell, baseline: Cell) -> bool:
+    """Whether a baseline has the arm's network, or none."""
+    return baseline.arm == METADATA or baseline.network == arm.network
 
 
 def _where(results: Results, arm: str, protocol: str, labels: Labels) -> str:
@@ -724,11 +729,12 @@ def _subgroups(results: Results, cells: Mapping[tuple[str, str, Labels], list[Ce
                 told = {"trait": trait, "value": value, "protocol": protocol, "labels": labels, "hidden": hidden[value]}
                 alike = [] if hidden[value] else _alike(results, arms, only=members[value])
                 by_arm = {mine[0].arm: group for mine, group in zip(arms, alike, strict=False)}
+                first = {mine[0].arm: mine[0] for mine in arms}
                 n = len(alike[0].subjects) if alike else 0
                 means = {arm: bootstrap(group.statistic(metric), n, replicates=replicates, seed=seed,
                                         widen=metric not in metrics.RANK_METRICS) for arm, group in by_arm.items()}
                 differences = {arm: {rival: _difference(group, by_arm[rival], metric, replicates, seed)
-                                     for rival in by_arm if rival in results.baselines}
+                                     for rival in by_arm if rival in results.baselines and _rivals(first[arm], first[rival])}
                                for arm, group in by_arm.items() if arm not in results.baselines}
                 found.append(Subgroup.model_validate({**told, "subjects": n if alike else None, "means": means,
                                                       "differences": differences}))
