@@ -207,6 +207,9 @@ def test_unequal_budgets_are_found(study: Results) -> None:
     s = summarise(longer, replicates=100)
     assert [w for w in s.warnings if "optimiser steps (2400 against 1200)" in w and "mae" in w and "5 labelled" in w]
     assert {(c.arm, c.labels) for c in s.comparisons if not c.equal_budget} == {("mae", 5)}
+    others = edited(study, lambda c: c.model_copy(update={"drawn": "a" if c.arm == "mae" and c.seed == 1 else "b"}))
+    said = [w for w in summarise(others, replicates=50).warnings if "unequal budgets" in w]
+    assert len(said) == 3 and all("labelled subjects of other draws" in w and "mae" in w for w in said)
 
 
 def test_missing_seed_case_or_baseline_is_a_warning_and_pairs_stay_paired(study: Results) -> None:
@@ -361,6 +364,15 @@ def test_a_subgroup_is_what_its_subjects_alone_would_give(study: Results) -> Non
     for c in alone.primary():
         if c.labels == 10:
             assert second.differences[c.arm][c.baseline] == pytest.approx(c.difference)
+
+
+def test_a_subgroup_compares_arms_with_random_weights_of_their_own_network(study: Results) -> None:
+    two = edited(divided(study, {"1": 20, "2": 22}), lambda c: c.model_copy(update={"network": "b" * (c.arm == "simclr")}))
+    own = edited(two, lambda c: c if c.arm == "scratch" else None)
+    cells = (*two.cells, *(c.model_copy(update={"arm": "scratch simclr", "network": "b"}) for c in own.cells))
+    first = summarise(two.model_copy(update={"cells": cells}), replicates=50).subgroups[0]
+    assert {arm: list(rivals) for arm, rivals in first.differences.items()} == {
+        "mae": ["scratch"], "simclr": ["scratch simclr"]}
 
 
 @pytest.mark.parametrize("sizes, hidden", [

@@ -264,7 +264,8 @@ def _run(arm: Arm, protocol: str, labels: str, rows: list[Row], scope: Scope, se
         np.savez_compressed(keep / "pictures" / f"{name}.npz", **maps)  # type: ignore[arg-type]
     encoder = "" if arm.name == METADATA else next(iter(recipe.dump()["encoder"]))
     return Cell(arm=arm.name, init=arm.hash, protocol=protocol, labels=amount, labelled_subjects=subjects, seed=seed,
-                budget=cost, cases=tuple(cases), encoder=encoder, network=arm.network, chosen=chosen)
+                budget=cost, cases=tuple(cases), encoder=encoder, network=arm.network, chosen=chosen,
+                drawn=checkpoint.digest(sorted({row.subject for row in rows})))
 
 
 def _frozen(recipe: TaskRecipe, arm: Arm, scope: Scope) -> Assembly:

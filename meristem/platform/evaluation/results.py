@@ -110,7 +110,8 @@ class Cell(Model):
     arm: its name on the page. init: hash of the checkpoint it started from; None: random weights, or no pixel at all
     (`METADATA`): the arm is a baseline. protocol: finetune | attentive | linear | knn | retrieval | propagate | …. labels: the
     budget as asked for; labelled_subjects: what it came to. chosen: what was picked on validation (k, C, lr, …). encoder: name
-    of the architecture; network: what tells its settings from others', so that an arm meets random weights of its own.
+    of the architecture; network: what tells its settings from others', so that an arm meets random weights of its own. drawn:
+    hash of who was labelled; '' where nobody noted it.
     """
 
     arm: str
@@ -123,6 +124,7 @@ class Cell(Model):
     cases: tuple[Case, ...]
     encoder: str = ""
     network: str = ""
+    drawn: str = ""
     chosen: dict[str, FiniteFloat] = {}
 
 
@@ -539,7 +541,7 @@ def summarise(results: Results, replicates: int = REPLICATES, seed: int = 0) -> 
         if arm in results.baselines:
             continue
         rivals = [key for key, theirs in cells.items() if key[0] in results.baselines and key[1:] == (protocol, labels)
-                  and _rivals(mine[0], theirs[0])]
+                  and (key[0] == METADATA or theirs[0].network == mine[0].network)]
         if all(key[0] == METADATA for key in rivals):
             warnings.append(f"{_where(results, arm, protocol, labels)}: there is no arm from random weights to compare with.")
         for rival in rivals:
@@ -549,17 +551,12 @@ def summarise(results: Results, replicates: int = REPLICATES, seed: int = 0) -> 
     tested = [c for c in comparisons if c.p is not None]
     corrected = dict(zip(map(id, tested), holm([c.p for c in tested if c.p is not None]), strict=True))
     comparisons = [c.model_copy(update={"p_holm": corrected.get(id(c))}) for c in comparisons]
-    subgroups = _subgroups(results, cells, replicates, seed)
+    subgroups = _subgroups(results, cells, comparisons, replicates, seed)
     warnings += [*_unsteady(results, comparisons), *_contrary(results, comparisons, subgroups), *_shortcuts(results, rows),
                  *_thin(made, results.tested)]
     return Summary(metric=results.metric, rows=tuple(rows), comparisons=tuple(comparisons), warnings=tuple(warnings),
                    verdict=tuple(_verdict(results, comparisons)), subgroups=tuple(subgroups),
                    rankings=tuple(_rankings(results, cells, made, replicates, seed)))
-
-
-def _rivals(arm: Cell, baseline: Cell) -> bool:
-    """Whether a baseline has the arm's network, or none."""
-    return baseline.arm == METADATA or baseline.network == arm.network
 
 
 def _where(results: Results, arm: str, protocol: str, labels: Labels) -> str:
@@ -627,6 +624,9 @@ def compare(results: Results, mine: Sequence[Cell], theirs: Sequence[Cell], repl
     unequal = [f"{what} ({', '.join(map(str, sorted(x)))} against {', '.join(map(str, sorted(y)))})"
                for what, x, y in ((what, {get(c) for c in mine}, {get(c) for c in theirs}) for what, get in _EQUAL.items())
                if x != y and b.arm != METADATA]
+    whom = [{c.seed: c.drawn for c in cells} for cells in (mine, theirs)]
+    if b.arm != METADATA and any(whom[0][s] != whom[1][s] for s in seeds if whom[0][s] and whom[1][s]):
+        unequal.append("labelled subjects of other draws")
     if unequal:
         warnings.append(f"{where}: unequal budgets, so the difference is not due to pretraining alone: {'; '.join(unequal)}.")
     tested = [{case.case for case in cell.cases} for cell in (*mine, *theirs)]
@@ -712,11 +712,12 @@ def _rankings(results: Results, cells: Mapping[tuple[str, str, Labels], list[Cel
     return found
 
 
-def _subgroups(results: Results, cells: Mapping[tuple[str, str, Labels], list[Cell]], replicates: int,
-               seed: int) -> list[Subgroup]:
+def _subgroups(results: Results, cells: Mapping[tuple[str, str, Labels], list[Cell]], comparisons: Sequence[Comparison],
+               replicates: int, seed: int) -> list[Subgroup]:
     """Of every trait that divides the test cases, each value's cases by themselves; one that would tell of few is hidden."""
     found, metric = [], results.metric
     for (protocol, labels), arms in _at(cells).items():
+        pairs = [(c.arm, c.baseline) for c in comparisons if (c.protocol, c.labels, c.metric) == (protocol, labels, metric)]
         owner = {case.case: case.subject for mine in arms for cell in mine for case in cell.cases}
         for trait, values in results.traits.items():
             members: dict[str, set[str]] = defaultdict(set)
@@ -729,13 +730,12 @@ def _subgroups(results: Results, cells: Mapping[tuple[str, str, Labels], list[Ce
                 told = {"trait": trait, "value": value, "protocol": protocol, "labels": labels, "hidden": hidden[value]}
                 alike = [] if hidden[value] else _alike(results, arms, only=members[value])
                 by_arm = {mine[0].arm: group for mine, group in zip(arms, alike, strict=False)}
-                first = {mine[0].arm: mine[0] for mine in arms}
                 n = len(alike[0].subjects) if alike else 0
                 means = {arm: bootstrap(group.statistic(metric), n, replicates=replicates, seed=seed,
                                         widen=metric not in metrics.RANK_METRICS) for arm, group in by_arm.items()}
-                differences = {arm: {rival: _difference(group, by_arm[rival], metric, replicates, seed)
-                                     for rival in by_arm if rival in results.baselines and _rivals(first[arm], first[rival])}
-                               for arm, group in by_arm.items() if arm not in results.baselines}
+                differences: dict[str, dict[str, Estimate]] = {arm: {} for arm, _ in pairs if by_arm}
+                for arm, rival in pairs if by_arm else ():
+                    differences[arm][rival] = _difference(by_arm[arm], by_arm[rival], metric, replicates, seed)
                 found.append(Subgroup.model_validate({**told, "subjects": n if alike else None, "means": means,
                                                       "differences": differences}))
     return found
