@@ -70,7 +70,8 @@ class Sample:
     """A whole decoded file: array (C, *S), its header, and companions on the same lattice (mask: integers (*S)).
 
     array None: it stays in its files, whose windows `Modality.fetch` decodes when they are asked for. tables: arrays of other
-    shapes (the edges of a graph). notes: what `data check` says of it beside its shape, by name.
+    shapes (the edges of a graph). notes: what `data check` says of it beside its shape, by name. fingerprint: by which a copy
+    of it is known again (`likeness`); empty where there is none.
     """
 
     array: np.ndarray | None
@@ -78,6 +79,7 @@ class Sample:
     fields: dict[str, np.ndarray] = field(default_factory=dict)
     tables: dict[str, np.ndarray] = field(default_factory=dict)
     notes: dict[str, float] = field(default_factory=dict)
+    fingerprint: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,8 @@ class Modality(Protocol):
     Everything but `read`, `fetch` and `write` is pure. suffixes: of its files. members: of files of which a whole folder is one
     sample. `Options` and `ViewOptions` are pydantic models: recipes are validated by them.
     A class may add `version` (a number; another one makes cached samples stale), `beside(path)` (the other files that one is
-    read with) and a static `recognised(path) -> bool` (whether a file of a suffix that others have too is its own).
+    read with), a static `recognised(path) -> bool` (whether a file of a suffix that others have too is its own) and `likeness`
+    (how the fingerprints that its `read` gives to samples are compared; without, copies are known by their bytes alone).
     """
 
     name: str

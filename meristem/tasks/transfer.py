@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
@@ -20,13 +20,14 @@ import yaml
 from rich.console import Console
 
 from meristem.errors import MeristemError, RecipeError
+from meristem.modalities.likeness import Likeness
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
 from meristem.platform.data.splits import NAMES
 from meristem.platform.data.traits import traits
 from meristem.platform.encoders.lora import adapt
-from meristem.platform.evaluation.leakage import audit
+from meristem.platform.evaluation.leakage import audit, copies
 from meristem.platform.evaluation.metrics import LABELS
 from meristem.platform.evaluation.results import FEW, METADATA, QUERIES, Budget, Cell, Counts, Dataset, Results
 from meristem.platform.recipe import build
@@ -280,6 +281,16 @@ def _frozen(recipe: TaskRecipe, arm: Arm, scope: Scope) -> Assembly:
 def _results(recipe: TaskRecipe, data: Data, scope: Scope, contestants: Sequence[Arm], cells: Sequence[Cell],
              test: Sequence[Row], pool: Sequence[Row], metric: str) -> Results:
     tested, trained = data.identities(test), data.identities(pool)
+    likeness: Likeness | None = getattr(data.modality, "likeness", None)
+    looks = data.fingerprints(test)
+
+    def alike(known: Mapping[str, Any] | None) -> set[str] | None:
+        """The test contents that look like one of the fingerprints a card or `Data.identities` holds; None: not comparable."""
+        if likeness is None or known is None or known["method"] != likeness.method:
+            return None
+        return copies(looks, known["codes"], likeness)
+
+    with_labels = alike(trained["fingerprints"]) or ()
     leakage, pretraining = {}, {}
     for arm in contestants:
         if arm.init is None:
@@ -288,7 +299,8 @@ def _results(recipe: TaskRecipe, data: Data, scope: Scope, contestants: Sequence
         seen = found["seen"]
         leakage[arm.name] = audit(tested["subjects"], tested["contents"], seen["subjects"], seen["contents"],
                                   trained["subjects"], trained["contents"], seen["key_id"] == tested["key_id"],
-                                  recipe.task.spoiled(recipe, found["recipe"]))
+                                  recipe.task.spoiled(recipe, found["recipe"]),
+                                  alike(seen.get("fingerprints")), with_labels)
         about = {"recipe": found["recipe"]["name"], "follows": found["recipe"]["follows"], "recipe hash": found["recipe_hash"]}
         about |= {"weights from elsewhere": found["weights"]} if "weights" in found else \
             {"steps": found["step"], "data manifest": found["manifest"]}

@@ -29,6 +29,7 @@ from meristem.modalities.base import (
 )
 from meristem.modalities.frame import Frame
 from meristem.modalities.graph import drawing, encodings, files
+from meristem.modalities.graph.colours import ALIKE, fingerprint
 from meristem.modalities.graph.holdout import hold_out
 from meristem.modalities.graph.options import GraphOptions, GraphViewOptions
 from meristem.modalities.graph.raw import Contents, Raw, both_ways, heaviest
@@ -43,6 +44,7 @@ class Graph:
     """
 
     name = "graph"
+    likeness = ALIKE
     suffixes: tuple[str, ...] = files.SUFFIXES
     members: tuple[str, ...] = ()
     Options: type[Settings] = GraphOptions
@@ -120,6 +122,7 @@ class Graph:
         raw = held.graph(number)
         settled = self.fitted(paths)  # a graph read alone, without its data set
         pairs, kind, weight, notes = both_ways(raw)
+        known_by = fingerprint(raw, pairs, kind, weight, held.tags, held.kinds)
         if weight is not None:
             kept = heaviest(pairs, weight, raw.nodes, self.options.threshold, self.options.density)
             pairs, kind, weight = pairs[:, kept], kind[kept], weight[kept]
@@ -139,7 +142,8 @@ class Graph:
         header = Header(array.shape, ((1.0,),), (), source={"nodes": raw.nodes, "names": list(raw.names)})
         return Sample(array, header, dict(raw.fields), tables,
                       {"nodes": raw.nodes, "edges": pairs.shape[1] / 2, "least degree": float(degree.min()),
-                       "mean degree": float(degree.mean()), "largest degree": float(degree.max()), **notes, **raw.notes})
+                       "mean degree": float(degree.mean()), "largest degree": float(degree.max()), **notes, **raw.notes},
+                      known_by)
 
     def _features(self, raw: Raw, held: Contents, pairs: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
         """(channels, N) float32."""

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from meristem.errors import DataError
 from meristem.modalities.base import Axis, Header, Sample, Settings
 from meristem.modalities.image.files import decode, decode_labels
-from meristem.modalities.image.raster import Raster, dtype_limits
+from meristem.modalities.image.raster import ALIKE, Raster, dtype_limits, signs
 from meristem.modalities.image.storage import to_integers
 from meristem.modalities.lattice import Lattice, LatticeOptions, LatticeViewOptions, anchors
 from meristem.modalities.lattice.labels import nearest, to_classes, to_values
@@ -87,6 +87,7 @@ class Image(Lattice):
     """
 
     name = "image"
+    likeness = ALIKE
     suffixes = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm")
     Options = ImageOptions
     ViewOptions = ImageViewOptions
@@ -109,6 +110,7 @@ class Image(Lattice):
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise DataError("nan", f"{1 - np.isfinite(array).mean():.2%} of the pixels are NaN or infinite",
                             "Export the image again, or leave it out.")
+        fingerprint = ALIKE.pack(-signs(array) if raster.inverted else signs(array))  # before the recipe's window
         source = array.shape[1:]
         masks = {name: self._mask(path, source) for name, path in fields.items()}
         limits = raster.limits
@@ -141,7 +143,7 @@ class Image(Lattice):
                     "levels": [(black - b) / a, (white - b) / a],
                     **({"channels": have} if self.options.tokens == "channel" else {})},
             anchors=anchors(masks["mask"]) if "mask" in masks else ())
-        return Sample(stored, header, masks)
+        return Sample(stored, header, masks, fingerprint=fingerprint)
 
     def statistics(self, array: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(scale, offset) per channel, so that array (C, H, W) * scale + offset is normalised."""

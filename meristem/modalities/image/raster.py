@@ -7,8 +7,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from meristem.errors import DataError
+from meristem.modalities.likeness import Likeness, cosines, scores, thinned, turns
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+WAVES = 16  # cosines along each side in a fingerprint
+SHOWN = 256  # pixels along a side that are enough for them
+ALIKE = Likeness("cosines 1", WAVES ** 2 - 1, within=36, turns=turns(WAVES, 2))
+"""Signs of a picture's lowest cosines, the same at any brightness and contrast; 32 bytes.
+
+Measured in all 8 orientations: the nearest of 2.9 million pairs of PneumoniaMNIST's test and training images (28×28, other
+patients) differ in 50 of 255 signs, the nearest of 44,850 pairs of white cells (wbc-dataset1) in 62, of 66,066 pairs of blood
+smears (BCCD) in 88; but for one pair of equal cells, three of cells and one of smears that show the same moved by a few pixels
+(34 at most). Known again of 300 each: all that were saved as JPEG of quality 90, enlarged twice or of gamma 0.6; of quality 50
+all cells and smears and 92 % of the tiny X-rays; at 60 % of the size 99.7 % or more; contrast × 1.3, which whitens the cells'
+background, 98 % of X-rays, 99.7 % of smears, 45 % of cells. A picture that was cropped by more than a few pixels is not.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,17 @@ class Raster:
             raise DataError("channels", f"the file has {len(array)} channels, the recipe wants {want}",
                             f"Set modality.image.channels={len(array)}, or leave such files out.")
         return replace(self, array=array, alpha=False)
+
+
+def signs(picture: np.ndarray, most: int = SHOWN) -> np.ndarray:
+    """(1, 255) whose signs are the code of a picture (C, H, W), of any number type; none, (0, 255), of one without detail.
+
+    most: pixels along a side that are looked at, up to twice as many.
+    """
+    shown = thinned(picture, most)
+    shown = np.tensordot(np.array(LUMA, np.float32), shown, 1)[None] if len(shown) == 3 else shown
+    seen = np.sum([scores(channel) for channel in shown], axis=0)
+    return cosines(seen, WAVES)[:int(seen.any())]
 
 
 def dtype_limits(dtype: np.dtype) -> tuple[float, float] | None:

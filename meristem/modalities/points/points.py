@@ -19,6 +19,7 @@ from meristem.modalities.points import drawing, files
 from meristem.modalities.points.cloud import Cloud, channels
 from meristem.modalities.points.options import WIDTHS, PointsOptions, PointsViewOptions
 from meristem.modalities.points.segments import segments
+from meristem.modalities.points.shape import ALIKE, fingerprint
 from meristem.modalities.points.tokenizer import PointTokenizer
 from meristem.modalities.rng import Rng
 
@@ -35,6 +36,7 @@ class Points:
     """
 
     name = "points"
+    likeness = ALIKE
     version = 1
     suffixes: tuple[str, ...] = files.SUFFIXES
     members: tuple[str, ...] = ()
@@ -91,7 +93,7 @@ class Points:
         notes = {"points": float(len(xyz)), **{f"extent {a} (m)": float(w) for a, w in zip("xyz", np.ptp(xyz, 0), strict=True)}}
         if not good.all():
             notes["points left out"] = float((~good).sum())
-        return Sample(array, header, companions, notes=notes)
+        return Sample(array, header, companions, notes=notes, fingerprint=fingerprint(array[:3]))
 
     def _companions(self, cloud: Cloud, fields: Mapping[str, Path]) -> dict[str, np.ndarray]:
         """A number for every point of the file: its own labels, those of a file beside it, or its own renumbered by one."""

@@ -27,7 +27,7 @@ from meristem.modalities.base import (
 from meristem.modalities.frame import Frame
 from meristem.modalities.lattice.labels import nearest
 from meristem.modalities.rng import Rng
-from meristem.modalities.skeleton import drawing, files
+from meristem.modalities.skeleton import drawing, files, poses
 from meristem.modalities.skeleton.options import SkeletonOptions, SkeletonViewOptions
 from meristem.modalities.skeleton.tokenizer import SkeletonTokenizer
 
@@ -52,6 +52,7 @@ class Skeleton:
     def __init__(self, options: SkeletonOptions) -> None:
         self.options, self.layout = options, options.joints
         self.channels = self.layout.dims
+        self.likeness = poses.alike(options.layout or "ntu")
         self.axes = (Axis("t", "s", *options.seconds),)
 
     def read(self, paths: Sequence[Path], fields: Mapping[str, Path] = {}) -> Sample:
@@ -86,7 +87,8 @@ class Skeleton:
         header = Header(array.shape, affine, (period, 1.0), (1.0,) * c, (0.0,) * c, (float("nan"),) * c,
                         {"frames": len(found.place), "first": first})
         return Sample(array, header, notes={"frames": float(count), "seconds": count * period,
-                                            "joints not seen": float(np.isnan(array[0]).mean())})
+                                            "joints not seen": float(np.isnan(array[0]).mean())},
+                      fingerprint=poses.fingerprint(array, len(layout), period, self.likeness))
 
     def _window(self, total: int, first: int) -> tuple[int, int]:
         w = self.options.windows

@@ -22,6 +22,7 @@ from meristem.modalities.lattice.labels import nearest, to_classes, to_values
 from meristem.modalities.objects import Objects
 from meristem.modalities.video.folder import SUFFIXES
 from meristem.modalities.video.masks import UNKNOWN, first_number, read_masks
+from meristem.modalities.video.moments import ALIKE, Moments
 from meristem.modalities.video.options import VideoOptions, VideoViewOptions
 from meristem.modalities.video.points import mark, read_points
 from meristem.modalities.video.readers import Frames, open_video, scan
@@ -40,6 +41,7 @@ class Video(Lattice):
     """
 
     name = "video"
+    likeness = ALIKE
     suffixes = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".dcm")
     members = SUFFIXES
     Options = VideoOptions
@@ -65,8 +67,10 @@ class Video(Lattice):
             source = (len(video.times), *video.size)
             height, width = _short_side(video.size, options.resize)
             kept: list[np.ndarray] = []
+            moments = Moments(video.times)
 
             def keep(part: np.ndarray) -> None:
+                moments.see(part)
                 if options.store == "decoded":
                     kept.append(_resized(part, (height, width)))
 
@@ -74,7 +78,7 @@ class Video(Lattice):
             masks = {name: self._masks(path, video, (height, width)) for name, path in fields.items()}
             shape = (3, source[0], height, width)
             array = np.ascontiguousarray(np.concatenate(kept).transpose(3, 0, 1, 2)) if kept else None
-            return Sample(array, self._header(video, shape, mean, std), masks)
+            return Sample(array, self._header(video, shape, mean, std), masks, fingerprint=moments.fingerprint)
         finally:
             video.close()
 

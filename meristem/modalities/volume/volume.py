@@ -14,9 +14,19 @@ from scipy.ndimage import affine_transform
 from meristem.errors import DataError
 from meristem.modalities.base import Axis, Header, Sample
 from meristem.modalities.lattice import Lattice, LatticeOptions, LatticeViewOptions, anchors
+from meristem.modalities.likeness import Likeness, cosines, ranks, thinned, turns
 from meristem.modalities.objects import Objects
 from meristem.modalities.volume.nifti import as_labels, decode, open_nifti, placement, same_grid, save
 
+WAVES = 8  # cosines along each axis in a fingerprint
+SHOWN = 96  # voxels along an axis that are enough for them
+ALIKE = Likeness("ranked cosines 1", WAVES ** 3 - 1, within=64, turns=turns(WAVES, 3))
+"""Signs of the lowest cosines of each voxel's rank, so that any rising window leaves them as they are; 64 bytes.
+
+Measured on MSD hippocampus crops, 208 patients at 1 mm: the nearest of 21,528 pairs differ in 103 of 511 signs, in any of 48
+orientations. Saved again as 8 bits, at gamma 0.5 or 2, windowed to the middle 90 % or 70 % of values, or resampled to 60 to
+150 % of the resolution: in 36 at most; windowed to the upper 60 %: 47. A volume that was cropped is not known again.
+"""
 SLACK = 0.05  # of a voxel, by which rounded numbers may lie outside
 
 
@@ -76,6 +86,7 @@ class Volume(Lattice):
     Options = VolumeOptions
     ViewOptions = VolumeViewOptions
     axes = tuple(Axis(name, "mm", 0.5, 512.0) for name in "xyz")
+    likeness = ALIKE
     options: VolumeOptions
 
     def read(self, paths: Sequence[Path], fields: Mapping[str, Path] = {}) -> Sample:
@@ -116,7 +127,9 @@ class Volume(Lattice):
             array.shape, tuple(tuple(row) for row in stored.tolist()), tuple(np.linalg.norm(stored[:3, :3], axis=0).tolist()),
             scale, offset, pad, {**placement(source), "affine": affine.tolist(), "levels": levels},
             anchors(masks["mask"]) if "mask" in masks else ())
-        return Sample(array, header, {name: np.ascontiguousarray(mask) for name, mask in masks.items()})
+        ranked = np.sum([ranks(channel) for channel in thinned(array, SHOWN)], axis=0)
+        return Sample(array, header, {name: np.ascontiguousarray(mask) for name, mask in masks.items()},
+                      fingerprint=ALIKE.pack(cosines(ranked, WAVES)))
 
     def _sound(self, array: np.ndarray) -> np.ndarray:
         """Finite and not constant, or DataError."""

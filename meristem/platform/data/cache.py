@@ -7,6 +7,7 @@ absent, never stale; data is written under a temporary name, synced and renamed,
 
 from __future__ import annotations
 
+import base64
 import csv
 import fcntl
 import hashlib
@@ -35,7 +36,7 @@ from meristem.errors import DataError, MeristemError
 from meristem.modalities.base import Draw, Header, Modality, Sample, member_files, raw_pad, split_element
 from meristem.platform.data.manifest import Manifest, Problem, Row, pseudonym, user_key
 
-LAYOUT = 2  # of the files in a cache; another number, another folder
+LAYOUT = 3  # of the files in a cache; another number, another folder
 LARGE = 4 << 20  # bytes above which a sample gets a chunked file: below, reading it raw is cheaper than opening one
 CHUNK, BLOCK = 1 << 18, 1 << 15  # elements (64³, 32³): a crop unpacks only the blocks it touches
 SHARD_BYTES, SHARD_SECONDS = 64 << 20, 30.0  # an interruption loses at most this much work on small samples
@@ -62,7 +63,7 @@ class Block:
 @dataclass(frozen=True)
 class Entry:
     """One stored sample. content: sha256 of its image files. tables: arrays off the lattice. counts: field -> value -> elements
-    that have it.
+    that have it. fingerprint: by which copies of it are known again, in base64.
     """
 
     key: str
@@ -72,6 +73,7 @@ class Entry:
     fields: Mapping[str, Block]
     tables: Mapping[str, Block]
     counts: Mapping[str, Mapping[int, int]]
+    fingerprint: str = ""
 
     def blocks(self) -> tuple[Block, ...]:
         return (self.array, *self.fields.values(), *self.tables.values())
@@ -90,7 +92,8 @@ class Entry:
 
         fields, tables = ({k: block(b) for k, b in data[name].items()} for name in ("fields", "tables"))
         return cls(data["key"], data["content"], header, block(data["array"]), fields, tables,
-                   {name: {int(v): n for v, n in counts.items()} for name, counts in data["counts"].items()})
+                   {name: {int(v): n for v, n in counts.items()} for name, counts in data["counts"].items()},
+                   data["fingerprint"])
 
 
 class Cache:
@@ -196,6 +199,10 @@ class Cache:
     def content(self, row: int) -> str:
         """sha256 of the sample's image files, for the leakage audit."""
         return self.entries[row].content
+
+    def fingerprint(self, row: int) -> str:
+        """By which copies of the sample are known again (`Modality.likeness`), in base64; '' where there is none."""
+        return self.entries[row].fingerprint
 
     def fields(self, row: int) -> tuple[str, ...]:
         """Names of the companions that are stored for a row."""
@@ -366,7 +373,7 @@ class _Decoding(Dataset[Result]):
             if large:
                 _leave_room(self.home)
                 _write_chunked(self.home / file, x, x.ndim if name.startswith(TABLE) else len(sample.header.shape) - 1)
-        entry = _entry(key, self.contents[i], sample.header, blocks, counts)
+        entry = _entry(key, self.contents[i], sample.header, blocks, counts, base64.b64encode(sample.fingerprint).decode())
         if large:
             _write_index(self.home / f"{key}.json", [entry])
             return entry, None
@@ -374,11 +381,11 @@ class _Decoding(Dataset[Result]):
 
 
 def _entry(key: str, content: str, header: Header, blocks: Mapping[str, Block],
-           counts: Mapping[str, Mapping[int, int]]) -> Entry:
+           counts: Mapping[str, Mapping[int, int]], fingerprint: str) -> Entry:
     """Of its blocks by name: '' the array, those with `TABLE` in front tables, the others fields."""
     fields = {name: b for name, b in blocks.items() if name and not name.startswith(TABLE)}
     tables = {name.removeprefix(TABLE): b for name, b in blocks.items() if name.startswith(TABLE)}
-    return Entry(key, content, header, blocks[""], fields, tables, counts)
+    return Entry(key, content, header, blocks[""], fields, tables, counts, fingerprint)
 
 
 def _each(decoding: _Decoding, workers: int) -> Iterator[Result]:
@@ -411,7 +418,7 @@ class _Shard:
 
     def add(self, entry: Entry, arrays: Mapping[str, np.ndarray]) -> Entry:
         blocks = {"": entry.array} | {name: self._append(x) for name, x in arrays.items()}
-        entry = _entry(entry.key, entry.content, entry.header, blocks, entry.counts)
+        entry = _entry(entry.key, entry.content, entry.header, blocks, entry.counts, entry.fingerprint)
         self.entries.append(entry)
         return entry
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from meristem.errors import DataError
 from meristem.modalities.base import Header, Modality, Placing
+from meristem.modalities.likeness import Likeness
 from meristem.modalities.objects import Objects
 from meristem.platform.data.cache import Cache
 from meristem.platform.data.manifest import Manifest, Problem, Row
@@ -38,9 +39,18 @@ class Data:
         return [row for row in self.rows() if row.index in wanted]
 
     def identities(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Keyed pseudonyms and content hashes, for the leakage audit; of a part of a sample with its number behind a `#`."""
+        """Keyed pseudonyms, content hashes and fingerprints, for the leakage audit; of a part with its number behind a `#`.
+
+        fingerprints: of whole samples, in no relation to the others; None where the modality makes none.
+        """
+        likeness: Likeness | None = getattr(self.modality, "likeness", None)
         return {"subjects": sorted({row.subject for row in rows}), "key_id": self.manifest.key_id,
-                "contents": sorted({self.cache.content(row.index) + row.suffix for row in rows})}
+                "contents": sorted({self.cache.content(row.index) + row.suffix for row in rows}),
+                "fingerprints": likeness and {"method": likeness.method, "codes": sorted({*self.fingerprints(rows).values()})}}
+
+    def fingerprints(self, rows: Sequence[Row]) -> dict[str, str]:
+        """Content hash -> fingerprint in base64, of the whole samples that have one."""
+        return {self.cache.content(row.index): code for row in rows if (code := self.cache.fingerprint(row.index))}
 
 
 def open_data(path: Path, modality: Modality, split: str = "auto", cache: Path | None = None, quiet: bool = False,

@@ -66,6 +66,7 @@ def _joined(cells: Sequence[Cell]) -> Cell:
 def _worst(audits: Sequence[Leakage]) -> Leakage:
     worst = min(audits, key=lambda a: WORST.index(a.verdict))
     return Leakage(verdict=worst.verdict, subjects=sum(a.subjects for a in audits), contents=sum(a.contents for a in audits),
+                   near=sum(near) if None not in (near := [a.near for a in audits]) else None,
                    test_subjects=sum(a.test_subjects for a in audits), test_contents=sum(a.test_contents for a in audits),
                    sentence=f"In the worst of {len(audits)} folds: {worst.sentence}")
 

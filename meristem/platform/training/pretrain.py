@@ -94,15 +94,19 @@ def close_run(directory: Path, outcome: Outcome, more: Mapping[str, Any]) -> Non
 def met(identities: dict[str, Any], init: Path | None) -> dict[str, Any]:
     """Whom the weights have met: in this training, and before it. key_id: of none when the pseudonyms are of two keys.
 
-    subjects, contents: None where that is not known of what they started from.
+    subjects, contents: None where that is not known of what they started from. fingerprints: None also where they were made by
+    two methods, or not at all.
     """
     if init is None:
         return identities
     before = checkpoint.read_card(init)["seen"]
     if before["contents"] is None:
-        return {"subjects": None, "contents": None, "key_id": ""}
+        return {"subjects": None, "contents": None, "fingerprints": None, "key_id": ""}
+    here, there = identities["fingerprints"], before.get("fingerprints")
+    comparable = here and there and here["method"] == there["method"]
     return {"subjects": sorted({*identities["subjects"], *before["subjects"]}),
             "contents": sorted({*identities["contents"], *before["contents"]}),
+            "fingerprints": {**here, "codes": sorted({*here["codes"], *there["codes"]})} if comparable else None,
             "key_id": identities["key_id"] if identities["key_id"] == before["key_id"] else ""}
 
 
