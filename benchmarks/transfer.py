@@ -97,17 +97,22 @@ def figures(study: Study, summary: Summary) -> list[dict[str, object]]:
 
 def section(study: Study, results: Results, summary: Summary) -> str:
     counts = results.dataset.splits
-    rows = [f"| protocol | labels | arm | {summary.metric} | seeds' spread | over random weights | *p* |", "|---" * 7 + "|"]
+    head = ("protocol", "labels", "arm", summary.metric, "seeds' spread", "over random weights", "*p*", "Hedges' g")
+    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row, less in pairs(summary):
         cells = (PROTOCOLS[row.protocol], str(row.labelled_subjects), row.arm, shown(row.mean),
                  "" if row.seed_sd is None else f"{row.seed_sd:.3f}", shown(less.difference, "+") if less else "",
-                 f"{less.p_holm:.3f}" if less and less.p_holm is not None else "")
+                 f"{less.p_holm:.3f}" if less and less.p_holm is not None else "",
+                 shown(less.size, "+") if less and less.size else "")
         rows.append("| " + " | ".join(cells) + " |")
     commands = "\n".join(" ".join(word if word.startswith("$") else shlex.quote(word) for word in line)
                          for line in study.commands())
     sizes = ", ".join(f"{name} {n.subjects}" for name, n in counts.items())
+    ranks = [f"- {PROTOCOLS[r.protocol]}, {r.labelled_subjects} labels: {' > '.join(r.arms)}; Kendall's τ over resampled "
+             f"subjects {r.tau_subjects:.2f}, over {r.seeds} seeds {r.tau_seeds:.2f}" for r in summary.rankings]
     audit = [f"- `{arm}`: {leak.sentence}" for arm, leak in results.leakage.items()]
     return "\n\n".join([f"## {study.title}", f"Subjects: {sizes}. {' '.join(summary.verdict)}", "\n".join(rows),
+                        *(["Order of the arms:\n\n" + "\n".join(ranks)] if ranks else []),
                         "Audit:\n\n" + "\n".join(audit), *(["Warnings:\n\n" + "\n".join(f"- {w}" for w in summary.warnings)]
                                                            if summary.warnings else []), f"```bash\n{commands}\n```"])
 
