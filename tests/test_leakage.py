@@ -318,7 +318,7 @@ def test_the_order_of_nodes_and_the_rounding_of_weights_do_not_count_and_one_edg
 
 
 def test_alike_agrees_with_a_double_loop_over_samples_of_many_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meristem.modalities.likeness.PAIRS", 40)  # many blocks
+    monkeypatch.setattr("meristem.modalities.likeness.BLOCK", 7)  # many blocks
     kind, rng = Likeness("m", 20, within=2, share=0.5), np.random.default_rng(0)
     centres = rng.normal(size=(3, 20))
 

@@ -3,20 +3,20 @@
 A code is the signs (or coarse levels) of a sample's lowest frequencies, as in image retrieval (Zauner 2010, pHash). Low
 frequencies survive saving, resizing and windowing; of them the signs carry most of what tells two pictures apart (Oppenheim and
 Lim 1981); and a mirrored or turned sample has the same numbers in another order and with other signs, so that all its
-orientations can be compared without making them. A code is some dozens of bytes: no picture, face or name can be made of it,
-but it does say whether somebody who has the sample has the same one. It is no pseudonym, and is given away with weights only
-because the content hashes beside it say as much.
+orientations can be compared without making them. What can be made of a code again is at most a blur of a few waves, in which
+nobody is to be recognised; and it stands in a sorted list, in no relation to a subject. Whoever has a sample himself can tell
+by it whether the weights have met it: so he can by the content hashes beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
 
 import numpy as np
 
-PAIRS = 1 << 24  # distances held at once: 64 MB
+BLOCK = 1 << 12  # codes of either side that are compared at once: 64 MB of distances
 
 
 @dataclass(frozen=True)
@@ -53,32 +53,36 @@ class Likeness:
         return np.unpackbits(raw, axis=1, count=self.numbers).astype(np.float32) * 2 - 1, first
 
     def alike(self, some: Sequence[bytes], others: Sequence[bytes]) -> np.ndarray:
-        """(some, others) bool: which of two sets of samples, none without a code, are copies. Turned in all ways; in blocks."""
+        """(some, others) bool: which of two sets of samples, none without a code, are copies, turned in any way."""
         (a, first), (b, start) = self.unpack(some), self.unpack(others)
         found = np.zeros((len(some), len(others)), bool)
-        if not found.size:
-            return found
-        most = max(PAIRS // len(b), 1)
-        limit = self.within ** 2 if self.levels else 4 * self.within
-        at = 0
-        while at < len(some):  # whole samples, as many as fit
-            upto = max(int(np.searchsorted(first, first[at] + most, "right")) - 1, at + 1)
-            codes, own = a[first[at]:first[upto]], first[at:upto] - first[at]
-            for order, sign in self.turns or ((np.arange(self.numbers), np.ones(1, np.float32)),):
-                turned = codes[:, order] * sign
-                near = (turned ** 2).sum(1)[:, None] + (b ** 2).sum(1) - 2 * turned @ b.T <= limit + 1e-3
-                found[at:upto] |= self._shared(near, own, first[at + 1:upto + 1] - first[at:upto], start)
-            at = upto
+        limit = (self.within ** 2 if self.levels else 4 * self.within) + 1e-3  # of squared distances, which are rounded
+        for order, sign in self.turns or ((np.arange(self.numbers), np.ones(1, np.float32)),):
+            turned = a[:, order] * sign
+            for i, j in product(_blocks(first), _blocks(start)):
+                x, y = turned[first[i.start]:first[i.stop]], b[start[j.start]:start[j.stop]]
+                near = (x ** 2).sum(1)[:, None] + (y ** 2).sum(1) - 2 * x @ y.T <= limit
+                found[i, j] |= self._shared(near, np.diff(first[i.start:i.stop + 1]), np.diff(start[j.start:j.stop + 1]))
         return found
 
-    def _shared(self, near: np.ndarray, own: np.ndarray, counts: np.ndarray, start: np.ndarray) -> np.ndarray:
-        """near: (codes of some, codes of others), which begin at `own` and at `start`."""
-        if len(near) == len(own) and near.shape[1] == len(start) - 1:
+    def _shared(self, near: np.ndarray, some: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """(samples, samples) bool of near (codes, codes), of which each sample has so many, in order."""
+        if near.shape == (len(some), len(others)):
             return near
-        mine = np.add.reduceat(np.logical_or.reduceat(near, start[:-1], axis=1).astype(int), own) / counts[:, None]
-        theirs = np.add.reduceat(np.logical_or.reduceat(near, own).astype(int), start[:-1], axis=1) / np.diff(start)
-        shared: np.ndarray = np.where(counts[:, None] <= np.diff(start), mine, theirs) >= self.share
+        rows, columns = np.cumsum(some) - some, np.cumsum(others) - others
+        of_some = np.add.reduceat(np.logical_or.reduceat(near, columns, axis=1), rows, dtype=int) / some[:, None]
+        of_others = np.add.reduceat(np.logical_or.reduceat(near, rows), columns, axis=1, dtype=int) / others
+        shared: np.ndarray = np.where(some[:, None] <= others, of_some, of_others) >= self.share
         return shared
+
+
+def _blocks(first: np.ndarray) -> Iterator[slice]:
+    """Runs of whole samples, of which each begins at its code, with up to `BLOCK` codes; or of one that has more."""
+    at = 0
+    while at < len(first) - 1:
+        upto = max(int(np.searchsorted(first, first[at] + BLOCK, "right")) - 1, at + 1)
+        yield slice(at, upto)
+        at = upto
 
 
 def turns(count: int, dims: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
