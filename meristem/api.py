@@ -19,11 +19,14 @@ from meristem.modalities.base import modality_class
 from meristem.platform import joint
 from meristem.platform import recipe as recipes
 from meristem.platform.data import check as checking
+from meristem.platform.data.bar import counting
+from meristem.platform.data.findings import Intake
 from meristem.platform.data.guess import guess_modality
 from meristem.platform.data.manifest import Manifest
 from meristem.platform.data.source import Data, open_data
 from meristem.platform.evaluation.results import METADATA
 from meristem.platform.export import export as _export
+from meristem.platform.report import intake
 from meristem.platform.training import checkpoint
 from meristem.platform.training.adopt import adopt as _adopt
 from meristem.platform.training.joint import pretrain as _pretrain_joint
@@ -263,10 +266,18 @@ def export(checkpoint_: Pathlike, out: Pathlike, form: str = "torch", size: Sequ
     return _export(Path(checkpoint_), Path(out), form, size)
 
 
-def check_data(path: Pathlike, modality: str | None = None) -> checking.Report:
-    """Read every file as training would, and name each problem. modality: None to guess it, as a bare task name does."""
+def check_data(path: Pathlike, modality: str | None = None, out: Pathlike | None = None, *, quiet: bool = True) -> Intake:
+    """Read every file as training would, and tell what is in it, what is wrong and what is doubtful.
+
+    modality: None to guess it, as a bare task name does. out: a directory for check.html and check.json, which hold
+    pseudonyms only. Raises DataError where there is no data.
+    """
     kind = modality_class(modality or guess_modality(path))
-    return checking.check(path, kind(kind.Options()))
+    with counting("reading files", quiet) as progress:
+        found = checking.check(path, kind(kind.Options()), progress=progress)
+    if out is not None:
+        intake.write(found, Path(out))
+    return found
 
 
 def show_recipe(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:

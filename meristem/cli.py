@@ -124,15 +124,19 @@ def embed(checkpoint: Run, data: DataOption, out: OutOption, quiet: Quiet = Fals
 
 @data_app.command("check")
 def data_check(path: Annotated[Path, typer.Argument(help=DATA)], as_json: Json = False,
-               modality: Annotated[str | None, typer.Option(help="volume, image, video, …", show_default="guessed")] = None
-               ) -> None:
-    """Read every file and name each problem. Exits with 1 when a file would be refused."""
+               out: Annotated[Path | None, typer.Option("--out", help="Directory for check.html and check.json.",
+                                                        show_default="none is written")] = None,
+               modality: Annotated[str | None, typer.Option(help="volume, image, video, …", show_default="guessed")] = None,
+               names: Annotated[bool, typer.Option("--names", help="Show the files' own names too, here only.")] = False,
+               quiet: Quiet = False) -> None:
+    """Read every file; tell what is in them, what is wrong and what is doubtful. Exits with 1 when a file would be refused."""
     from meristem import api
-    found = api.check_data(path, modality)
+    found = api.check_data(path, modality, out, quiet=quiet or as_json)
     if as_json:
         print(json.dumps(found.dump(), indent=1))
-    else:
-        found.print(Console())
+    elif not quiet:
+        from meristem.platform.report.intake import show
+        show(found, Console(), found.local if names else {})
     if not found.ok:
         raise typer.Exit(1)
 

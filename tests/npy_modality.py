@@ -13,6 +13,7 @@ from torch import Tensor
 
 from meristem.errors import DataError
 from meristem.modalities.base import Axis, Draw, Header, Look, Sample, Settings, View, ViewSettings
+from meristem.modalities.facts import Facts, intensities
 from meristem.modalities.rng import Rng
 
 SPACING = (1.0, 2.0, 0.5)
@@ -76,6 +77,9 @@ class Npy:
         if step == 1:
             return x
         return F.avg_pool3d(x.float(), step) if interpolate else x[(slice(None), *[slice(step // 2, None, step)] * 3)]
+
+    def facts(self, paths: Sequence[Path], sample: Sample) -> Facts:
+        return intensities(np.load(paths[0]))
 
     def edges(self, header: Header, draw: Draw) -> None:
         return None

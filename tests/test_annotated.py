@@ -97,8 +97,8 @@ def test_a_wrong_box_is_named_and_counted_and_its_image_stays(case: str, voc_fol
     problem, = data.cache.quarantine
     assert problem.reason == reason and message in problem.message and problem.case == row.case
     report = api.check_data(voc_folder, "image")
-    assert not report.ok and report.reasons == {reason: 1}
-    assert report.problems[0].local.endswith(("a.xml", "a.png"))
+    assert not report.ok and report.refused == {reason: 1}
+    assert report.local[report.of("refused")[0].cases[0].case].endswith(("a.xml", "a.png"))
 
 
 def test_a_damaged_xml_and_one_without_an_image(voc_folder: Path, tmp_path: Path) -> None:

@@ -255,9 +255,11 @@ def test_the_rest_goes_on_without_what_cannot_be_read(tmp_path: Path) -> None:
             assert b"CANARY" not in content and str(tmp_path).encode() not in content
 
     report = check(data, Npy())
-    assert not report.ok and report.usable == 5 and report.reasons == {"label": 2, "duplicate": 1, "nan": 1, "shape": 1,
+    assert not report.ok and report.usable == 5 and report.refused == {"label": 2, "duplicate": 1, "nan": 1, "shape": 1,
                                                                        "unreadable": 1}
-    assert "images/s1.npy" in next(p.message for p in report.problems if p.reason == "duplicate")
+    first = next(r.case for r in manifest.rows if r.local == "images/s1.npy")
+    assert first in next(f.what for f in report.findings if f.reason == "duplicate")
+    assert "CANARY" not in str(report.dump()) and any("CANARY" in name for name in report.local.values())
 
 
 def test_training_loses_its_copy_not_test(tmp_path: Path) -> None:
@@ -321,11 +323,13 @@ def test_a_cache_can_be_forked_and_sent(both: tuple[Cache, Cache], kind: int) ->
 
 def test_check_sums_up(data: Path, tmp_path: Path) -> None:
     report = check(data, Npy())
-    assert report.ok and report.rows == report.usable == report.subjects == 5 and report.labelled == 4
-    assert report.shape["x"] == pytest.approx(np.quantile([s[0] for s in SHAPES], (0, .05, .5, .95, 1)))
-    assert report.spacing["y"] == [2.0] * 5
+    assert report.ok and report.samples == report.usable == report.subjects == 5 and report.labelled == 4
+    measures = {m.name: m for m in report.measures}
+    assert measures["shape x"].quantiles == pytest.approx(np.quantile([s[0] for s in SHAPES], (0, .05, .5, .95, 1)))
+    assert sum(measures["shape x"].counts) == 5
+    assert measures["spacing y"].quantiles == (2.0,) * 5 and measures["spacing y"].counts == (5,)
     masks = np.concatenate([np.load(data / f"labels/s{i}.npy").ravel() for i in range(4)])
-    assert {k: v["share"] for k, v in report.labels.items()} == pytest.approx({str(v): (masks == v).mean() for v in range(3)})
+    assert {v.value: v.share for v in report.labels} == pytest.approx({v: (masks == v).mean() for v in range(3)})
     assert report.dump()["layout"] == "images and masks in sibling folders"
 
 
@@ -338,4 +342,5 @@ def test_check_points_at_what_stands_out(tmp_path: Path) -> None:
         np.save(tmp_path / f"images/{i}.npy", (x * (50 if i == 3 else 1)).astype(np.int16))
         np.save(tmp_path / f"labels/{i}.npy", np.full(x.shape, int(i != 5), np.uint8))
     report = check(tmp_path, Npy())
-    assert report.ok and {s.local for s in report.suspects} == {"images/3.npy", "images/5.npy", "images/11.npy"}
+    pointed = {f.reason: {report.local[c.case] for c in f.cases} for f in report.of("doubt")}
+    assert report.ok and pointed["unusual"] == {"images/3.npy", "images/11.npy"} and pointed["empty mask"] == {"images/5.npy"}

@@ -17,6 +17,8 @@ from test_training import TINY
 
 from meristem import api
 from meristem.cli import main
+from meristem.modalities.volume import Volume, VolumeOptions
+from meristem.platform.data.manifest import Manifest
 from meristem.platform.evaluation.results import Results
 from meristem.platform.report.pictures import Pictures, Strip
 from meristem.platform.training import checkpoint
@@ -136,13 +138,15 @@ def test_data_check_names_each_broken_file_and_pretraining_goes_on_without_them(
     broken(volume_folder)
     status, out, _ = call("data", "check", volume_folder, "--json")
     found = json.loads(out)
-    reasons = {Path(p["local"]).name[:7]: p["reason"] for p in found["problems"]}
+    names = {r.case: Path(r.local).name[:7] for r in Manifest.discover(volume_folder, Volume(VolumeOptions())).rows}
+    reasons = {names[c["case"]]: f["reason"] for f in found["findings"] if f["level"] == "refused" for c in f["cases"]}
     assert status == 1 and not found["ok"]
     assert reasons["case_01"] in ("truncated", "unreadable")
     assert reasons["case_02"] == "nan" and reasons["case_03"] == "no-affine"
     assert reasons["case_05"] == "shape" and "duplicate" in {reasons.get("case_00"), reasons.get("case_04")}
-    status, out, _ = call("data", "check", volume_folder)
+    status, out, _ = call("data", "check", volume_folder, "--names")
     assert status == 1 and all(f"case_0{i}" in out for i in (1, 2, 3, 5)) and "3 of 8" in out
+    assert "case_0" not in call("data", "check", volume_folder)[1]
 
     status, _, err = call("pretrain", "volume/mae", "--data", volume_folder, "--out", tmp_path / "run",
                           "--cache", tmp_path / "c", *TINY, "train.steps=2", "train.batch=2")

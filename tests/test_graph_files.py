@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -485,9 +485,9 @@ def test_files_of_no_graph(tmp_path: Path, name: str, text: str) -> None:
 
 def test_data_check_tells_what_was_found(tmp_path: Path) -> None:
     report = check(write(tmp_path / "a.txt", DGCNN), graph())
-    notes: Mapping[str, list[float]] = report.notes
-    assert report.usable == 3 and notes["nodes"][-1] == 3 and notes["edges"][0] == 0 and notes["largest degree"][-1] == 2
-    assert report.intensity == {}
+    measures = {m.name: m.quantiles for m in report.measures}
+    assert report.usable == 3 and measures["nodes"][-1] == 3 and measures["edges"][0] == 0
+    assert measures["largest degree"][-1] == 2 and "intensity 50 %" not in measures
 
 
 @pytest.mark.parametrize("label", ["README.txt", "train_idx-1.txt"])

@@ -502,11 +502,14 @@ def test_a_check_of_clouds_tells_their_size_and_who_has_another_unit(tmp_path: P
         np.savez(tmp_path / f"{i}.npz", points=points, part=np.zeros(50 + i, int))
     np.savez(tmp_path / "6.npz", points=np.full((9, 3), np.nan))
     report = check_data(tmp_path)
-    assert report.modality == "points" and report.usable == 6 and report.reasons == {"nan": 1}
-    assert report.notes["points"][0] == 50 and 1.8 < report.notes["extent x (m)"][2] < 2
-    assert 0.9 < report.notes["extent z (m)"][2] < 1
-    assert {s.local for s in report.suspects} == {"4.npz"} and not report.shape and not report.intensity
-    assert report.labels == {"0": {"samples": 6.0, "share": 1.0}}
+    measures = {m.name: m.quantiles for m in report.measures}
+    assert report.modality == "points" and report.usable == 6 and report.refused == {"nan": 1}
+    assert measures["points"][0] == 50 and 1.8 < measures["extent x (m)"][2] < 2
+    assert 0.9 < measures["extent z (m)"][2] < 1 and not {"shape x", "intensity 50 %"} & measures.keys()
+    unusual, = report.of("doubt")
+    assert [report.local[c.case] for c in unusual.cases] == ["4.npz"] and unusual.reason == "unusual"
+    label, = report.labels
+    assert (label.value, label.samples, label.share) == (0, 6, 1.0)
 
 
 # ---- which modality

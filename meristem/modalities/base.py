@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from meristem.errors import RecipeError
+from meristem.modalities.facts import Facts
 from meristem.modalities.frame import Frame
 from meristem.modalities.objects import Objects
 from meristem.modalities.rng import Rng
@@ -334,6 +335,24 @@ class Placing(Protocol):
 
     def annotated(self, box: np.ndarray, header: Header) -> np.ndarray:
         """The inverse, of boxes: (K, n) in source coordinates, as files have them."""
+        ...
+
+
+@runtime_checkable
+class Telling(Protocol):
+    """A modality that says more of its files to `data check` than a sample holds."""
+
+    def facts(self, paths: Sequence[Path], sample: Sample) -> Facts:
+        """Of the files as they are, before anything is oriented, clipped or normalised. sample: what `read` made of them."""
+        ...
+
+
+@runtime_checkable
+class Identifying(Protocol):
+    """A modality whose files have headers that may say whose they are."""
+
+    def identity(self, path: Path) -> Sequence[str]:
+        """Places in a file, usable or not, that hold what may say whose it is: names of header elements, never their values."""
         ...
 
 

@@ -27,8 +27,9 @@ from meristem.modalities.base import (
     natural,
     split_element,
 )
+from meristem.modalities.facts import Facts
 from meristem.modalities.frame import Frame
-from meristem.modalities.graph import drawing, encodings, files
+from meristem.modalities.graph import drawing, encodings, files, intake
 from meristem.modalities.graph.colours import ALIKE, fingerprint
 from meristem.modalities.graph.holdout import hold_out
 from meristem.modalities.graph.options import GraphOptions, GraphViewOptions
@@ -192,6 +193,12 @@ class Graph:
 
     def fetch(self, paths: Sequence[Path], header: Header, draws: Sequence[Draw]) -> list[np.ndarray]:
         raise NotImplementedError  # `read` leaves nothing in its files
+
+    def facts(self, paths: Sequence[Path], sample: Sample) -> Facts:
+        """See `Telling`."""
+        element = split_element(paths[0])
+        held = files.contents(element[0] if element else paths[0], self.options.label)
+        return intake.facts(held.graph(element[2] if element else 0))
 
     def write(self, prediction: np.ndarray, header: Header, path: Path) -> Path:
         """A CSV `node,class`, in the order of the source file and by its names."""

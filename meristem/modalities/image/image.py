@@ -15,6 +15,8 @@ from pydantic import Field, field_validator, model_validator
 
 from meristem.errors import DataError
 from meristem.modalities.base import Axis, Header, Sample, Settings
+from meristem.modalities.facts import Facts
+from meristem.modalities.image import identity, intake
 from meristem.modalities.image.files import decode, decode_labels
 from meristem.modalities.image.raster import ALIKE, Raster, dtype_limits, signs
 from meristem.modalities.image.storage import to_integers
@@ -226,6 +228,14 @@ class Image(Lattice):
     def _pixel(header: Header) -> np.ndarray:
         """(2,) size of a pixel of the source file, in the positions' unit."""
         return np.array(header.spacing) * np.array(header.shape[1:]) / np.array(header.source["shape"])
+
+    def facts(self, paths: Sequence[Path], sample: Sample) -> Facts:
+        """See `Telling`."""
+        return intake.facts(paths, self.options.channels if len(paths) == 1 else 1, self.options.max_pixels)
+
+    def identity(self, path: Path) -> Sequence[str]:
+        """See `Identifying`."""
+        return identity.of_file(path)
 
     def write(self, prediction: np.ndarray, header: Header, path: Path) -> Path:
         """A grey PNG of the source's size with the recipe's mask values; the suffix becomes .png.

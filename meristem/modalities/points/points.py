@@ -13,9 +13,10 @@ from torch import Tensor
 
 from meristem.errors import DataError
 from meristem.modalities.base import Axis, Draw, Element, Header, Links, Look, Sample, Settings, View, ViewSettings
+from meristem.modalities.facts import Facts
 from meristem.modalities.frame import Frame
 from meristem.modalities.objects import Objects
-from meristem.modalities.points import drawing, files
+from meristem.modalities.points import drawing, files, intake
 from meristem.modalities.points.cloud import Cloud, channels
 from meristem.modalities.points.options import WIDTHS, PointsOptions, PointsViewOptions
 from meristem.modalities.points.segments import segments
@@ -184,6 +185,10 @@ class Points:
     @staticmethod
     def _origin(header: Header) -> np.ndarray:
         return np.array([*header.source["origin"], 0.0, 0.0, 0.0, 0.0])
+
+    def facts(self, paths: Sequence[Path], sample: Sample) -> Facts:
+        """See `Telling`."""
+        return intake.facts(files.read_cloud(paths[0], self.options), self.options.unit)
 
     def write(self, prediction: np.ndarray, header: Header, path: Path) -> Path:
         """Labels (N,) of the stored points as .npy, one for every point of the file in its order; −1 where none is stored."""

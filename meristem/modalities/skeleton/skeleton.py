@@ -24,10 +24,11 @@ from meristem.modalities.base import (
     ViewSettings,
     split_element,
 )
+from meristem.modalities.facts import Facts
 from meristem.modalities.frame import Frame
 from meristem.modalities.lattice.labels import nearest
 from meristem.modalities.rng import Rng
-from meristem.modalities.skeleton import drawing, files, poses
+from meristem.modalities.skeleton import drawing, files, intake, poses
 from meristem.modalities.skeleton.options import SkeletonOptions, SkeletonViewOptions
 from meristem.modalities.skeleton.tokenizer import SkeletonTokenizer
 
@@ -167,6 +168,11 @@ class Skeleton:
                       torch.tensor([[period, 1.0]]).expand(rows, -1), ("s",))
         return View("example", array, frame.to(device), torch.arange(rows, device=device), torch.zeros_like(rng.key),
                     fields={"mask": rng.integers("mask", 2, *shape)}, weight=torch.ones(rows, 1, *shape, device=device))
+
+    def facts(self, paths: Sequence[Path], sample: Sample) -> Facts:
+        """See `Telling`."""
+        element = split_element(paths[0])
+        return intake.facts(files.recording(element[0] if element else paths[0]), self.options.fps)
 
     def write(self, prediction: np.ndarray, header: Header, path: Path) -> Path:
         """Labels (T, people · joints) as .npy, a row for each frame of the file; −1 where the sample is only a part of it."""

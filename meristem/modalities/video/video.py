@@ -14,12 +14,14 @@ from torch import Tensor
 
 from meristem.errors import DataError
 from meristem.modalities.base import Axis, Draw, Header, Look, Sample, View, ViewSettings, raw_pad
+from meristem.modalities.facts import Facts
 from meristem.modalities.image.image import IMAGENET
 from meristem.modalities.lattice import Lattice
 from meristem.modalities.lattice.drawing import draw as draw_frames
 from meristem.modalities.lattice.intensity import SPANNED, blur
 from meristem.modalities.lattice.labels import nearest, to_classes, to_values
 from meristem.modalities.objects import Objects
+from meristem.modalities.video import intake
 from meristem.modalities.video.folder import SUFFIXES
 from meristem.modalities.video.masks import UNKNOWN, first_number, read_masks
 from meristem.modalities.video.moments import ALIKE, Moments
@@ -30,6 +32,7 @@ from meristem.modalities.video.sampling import duration, times
 from meristem.modalities.video.sampling import frames as choose_frames
 
 DECODED = 16  # frames that are held at full size at once
+LOOKED_AT = 5  # frames whose brightness is told, and which are searched for text
 OVERRUN = 1.0  # s that a segment may reach past the last frame: durations are rounded, and containers count them differently
 
 
@@ -195,6 +198,21 @@ class Video(Lattice):
         """The inverse: (K, 2) in seconds, cut to what was decoded."""
         seconds, steps = _clock(header)
         return np.interp(box, steps, seconds)
+
+    def facts(self, paths: Sequence[Path], sample: Sample) -> Facts:
+        """See `Telling`."""
+        header = sample.header
+        shown = np.linspace(0, header.shape[1] - 1, LOOKED_AT).round().astype(int).tolist()
+        if sample.array is None:
+            size = (LOOKED_AT, *header.shape[2:])
+            frames, = self.fetch(paths, header, [Draw((0, 0, 0), size, size, index=tuple(shown))])
+        else:
+            frames = sample.array[:, shown]
+        return intake.facts(paths[0], frames, times(header), "times" not in header.source, tuple(header.source["shape"][1:]))
+
+    def identity(self, path: Path) -> Sequence[str]:
+        """See `Identifying`."""
+        return intake.identity(path)
 
     def write(self, prediction: np.ndarray, header: Header, path: Path) -> Path:
         """Label maps (T, H, W) as a folder of grey PNGs of the source's size, numbered as its frames. Returns the folder."""

@@ -13,9 +13,11 @@ from scipy.ndimage import affine_transform
 
 from meristem.errors import DataError
 from meristem.modalities.base import Axis, Header, Sample
+from meristem.modalities.facts import Facts
 from meristem.modalities.lattice import Lattice, LatticeOptions, LatticeViewOptions, anchors
 from meristem.modalities.likeness import Likeness, cosines, ranks, thinned, turns
 from meristem.modalities.objects import Objects
+from meristem.modalities.volume import intake
 from meristem.modalities.volume.nifti import as_labels, decode, open_nifti, placement, same_grid, save
 
 WAVES = 8  # cosines along each axis in a fingerprint
@@ -256,6 +258,14 @@ class Volume(Lattice):
     def annotated(self, box: np.ndarray, header: Header) -> np.ndarray:
         """(K, 6) in source coordinates, as annotations have them: RAS millimetres."""
         return box
+
+    def facts(self, paths: Sequence[Path], sample: Sample) -> Facts:
+        """See `Telling`."""
+        return intake.facts(paths, self.options.assume_affine, self.options.max_voxels)
+
+    def identity(self, path: Path) -> Sequence[str]:
+        """See `Identifying`."""
+        return intake.identity(path)
 
     def write(self, prediction: np.ndarray, header: Header, path: Path) -> Path:
         """`restore`, then a NIfTI of uint8 or int16 labels with the source's affine. Returns the file written."""

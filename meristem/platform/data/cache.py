@@ -522,7 +522,8 @@ Digest = tuple[str, tuple[str, ...]]  # of the images together, of each companio
 
 
 def contents(rows: Sequence[Row], problems: list[Problem], workers: int = 0, memory: Path | None = None,
-             members: Sequence[str] = (), beside: Callable[[Path], Sequence[Path]] | None = None) -> dict[int, Digest]:
+             members: Sequence[str] = (), beside: Callable[[Path], Sequence[Path]] | None = None,
+             progress: Progress | None = None) -> dict[int, Digest]:
     """Row index -> hashes of its files; what cannot be read is added to `problems`.
 
     memory: a file in which hashes are kept; a data file whose size and time of change are in it is not read again. members:
@@ -554,8 +555,12 @@ def contents(rows: Sequence[Row], problems: list[Problem], workers: int = 0, mem
             message = f"cannot be read ({type(error).__name__}: {_anonymous(getattr(error, 'strerror', None) or '', row)})"
             return Problem(row.case, "unreadable", message, "Check the file and its permissions.", row.local)
 
+    found = []
     with ThreadPoolExecutor(workers + 1) as pool:
-        found = list(pool.map(all_of, rows))
+        for done, digest in enumerate(pool.map(all_of, rows), 1):
+            found.append(digest)
+            if progress:
+                progress(done, len(rows))
     problems += [f for f in found if isinstance(f, Problem)]
     if memory:
         _write(memory, [json.dumps(remembered).encode()])

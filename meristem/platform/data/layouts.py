@@ -102,6 +102,8 @@ class Search:
         self.pairs: list[tuple[Path, Path]] = []
         self.layout = ""
         self.ranked = False  # a list says whose the samples are
+        self.by_list = False  # and which they are
+        self.blank: Counter[str] = Counter()  # column of a CSV -> lines that say nothing in it
         self.class_names: tuple[str, ...] = ()
         self.mask_names: tuple[str, ...] = ()
         self.object_names: tuple[str, ...] = ()
@@ -334,6 +336,7 @@ class Search:
     def listed(self, root: Path, images: tuple[str, ...], mask: str | None, subject: str, split: str,
                label: str | None = None, meta: dict[str, float | str] | None = None) -> None:
         """Add a sample that a list names, when its files are there."""
+        self.by_list = True
         paths = tuple(root / image for image in images)
         masks = (root / mask,) if mask else ()
         for p in (*paths, *masks):

@@ -19,6 +19,7 @@ SUBJECT = ("subject", "patient", "group", "source")
 LABEL = ("class", "label", "action")
 SUFFIXES = (".csv", ".txt", ".list")
 PARTICIPANTS = "participants.tsv"  # of BIDS: a line for each subject, by the name of its folder
+NOTHING = ("", "na", "n/a", "nan", "none", "null", "?", "-", "--", "unknown")  # what people write where they know nothing
 
 
 def is_list(search: Search, path: Path) -> bool:
@@ -137,6 +138,7 @@ def _table(search: Search, path: Path, text: str, default: str) -> None:
     search.ranked |= subject is not None
     for line in reader:
         r = {k: (v or "").strip() for k, v in line.items() if isinstance(k, str)}
+        search.blank.update({k: int(v.lower() in NOTHING) for k, v in r.items()})
         said = r[split].lower() if split else ""
         if said and said not in SPLITS:
             raise DataError("split", f"{path.name} line {reader.line_num}: split '{said}' is none of train, val, test",

@@ -91,7 +91,8 @@ class Manifest:
     object_names: of the classes of annotated objects. channel_names: as the data set declares them.
     layout: which one was recognised. problems: what was found but cannot be a row. hash: of relative names, sizes, labels,
     objects and declared splits, the same wherever the data lies. key_id: of the key behind the pseudonyms; those of two
-    manifests can only be compared when it is the same.
+    manifests can only be compared when it is the same. listed: whether a list says which files are samples. blank: column of a
+    CSV -> lines that say nothing in it.
     """
 
     rows: tuple[Row, ...]
@@ -103,6 +104,8 @@ class Manifest:
     object_names: tuple[str, ...] = ()
     channel_names: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
+    listed: bool = False
+    blank: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -218,7 +221,7 @@ def _manifest(search: Search, root: Path) -> Manifest:
     problems = tuple(Problem(pseudonym("case", local, key), reason, message, remedy, local)
                      for reason, local, message, remedy in search.lost)
     return Manifest(tuple(rows), search.layout, digest, pseudonym("key", "id", key), names, search.mask_names,
-                    search.object_names, search.channel_names, problems)
+                    search.object_names, search.channel_names, problems, search.by_list, search.blank)
 
 
 def _digested(objects: Objects | None) -> list[str]:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from meristem.errors import DataError
 from meristem.modalities.base import Header, Modality, Placing
 from meristem.modalities.likeness import Likeness
 from meristem.modalities.objects import Objects
+from meristem.platform.data.bar import counting
 from meristem.platform.data.cache import Cache
 from meristem.platform.data.manifest import Manifest, Problem, Row
 from meristem.platform.data.splits import divide
@@ -65,13 +64,8 @@ def open_data(path: Path, modality: Modality, split: str = "auto", cache: Path |
     modality = modality.fitted([p for row in manifest.rows for p in row.paths])
     if not labels:
         manifest = replace(manifest, rows=tuple(replace(row, fields={}, labels={}, objects=None) for row in manifest.rows))
-    if quiet or not sys.stderr.isatty():
-        store = Cache.build(manifest, modality, cache, workers=0)
-    else:
-        columns = (TextColumn("reading files"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", total=len(manifest))
-            store = Cache.build(manifest, modality, cache, lambda done, total: bar.update(task, completed=done, total=total))
+    with counting("reading files", quiet) as progress:
+        store = Cache.build(manifest, modality, cache, progress)
     inside = {r.index: {n: r.paths[0] for n in store.fields(r.index)} for r in manifest.rows if labels and r.index in store}
     manifest = replace(manifest, rows=tuple(replace(r, fields={**inside.get(r.index, {}), **r.fields}) for r in manifest.rows))
     manifest = _placed(manifest, store, modality)
