@@ -80,7 +80,7 @@ def test_a_collection_of_dgcnn_with_its_folds(tmp_path: Path) -> None:
 ])
 def test_what_is_wrong_with_a_collection(tmp_path: Path, text: str, reason: str) -> None:
     report = check(write(tmp_path / "x.txt", text), graph())
-    assert report.reasons == {reason: 1} and not report.ok
+    assert report.refused == {reason: 1} and not report.ok
 
 
 def tudataset(folder: Path, **files: str) -> Path:
@@ -105,7 +105,7 @@ def test_the_layout_of_tudataset(tmp_path: Path) -> None:
 
 def test_an_edge_between_graphs_of_a_tudataset_is_refused(tmp_path: Path) -> None:
     folder = tudataset(tmp_path / "DS", A="1, 3\n", graph_indicator="1\n1\n2\n")
-    assert check(folder, graph()).reasons == {"dangling": 1}
+    assert check(folder, graph()).refused == {"dangling": 1}
 
 
 @pytest.mark.data
@@ -450,7 +450,7 @@ def test_unlike_graphs_of_a_folder_are_refused_by_name(tmp_path: Path) -> None:
     save(tmp_path / "d" / "a.csv", connectome(6))
     save(tmp_path / "d" / "b.csv", connectome(5))
     report = check(tmp_path / "d", graph())
-    assert report.reasons == {"channels": 1}
+    assert report.refused == {"channels": 1}
 
 
 def test_options_of_a_checkpoint_hold(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from meristem.modalities.facts import Doubt, Facts
 from meristem.modalities.skeleton.files import Recording
 
-STILL = 1e-9  # of the spread of all joints: a joint that moves less in no axis is stuck
+STILL = 1e-9  # of the farthest place of a joint: where none moves more from frame to frame, nothing moves
 
 
 def facts(recording: Recording, fps: float | None) -> Facts:
@@ -23,6 +23,7 @@ def facts(recording: Recording, fps: float | None) -> Facts:
     if never:
         found.doubts.append(Doubt("joints", f"{len(never)} of {len(layout)} joints are never seen: {', '.join(never)}",
                                   "Was another layout of joints meant, or a part of the body out of sight?"))
-    if len(place) > 1 and np.nanmax(np.nanmax(place, 0) - np.nanmin(place, 0)) <= STILL * np.nanmax(np.abs(place)):
+    steps = np.abs(np.diff(place, axis=0))
+    if not np.isnan(steps).all() and np.nanmax(steps) <= STILL * np.nanmax(np.abs(place)):
         found.doubts.append(Doubt("still", "nothing moves in it", "Was one frame exported again and again?"))
     return found

@@ -163,7 +163,7 @@ class Cache:
         if not entries:
             reasons = ", ".join(sorted({p.reason for p in problems}))
             raise DataError("empty", f"none of {len(manifest)} samples can be used ({reasons})",
-                            "`meristem data check` names each file and what is wrong with it.")
+                            "`meristem data check --names` names each file and what is wrong with it.")
         return cache
 
     def __len__(self) -> int:

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset
 from meristem.errors import DataError
 from meristem.modalities.base import Identifying, Modality, Placing, Telling
 from meristem.modalities.facts import Doubt, Facts
-from meristem.modalities.objects import Objects
 from meristem.platform.data import doubts, figures
 from meristem.platform.data.cache import Progress, contents, decode, distinct
 from meristem.platform.data.figures import Seen
@@ -101,8 +100,6 @@ class _Reading(Dataset[Any]):
         counts = {} if mask is None else {int(v): int(n) for v, n in zip(*np.unique(mask, return_counts=True), strict=True)}
         if mask is not None and mask.ndim == len(self.modality.axes):  # a set has no neighbours
             facts.doubts += _of_mask(mask, counts)
-        if row.objects is not None:
-            facts.doubts += _of_boxes(row.objects, len(h.shape) - 1)
         return Seen(row, tuple(h.shape[1:]), tuple(h.spacing), counts, sample.notes, facts)
 
 
@@ -125,13 +122,3 @@ def _of_mask(mask: np.ndarray, counts: Mapping[int, int]) -> list[Doubt]:
     told = ", ".join(f"{n} of label {value}" for value, n in small.items())
     return [Doubt("stray", f"tiny parts, far smaller than the rest: {told}", "Stray elements of drawing? Remove them, unless "
                   "they are meant.")] if small else []
-
-
-def _of_boxes(objects: Objects, dims: int) -> list[Doubt]:
-    """Of boxes on a lattice: whether some have no extent."""
-    if objects.box.shape[1] != 2 * dims:
-        return []
-    low, high = np.split(objects.box, 2, axis=1)
-    flat = int((high <= low).any(1).sum())
-    return [Doubt("flat box", f"{flat} of {len(objects)} boxes have no extent", "Remove them, or correct their corners."
-                  )] if flat else []

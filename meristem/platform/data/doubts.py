@@ -84,14 +84,20 @@ def copies(rows: Sequence[Row], digests: Mapping[int, Digest]) -> list[Finding]:
 
 
 def identity(held: Mapping[str, int], manifest: Manifest) -> list[Finding]:
-    remedy = "De-identify the headers, or be sure that it is harmless. Only the place is told here, never what stands there."
-    found = [Finding(level="identity", reason="header", what=f"{place} holds something", remedy=remedy, count=n)
-             for place, n in sorted(held.items(), key=lambda item: (-item[1], item[0]))]
+    """held: place in a header -> files that have something there."""
+    found = []
+    if held:
+        found.append(Finding(level="identity", reason="header", count=len(held),
+                             what="headers hold what may say whose the files are; places, and files that have something there",
+                             parts=dict(sorted(held.items(), key=lambda item: (-item[1], item[0]))),
+                             remedy="De-identify the headers, or be sure that it is harmless. Told is the place, never what "
+                             "stands there."))
     paths = [r.local for r in manifest.rows] + [f"{p.parent.name}/{p.name}" for r in manifest.rows for p in r.fields.values()]
-    found += [Finding(level="identity", reason="name", what=f"names of files or folders hold {kind}", count=n,
-                      remedy="Rename them before they are shared. Runs and reports know pseudonyms; predictions go by the "
-                             "names of their files.")
-              for kind, n in names.counted(paths).items()]
+    if called := names.counted(paths):
+        found.append(Finding(level="identity", reason="name", count=sum(called.values()), parts=called,
+                             what="names of files or folders may say whose they are; what they hold, and how many do",
+                             remedy="Rename them before they are shared. Runs and reports know pseudonyms; predictions go by "
+                             "the names of their files."))
     columns = [c for c in manifest.blank if names.personal(c)]
     if columns:
         found.append(Finding(level="identity", reason="column", what=f"columns tell of persons: {', '.join(columns)}",
@@ -147,6 +153,11 @@ def classes(intake: Intake, seen: Sequence[Seen], class_names: Sequence[str], ob
                  for s in seen if any(v in s.counts for v in unknown)]
         found.append(finding("doubt", "unknown label", "label maps hold values that the data set does not declare: "
                              + ", ".join(map(str, unknown)), "Declare them in dataset.json, or correct the label maps.", cases))
+    top = max((v.value for v in intake.labels), default=0)
+    if intake.labels and top + 1 > max(2 * len(intake.labels), len(manifest.mask_names)):
+        found.append(Finding(level="doubt", reason="label numbers", what="label values are no numbers of classes from 0 on: "
+                             + ", ".join(str(v.value) for v in intake.labels), count=len(intake.labels),
+                             remedy="Number the classes 0, 1, 2, …, or map the values by the modality's options."))
     holders: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))  # class -> split -> subjects
     mask_names = {v.value: f"label {v.value} {v.name}".strip() for v in intake.labels if v.value > 0}
     for s in seen:

@@ -29,6 +29,7 @@ class Case(_Part):
 class Finding(_Part):
     """One thing to act on. level: refused: training leaves the samples out, or cannot start; identity: it may say who somebody
     is; doubt: worth a look. reason: a short fixed word. count: of samples, or of what `what` says. cases: the first of them.
+    parts: what it consists of -> how many.
     """
 
     level: Level
@@ -37,6 +38,7 @@ class Finding(_Part):
     remedy: str
     count: int
     cases: tuple[Case, ...] = ()
+    parts: Mapping[str, int] = {}
 
 
 class Measure(_Part):

@@ -1,7 +1,7 @@
 """Which samples there are: files, subjects, splits and labels, found in the layouts people have, under pseudonyms.
 
 A row's `case` and `subject` are keyed hashes (HMAC-SHA256). The key lies outside every run directory, so an artefact that
-names `case-3f9a…` says nothing to whoever lacks it. True names stay in memory, and are shown by `data check` only.
+names `case-3f9a…` says nothing to whoever lacks it. True names stay in memory; `data check --names` alone shows them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Row:
 
     case, subject: pseudonyms. paths: one file or a folder of numbered ones, or one per channel; an element of an array file is
     `file.npz#key/17`. fields: companions by name (mask). labels: class index by name (`class`). split: train | val | test, or
-    '' when open. local: the true name relative to the data, for `data check` only. meta: other columns of a CSV or of
+    '' when open. local: the true name relative to the data, for `data check --names` only. meta: other columns of a CSV or of
     `participants.tsv`; they may identify a person, so they are in no table. rank: place of the subject among all by true name,
     where a table names it. fold: of a declared cross-validation, the one that tests it; −1 where none is declared. element:
     number of the part of the sample that is meant (a node), where a task counts parts; −1: all of it. other: that of the second
@@ -74,7 +74,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Problem:
-    """A file that cannot be used. message: without true names. local: the true name, for `data check` only."""
+    """A file that cannot be used. message: without true names. local: the true name, for `data check --names` only."""
 
     case: str
     reason: str

@@ -76,7 +76,7 @@ def open_data(path: Path, modality: Modality, split: str = "auto", cache: Path |
     if store.quarantine and not quiet:
         reasons = sorted({problem.reason for problem in store.quarantine})
         print(f"{len(store)} of {len(manifest)} samples used; {len(store.quarantine)} files quarantined "
-              f"({', '.join(reasons)}): quarantine.csv in the run directory. `meristem data check` names them.",
+              f"({', '.join(reasons)}): quarantine.csv in the run directory. `meristem data check --names` names them.",
               file=sys.stderr)
     return Data(manifest, store, modality)
 

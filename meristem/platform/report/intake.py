@@ -40,8 +40,8 @@ def page(intake: Intake) -> str:
 
 
 def figure(x: float) -> str:
-    """Four digits."""
-    return f"{x:,.0f}" if x == int(x) and abs(x) < 1e9 else f"{x:.4g}"
+    """Four digits; whole numbers, and what is far above them, whole."""
+    return f"{x:,.0f}" if 1e3 <= abs(x) < 1e9 or x == int(x) else f"{x:.4g}"
 
 
 def span(measure: Measure) -> str:
@@ -67,6 +67,8 @@ def show(intake: Intake, console: Console, local: Mapping[str, str] = {}) -> Non
             say(f"\n[bold {colour}]{title}[/]  [dim]{about}[/]")
         for f in found:
             say(f"[{colour}]{f.reason}[/]  {f.count}  {escape(f.what)}")
+            for part, n in f.parts.items():
+                say(f"    {n:>6}  {escape(part)}")
             for case in f.cases[:FIRST]:
                 named = f" {local[case.case]}" if case.case in local else ""
                 say(f"    {escape(case.case + named)}{escape(f': {case.what}') if case.what else ''}")
