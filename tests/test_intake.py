@@ -336,7 +336,7 @@ def test_what_clips_are(tmp_path: Path) -> None:
             Image.fromarray(frame).save(tmp_path / str(clip) / f"{i:03d}.png")
     found = check_data(tmp_path, "video")
     measures = {m.name: m.quantiles for m in found.measures}
-    assert named(found, "text") == {"1"} and measures["frames"] == (9.0,) * 5
+    assert named(found, "text") == {"1"} and measures["shape t"] == (9.0,) * 5
     assert measures["frames per second"][2] == pytest.approx(25) and found.mixes["frame rate"] == {"constant": 3}
 
 

@@ -24,7 +24,7 @@ def facts(path: Path, frames: np.ndarray, times: np.ndarray, steady: bool, size:
     """frames: some of them, (3, n, H, W). times: s of all. steady: whether they are evenly spaced. size: (H, W) of the file."""
     found = intensities(frames)
     period = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
-    found.numbers |= {"frames": float(len(times)), "seconds": float(times[-1]) + period, "file height (px)": float(size[0]),
+    found.numbers |= {"seconds": float(times[-1]) + period, "file height (px)": float(size[0]),
                       "file width (px)": float(size[1]), **({"frames per second": 1 / period} if period else {})}
     found.words |= {"frame rate": "constant" if steady else "varies",
                     "kind": "folder of pictures" if path.is_dir() else path.suffix.lower().removeprefix(".")}
