@@ -273,6 +273,16 @@ def test_equal_bytes_in_two_splits(tmp_path: Path) -> None:
     assert leak.count == 4 and leak.cases[0].what == "test and train" and found.refused == {"duplicate": 4}
 
 
+def test_copies_in_other_bytes(tmp_path: Path) -> None:
+    for i in range(6):
+        Image.fromarray(picture(i)).save(tmp_path / f"{i}.png")
+    Image.fromarray((picture(2)[:, ::-1] * 0.8 + 20).astype(np.uint8)).save(tmp_path / "x.jpg", quality=80)
+    found = check_data(tmp_path)
+    alike = next(f for f in found.findings if f.reason == "alike")
+    assert named(found, "alike") == {"2.png"} and found.ok
+    assert found.local[alike.cases[0].what.removeprefix("looks like ")] == "x.jpg"
+
+
 # ---- names
 
 @pytest.mark.parametrize(("name", "kind"), [

@@ -60,6 +60,7 @@ def check(path: str | Path, modality: Modality, *, workers: int = 0, progress: P
     intake.objects = figures.counted((c for r in used if r.objects is not None for c in r.objects.label.tolist()), objects)
     intake.findings = [*doubts.refused(problems), *doubts.leaks(manifest.rows, digests), *doubts.identity(held, manifest),
                        *doubts.doubts(seen), *doubts.unusual(seen, axes), *doubts.copies(manifest.rows, digests),
+                       *doubts.near(seen, getattr(modality, "likeness", None)),
                        *doubts.classes(intake, seen, classes, objects, manifest), *doubts.table(manifest, modality)]
     return intake
 
@@ -100,7 +101,7 @@ class _Reading(Dataset[Any]):
         counts = {} if mask is None else {int(v): int(n) for v, n in zip(*np.unique(mask, return_counts=True), strict=True)}
         if mask is not None and mask.ndim == len(self.modality.axes):  # a set has no neighbours
             facts.doubts += _of_mask(mask, counts)
-        return Seen(row, tuple(h.shape[1:]), tuple(h.spacing), counts, sample.notes, facts)
+        return Seen(row, tuple(h.shape[1:]), tuple(h.spacing), counts, sample.notes, facts, sample.fingerprint)
 
 
 def _same(x: Any) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 
 from meristem.modalities.base import Modality, member_files, split_element
 from meristem.modalities.facts import Doubt
+from meristem.modalities.likeness import Likeness
 from meristem.platform.data import figures, names
 from meristem.platform.data.cache import Digest
 from meristem.platform.data.figures import Seen
@@ -22,6 +23,7 @@ APART = 100.0  # times the median: by so much, or by as little, a note tells of 
 SPREAD = 0.1  # a tenth of the median is taken as the least deviation, or nearly equal files would all stand out
 RARE, USUAL = 0.05, 0.9  # shares of samples: a word that so few have, where so many have another, is worth a look
 FEWEST = 5  # subjects that a class should have: with fewer, not every split gets some to learn from and some to test on
+BLOCK = 512  # samples that are compared with all at once
 FILL_IN = ("split", "mask", "pair", *LABEL)  # columns that may be empty: unlabelled, to be divided, alone
 
 
@@ -81,6 +83,25 @@ def copies(rows: Sequence[Row], digests: Mapping[int, Digest]) -> list[Finding]:
     cases = [Case(case=r.case) for some in torn for r in some]
     return [finding("doubt", "contradiction", "equal images have different labels", "Find out which is right; drop the other.",
                     cases)] if torn else []
+
+
+def near(seen: Sequence[Seen], likeness: Likeness | None) -> list[Finding]:
+    """Samples of different subjects that are copies of each other in other bytes: saved again, turned, brightened, trimmed."""
+    those = [s for s in seen if s.fingerprint]
+    cases = []
+    for first in range(0, len(those), BLOCK) if likeness else ():
+        block = those[first:first + BLOCK]
+        assert likeness is not None
+        alike = np.triu(likeness.alike([s.fingerprint for s in block], [s.fingerprint for s in those]), first + 1)
+        for s, found in zip(block, alike, strict=True):
+            others = [those[j].row for j in np.flatnonzero(found) if those[j].row.subject != s.row.subject]
+            if others:
+                more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+                apart = ", of another split" if any(o.split != s.row.split for o in others) else ""
+                cases.append(Case(case=s.row.case, what=f"looks like {others[0].case}{more}{apart}"))
+    return [finding("doubt", "alike", "samples look like those of other subjects, turned, brightened or saved again",
+                    "Where they are copies, give them one subject or remove one: else a test sample's copy may train.", cases)
+            ] if cases else []
 
 
 def identity(held: Mapping[str, int], manifest: Manifest) -> list[Finding]:

@@ -17,7 +17,7 @@ from meristem.platform.data.splits import NAMES
 
 @dataclass
 class Seen:
-    """One sample. counts: mask value -> elements."""
+    """One sample. counts: mask value -> elements. fingerprint: by which a copy of it is known again."""
 
     row: Row
     shape: tuple[int, ...]
@@ -25,6 +25,7 @@ class Seen:
     counts: dict[int, int]
     notes: dict[str, float]
     facts: Facts = field(default_factory=Facts)
+    fingerprint: bytes = b""
 
 
 def measures(seen: Sequence[Seen], axes: Sequence[str]) -> list[Measure]:
