@@ -162,7 +162,7 @@ def evaluate(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
     transfer.evaluate(entrants, Path(out), labels, seeds, protocols, quiet)
     if not first_rank():
         return Path(out) / "report.html"
-    pages.gather(Path(out), entrants[0].data, [Path(e.init) for e in entrants if e.init not in (tuning.SCRATCH, METADATA)])
+    pages.gather(Path(out), entrants)
     return pages.report([Path(out)], Path(out))
 
 

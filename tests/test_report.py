@@ -57,6 +57,7 @@ from meristem.platform.training.pretrain import card, reference
 from meristem.tasks import pages
 from meristem.tasks.base import TaskRecipe
 from meristem.tasks.pages import attended
+from meristem.tasks.transfer import Entrant
 
 CLASSES = ("anterior", "posterior")
 BUDGETS: dict[int | str, int] = {5: 5, 10: 10, "all": 160}
@@ -1025,7 +1026,7 @@ def test_pictures_of_sequences_are_their_frames_at_their_seconds(tmp_path: Path)
                 budget=Budget(steps=0, batch=0, trainable=0, seconds=1.0))
     Results(task="actions", kind="classification", metric="accuracy", classes=("a", "b"), cells=(cell,),
             dataset=Dataset(name="films", manifest="1", splits={})).save(out / "results.json")
-    pages.gather(out, data, [tmp_path / "run"])
+    pages.gather(out, [Entrant(str(tmp_path / "run"), task, data)])
     shown = Pictures.load(out / "pictures.npz")
 
     assert {s.case for s in shown.strips} == {r.case for r in rows}
@@ -1040,6 +1041,9 @@ def test_pictures_of_sequences_are_their_frames_at_their_seconds(tmp_path: Path)
         assert r.original.shape == (4, 96, 96, 3) and len(r.times) == 4 and 0 < known.mean() < 0.2
         np.testing.assert_allclose(r.masked[known], r.original[known])
         assert np.nanmin(r.original) > -0.5 and 100 < np.nanmax(r.original) < 255.5  # as stored, not as normalised
+    assert {f.arm for f in shown.features} == {"videomae", "scratch"} and len(shown.features) == 6
+    assert all(f.picture.shape[:3] == (2, 96, 96) and f.colours.shape[0] == len(f.times) == 2 for f in shown.features)
+    assert {e.arm for e in shown.embeddings} == {"videomae", "scratch"} and len(shown.embeddings[0].place) == 4
     assert len(shown.attention) == 3 and {a.arm for a in shown.attention} == {"videomae"}
     for a in shown.attention:
         assert sum(a.curve) == pytest.approx(1) and len(a.curve) == len(a.seconds) == 2 and a.frames.shape == (2, 96, 96, 3)

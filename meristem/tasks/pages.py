@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from meristem.errors import DataError, MeristemError
-from meristem.modalities.base import Draw, Header, Modality, View
+from meristem.modalities.base import Draw, Header, View
 from meristem.modalities.stream import LatticeStream
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.loader import loader, whole
@@ -46,17 +46,16 @@ from meristem.platform.report.pictures import (
 )
 from meristem.platform.step import Batch, Step
 from meristem.platform.training import checkpoint
+from meristem.tasks import features
 from meristem.tasks.base import TaskRecipe
+from meristem.tasks.looks import POINTS, picture, spread, thin, timed, varied
 from meristem.tasks.propagation import Keypoints, dots, points_of
-from meristem.tasks.transfer import named
+from meristem.tasks.transfer import Entrant, arms
 from meristem.tasks.ways import kept
 
 SHOWN = 4  # reconstructions of each masked run
 ATTENDED = 3  # samples whose attention is shown
-FRAMES = 6  # of a strip
-POINTS = 2048  # of a cloud that is drawn
 SEEN = 20_000  # points from above
-SIDE = 240  # elements along the longer side of a strip's frame
 
 
 def report(directories: Sequence[Path], out: Path, folds: bool = False) -> Path:
@@ -100,17 +99,17 @@ def _pool(directories: Sequence[Path], out: Path) -> None:
         shutil.copytree(directories[0] / "logs", out / "logs", dirs_exist_ok=True)
 
 
-def gather(directory: Path, data: Data, inits: Sequence[Path]) -> None:
+def gather(directory: Path, entrants: Sequence[Entrant]) -> None:
     """Make the pictures of a finished evaluation and keep them beside its results; copy the pretraining logs."""
-    results = Results.load(directory / "results.json")
-    pretrained = {name: Path(init) for init, name in named([str(init) for init in inits]).items()}
-    shown = [replace(picture, label=name) for name, init in pretrained.items() for picture in reconstructions(init, data)]
+    results, data, contestants = Results.load(directory / "results.json"), entrants[0].data, arms(entrants)
+    pretrained = {arm.name: arm.init for arm in contestants if arm.init is not None}
+    shown = [replace(found, label=name) for name, init in pretrained.items() for found in reconstructions(init, data)]
     overlays = _overlays(directory, results, data) if results.kind in ("segmentation", "propagation") else []
     points = _clouds(directory, results, data) if results.kind in ("parts", "semantic") else []
     strips = _strips(results, data) if timed(data.modality) else []
     seen = attentions(directory / "recipe.yaml", pretrained, data) if timed(data.modality) else []
     scenes = _scenes(results, data) if results.kind == "detection" else []
-    Pictures(shown, overlays, strips, seen, points, scenes).save(directory / "pictures.npz")
+    Pictures(shown, overlays, strips, seen, points, scenes, *features.gather(contestants)).save(directory / "pictures.npz")
     logs = directory / "logs"
     logs.mkdir(exist_ok=True)
     for name, init in pretrained.items():
@@ -134,35 +133,14 @@ def _visible(array: np.ndarray, header: Header, plane: Slice) -> np.ndarray:
     """A plane of a stored array (C, *S) as a picture: (H, W, 3) with three channels, else the first."""
     each = (-1, *(1,) * (array.ndim - 1))
     values = array * np.array(header.scale).reshape(each) + np.array(header.offset).reshape(each)
-    return plane.of(_picture(values))
-
-
-def _picture(values: np.ndarray) -> np.ndarray:
-    """(C, *S) -> (*S, 3) of three channels, else the first."""
-    return np.moveaxis(values, 0, -1) if len(values) == 3 else np.asarray(values[0])
-
-
-def timed(modality: Modality) -> bool:
-    """Whether samples are sequences: their first axis is in seconds."""
-    return len(modality.axes) == 3 and modality.axes[0].unit == "s"
-
-
-def _thin(x: np.ndarray) -> np.ndarray:
-    """Every n-th row and column of (…, H, W), so that at most `SIDE` are left."""
-    step = -(-max(x.shape[-2:]) // SIDE)
-    return x[..., ::step, ::step]
+    return plane.of(picture(values))
 
 
 def _frames(values: np.ndarray, places: Sequence[int], header: Header) -> np.ndarray:
     """Frames of normalised values (C, T, H, W) as they are stored: (n, H, W, 3) or (n, H, W), thinned."""
     each = (-1, 1, 1, 1)
     stored = (values[:, list(places)] - np.array(header.offset).reshape(each)) / np.array(header.scale).reshape(each)
-    return _picture(_thin(stored)).astype(np.float32)
-
-
-def _spread(first: int, last: int) -> list[int]:
-    """Up to `FRAMES` whole numbers from first to last, evenly spread."""
-    return sorted({round(x) for x in np.linspace(first, last, FRAMES).tolist()})
+    return picture(thin(stored)).astype(np.float32)
 
 
 def _stored(data: Data, row: Row, places: Sequence[int]) -> tuple[np.ndarray, tuple[float, ...]]:
@@ -171,7 +149,7 @@ def _stored(data: Data, row: Row, places: Sequence[int]) -> tuple[np.ndarray, tu
     size = header.shape[2:]
     draw = Draw((0, 0, 0), (len(places), *size), (len(places), *size), index=tuple(places))
     (window,) = data.cache.windows(row.index, [draw])
-    return _picture(_thin(window)), tuple(header.affine[0][0] * i + header.affine[0][3] for i in places)
+    return picture(thin(window)), tuple(header.affine[0][0] * i + header.affine[0][3] for i in places)
 
 
 def _strips(results: Results, data: Data) -> list[Strip]:
@@ -182,7 +160,7 @@ def _strips(results: Results, data: Data) -> list[Strip]:
     found = []
     for case in (case for case in chosen if case in rows):
         header = data.cache.header(rows[case].index)
-        shown, times = _stored(data, rows[case], _spread(0, header.shape[1] - 1))
+        shown, times = _stored(data, rows[case], spread(0, header.shape[1] - 1))
         found.append(Strip(case, shown, times, header.spacing[1] / header.spacing[2]))
     return found
 
@@ -303,10 +281,10 @@ def _overlays(directory: Path, results: Results, data: Data) -> list[Overlay]:
             drawn = {arm: dots(x, truth.shape) for arm, x in drawn.items()}
         if timed(data.modality):
             known = np.flatnonzero((truth.astype(int) >= 0).any((1, 2)))  # frames that somebody labelled
-            places = [int(known[i]) for i in _spread(0, len(known) - 1)]
+            places = [int(known[i]) for i in spread(0, len(known) - 1)]
             image, times = _stored(data, row, places)
-            found.append(Overlay(row.case, rank, image, _thin(truth[places]),
-                                 {arm: _thin(x[places]) for arm, x in drawn.items()}, scores,
+            found.append(Overlay(row.case, rank, image, thin(truth[places]),
+                                 {arm: thin(x[places]) for arm, x in drawn.items()}, scores,
                                  header.spacing[1] / header.spacing[2], times))
             continue
         plane = pick_slice(truth, header.spacing)
@@ -343,8 +321,7 @@ def attentions(recipe: Path, pretrained: Mapping[str, Path], data: Data) -> list
         return []
     task = build(read(str(recipe)), TaskRecipe)
     test = data.rows("test") or data.rows()
-    rows = [*{row.labels.get("class"): row for row in reversed(test)}.values()][::-1]
-    rows = [*rows, *(row for row in test if row not in rows)][:ATTENDED]
+    rows = varied(test, ATTENDED)
     if "attention" not in task.encoder.provides or not rows:
         return []
     found = []
@@ -362,7 +339,7 @@ def attentions(recipe: Path, pretrained: Mapping[str, Path], data: Data) -> list
             weight = attended(assembly.encoder(one.seen(task.encoder.sees), want=frozenset({"attention"})))
             heat = weight[0].reshape(stream.lattice)
             seconds = stream.position[i, :, 0].reshape(stream.lattice)[:, 0, 0]
-            picks = _spread(0, len(heat) - 1)
+            picks = spread(0, len(heat) - 1)
             places = [t * stream.patch[0] + stream.patch[0] // 2 for t in picks]
             shown = _frames(view.array[i].float().numpy(), places, data.cache.header(row.index))
             spacing = view.frame.spacing[i]
@@ -413,7 +390,7 @@ def reconstructions(init: Path, data: Data) -> list[Reconstruction]:
         original = parts[0]
         if timed(recipe.modality):
             frame = view.frame
-            places = _spread(0, original.shape[1] - 1)
+            places = spread(0, original.shape[1] - 1)
             index = torch.tensor([[float(t), 0.0, 0.0] for t in places])
             times = frame.select(slice(i, i + 1)).local(index[None])[0, :, 0]
             aspect = float(frame.spacing[i, 1] / frame.spacing[i, 2])
@@ -423,6 +400,6 @@ def reconstructions(init: Path, data: Data) -> list[Reconstruction]:
         plane = pick_slice(np.zeros(original.shape[1:], np.uint8), headers[i].spacing)
         if original.ndim == 3:
             plane = Slice(None, 0, 1.0)
-        shown = [plane.of(_picture(x)) for x in parts]
+        shown = [plane.of(picture(x)) for x in parts]
         found.append(Reconstruction(shown[0], shown[1], shown[2], plane.aspect, recipe.name))
     return found

@@ -29,9 +29,10 @@ from meristem.platform.data.traits import traits
 from meristem.platform.encoders.lora import adapt
 from meristem.platform.evaluation.leakage import audit, copies
 from meristem.platform.evaluation.metrics import LABELS
-from meristem.platform.evaluation.results import FEW, METADATA, QUERIES, Budget, Cell, Counts, Dataset, Results
+from meristem.platform.evaluation.results import FEW, METADATA, QUERIES, Budget, Cell, Counts, Dataset, Results, Spent
 from meristem.platform.recipe import build
 from meristem.platform.training import checkpoint
+from meristem.platform.training.energy import Meter
 from meristem.platform.training.loop import first_rank
 from meristem.tasks.base import Scope, TaskRecipe, TaskSettings
 from meristem.tasks.classification import Classifying
@@ -210,7 +211,8 @@ def evaluate(entrants: Sequence[Entrant], directory: Path, labels: Sequence[str]
                 still = protocol not in WAYS and not quiet and share is None and first_rank() and sys.stderr.isatty()
                 with Console(stderr=True).status(title) if still else nullcontext():
                     cell = _run(arm, protocol, budget, rows, scope, seed, title, frozen[arm.name],
-                                directory if seed == 0 and first_rank() else None, quiet or share is not None)
+                                directory if seed == 0 and first_rank() else None, quiet or share is not None,
+                                Meter.here() if share is None else None)
                 if first_rank():
                     checkpoint.write_text(file, cell.model_dump_json())
             cells.append(cell)
@@ -230,8 +232,9 @@ def evaluate(entrants: Sequence[Entrant], directory: Path, labels: Sequence[str]
 
 
 def _run(arm: Arm, protocol: str, labels: str, rows: list[Row], scope: Scope, seed: int, title: str, frozen: Frozen,
-         keep: Path | None, quiet: bool) -> Cell:
-    began = time.perf_counter()
+         keep: Path | None, quiet: bool, meter: Meter | None) -> Cell:
+    """meter: of the energy of this process's device, where nothing else runs beside it."""
+    began, trained = time.perf_counter(), 0.0
     recipe, data = _seeded(arm.recipe, seed), arm.data
     test = recipe.task.cases(data, "test")
     chosen: dict[str, float] = {}
@@ -248,18 +251,22 @@ def _run(arm: Arm, protocol: str, labels: str, rows: list[Row], scope: Scope, se
             if keep is not None:
                 (keep / "logs").mkdir(exist_ok=True)
                 shutil.copyfile(Path(folder) / "metrics.jsonl", keep / "logs" / f"{name}.jsonl")
+        trained, meter = tuned.outcome.joules or 0.0, meter and Meter.here()
         cases = score(tuned.outcome.assembly, data, test, scope, lambda row, map_: maps.__setitem__(row.case, map_))
-        cost = Budget(steps=tuned.outcome.steps, batch=recipe.train.batch, trainable=tuned.trainable,
-                      seconds=round(time.perf_counter() - began, 2))
+        cost = Budget(steps=tuned.outcome.steps, batch=recipe.train.batch, trainable=tuned.trainable, seconds=0.0,
+                      devices=tuned.outcome.devices)
     elif isinstance(recipe.task, Carrying):
         cases = score(_frozen(recipe, arm, scope), data, test, scope, lambda row, map_: maps.__setitem__(row.case, map_))
-        cost = Budget(steps=0, batch=0, trainable=0, seconds=round(time.perf_counter() - began, 2))
+        cost = Budget(steps=0, batch=0, trainable=0, seconds=0.0)
         if keep is not None:
             for row in test:
                 recipe.task.save(data, row, maps[row.case], keep / "predictions" / arm.name)
     else:
-        cases, chosen, spent = probe(frozen, protocol, rows, test, scope.classes, recipe.train.seed)
-        cost = spent.model_copy(update={"seconds": round(time.perf_counter() - began, 2)})
+        cases, chosen, cost = probe(frozen, protocol, rows, test, scope.classes, recipe.train.seed)
+    tested = meter.read() if meter is not None and cost.devices == 1 else None  # several devices test, and this knows of one
+    cost = cost.model_copy(update={"seconds": round(time.perf_counter() - began, 2)})
+    if meter is not None and tested is not None:
+        cost = cost.model_copy(update={"metered": meter.of, "joules": round(trained + tested, 1)})
     if maps and keep is not None:
         (keep / "pictures").mkdir(exist_ok=True)
         np.savez_compressed(keep / "pictures" / f"{name}.npz", **maps)  # type: ignore[arg-type]
@@ -315,12 +322,12 @@ def _results(recipe: TaskRecipe, data: Data, scope: Scope, contestants: Sequence
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return Results(task=recipe.name, kind=kind, metric=metric, classes=classes,
                    dataset=Dataset(name="the given data", manifest=data.manifest.hash, splits=splits,
-                                   quarantined=len(data.cache.quarantine)),
+                                   quarantined=len(data.cache.quarantine), modality=data.modality.name),
                    cells=tuple(cells), counted=recipe.task.counted, scoring=recipe.task.scoring,
                    overlaps=dict(getattr(recipe.task, "overlaps", {})), unit=scope.unit or "mm",
                    tolerance=getattr(recipe.task, "tolerance", None), traits=traits(data.manifest.rows, test),
                    pretraining=pretraining, leakage=leakage, versions=checkpoint.versions(), settings=settings,
-                   cost={"device": device} | {f"pretraining of {a.name}": _cost(a.init) for a in contestants if a.init})
+                   spent={a.name: spent for a in contestants if a.init and (spent := _spent(a.init))}, cost={"device": device})
 
 
 def _scored(task: TaskSettings, metric: str, scope: Scope) -> tuple[Any, tuple[str, ...]]:
@@ -333,15 +340,13 @@ def _scored(task: TaskSettings, metric: str, scope: Scope) -> tuple[Any, tuple[s
     return task.kind, scope.scored
 
 
-def _cost(run: Path) -> str:
-    """Of a pretraining run, as its metrics.json says."""
-    if "weights" in checkpoint.read_card(run):
-        return "unknown: trained elsewhere"
+def _spent(run: Path) -> Spent | None:
+    """Of a pretraining run, as its metrics.json says; None where that is missing, or of weights trained elsewhere."""
     file = run / "metrics.json"
-    if not file.is_file():
-        return "unknown: its metrics.json is missing"
+    if "weights" in checkpoint.read_card(run) or not file.is_file():
+        return None
     figures = json.loads(file.read_text())
-    return f"{figures['steps']:,} steps, {figures['samples']:,} samples drawn, {figures['seconds'] / 60:,.1f} min"
+    return Spent.model_validate({name: figures[name] for name in Spent.model_fields if name in figures})
 
 
 def reload(run: Path) -> tuple[Assembly, TaskRecipe, Scope]:

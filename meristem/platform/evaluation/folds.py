@@ -7,7 +7,7 @@ from typing import Any
 
 from meristem.errors import MeristemError
 from meristem.platform.evaluation.leakage import Leakage
-from meristem.platform.evaluation.results import Budget, Cell, Counts, Dataset, Results
+from meristem.platform.evaluation.results import Cell, Counts, Results, added
 
 WORST = ("contaminated", "unknown", "transductive", "clean")
 SAME = ("task", "kind", "metric", "classes", "unit", "tolerance", "scoring", "overlaps", "settings")
@@ -39,16 +39,17 @@ def pooled(folds: Sequence[Results]) -> Results:
         tested |= subjects
     parts = [fold.dataset for fold in folds]
     test = [part.splits["test"] for part in parts]
-    dataset = Dataset(name=f"{parts[0].name}, {len(folds)} folds", manifest=parts[0].manifest,
-                      splits={**parts[0].splits, "test": Counts(subjects=sum(t.subjects for t in test),
-                                                                cases=sum(t.cases for t in test))},
-                      quarantined=parts[0].quarantined)
+    whole = Counts(subjects=sum(t.subjects for t in test), cases=sum(t.cases for t in test))
+    dataset = parts[0].model_copy(update={"name": f"{parts[0].name}, {len(folds)} folds",
+                                          "splits": {**parts[0].splits, "test": whole}})
     return first.model_copy(update={
         "cells": tuple(_joined([fold[key] for fold in cells]) for key in keys), "dataset": dataset,
         "traits": {trait: {case: value for fold in folds for case, value in fold.traits.get(trait, {}).items()}
                    for trait in dict.fromkeys(t for fold in folds for t in fold.traits)},
         "leakage": {arm: _worst([fold.leakage[arm] for fold in folds]) for arm in first.leakage},
         "pretraining": {arm: _common([fold.pretraining[arm] for fold in folds]) for arm in first.pretraining},
+        "spent": {arm: added([fold.spent[arm] for fold in folds]) for arm in first.spent
+                  if all(arm in fold.spent for fold in folds)},
         "cost": _common([fold.cost for fold in folds])})
 
 
@@ -57,8 +58,7 @@ def _joined(cells: Sequence[Cell]) -> Cell:
     return cells[0].model_copy(update={
         "init": None if cells[0].init is None else ", ".join(str(cell.init) for cell in cells),
         "labelled_subjects": round(sum(cell.labelled_subjects for cell in cells) / len(cells)),
-        "budget": Budget(steps=budgets[0].steps, batch=budgets[0].batch, trainable=budgets[0].trainable,
-                         seconds=round(sum(b.seconds for b in budgets), 2)),
+        "budget": added(budgets),
         "cases": tuple(case for cell in cells for case in cell.cases),
         "chosen": cells[0].chosen if all(cell.chosen == cells[0].chosen for cell in cells) else {}})
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,12 +47,40 @@ class Model(BaseModel):
 
 
 class Budget(Model):
-    """What training one cell cost. trainable: parameters that got a gradient. A probe without training has steps 0."""
+    """What training and testing one cell cost. trainable: parameters that got a gradient. A probe without training has steps 0.
+
+    devices: that worked at once. joules: as the counters of what is `metered` (GPU, processors) tell, of all that ran there
+    meanwhile; None where there is none.
+    """
 
     steps: int
     batch: int
     trainable: int
     seconds: FiniteFloat
+    devices: int = 1
+    joules: FiniteFloat | None = None
+    metered: str = ""
+
+
+class Spent(Model):
+    """What pretraining an arm cost, as `Budget` says of a cell."""
+
+    steps: int
+    samples: int
+    seconds: FiniteFloat
+    devices: int = 1
+    joules: FiniteFloat | None = None
+    metered: str = ""
+
+
+Cost = TypeVar("Cost", Budget, Spent)
+
+
+def added(several: Sequence[Cost]) -> Cost:
+    """One that took as long, and as much, as all together; the rest, of each alike, is the first's."""
+    joules = [c.joules for c in several if c.joules is not None]
+    return several[0].model_copy(update={"seconds": round(sum(c.seconds for c in several), 2),
+                                         "joules": sum(joules) if len(joules) == len(several) else None})
 
 
 class Boxes(Model):
@@ -134,12 +162,15 @@ class Counts(Model):
 
 
 class Dataset(Model):
-    """name: without any path. splits: train | val | test -> counts. manifest: its hash. quarantined: files left out."""
+    """name: without any path. modality: what kind of data. splits: train | val | test -> counts. manifest: its hash.
+    quarantined: files left out.
+    """
 
     name: str
     manifest: str
     splits: dict[str, Counts]
     quarantined: int = 0
+    modality: str = ""
 
 
 class Results(Model):
@@ -148,10 +179,11 @@ class Results(Model):
     metric: the primary one, by which arms are compared. classes: those scored (segmentation: foreground; classification: all,
     in the order of the probabilities; retrieval: `QUERIES` alone; parts: `SHAPES` alone; few-shot: its
     settings). unit: of distances (mm | px). tolerance: of the NSD.
-    pretraining: arm -> excerpt of its card. leakage: arm -> audit. cost: anything worth printing, by name. settings: the
-    resolved recipes, by name. counted: what is drawn for training, tested and resampled. scoring: how detections are scored;
-    overlaps: class -> IoU from which on one is right, where classes differ in that. traits: trait (site, age, …) -> test case
-    -> its value; case by case they may single a person out, so a report holds groups of them only.
+    pretraining: arm -> excerpt of its card. leakage: arm -> audit. spent: arm -> cost of its pretraining, where known. cost:
+    anything else of it worth printing, by name. settings: the resolved recipes, by name. counted: what is drawn for training,
+    tested and resampled. scoring: how detections are scored; overlaps: class -> IoU from which on one is right, where classes
+    differ in that. traits: trait (site, age, …) -> test case -> its value; case by case they may single a person out, so a
+    report holds groups of them only.
     """
 
     task: str
@@ -170,6 +202,7 @@ class Results(Model):
     pretraining: dict[str, dict[str, Any]] = {}
     leakage: dict[str, Leakage] = {}
     versions: dict[str, str] = {}
+    spent: dict[str, Spent] = {}
     cost: dict[str, Any] = {}
     settings: dict[str, Any] = {}
 
@@ -864,7 +897,7 @@ def join(old: Results, new: Results) -> Results | None:
         known = cells.setdefault((cell.arm, cell.protocol, cell.labels, cell.seed), cell)
         if known.cases != cell.cases or known.init != cell.init:
             return None
-    tables = ("pretraining", "leakage", "versions", "cost", "settings")
+    tables = ("pretraining", "leakage", "versions", "spent", "cost", "settings")
     both = {name: {**getattr(old, name), **getattr(new, name)} for name in tables}
     return Results.model_validate({**dict(old), **both, "cells": tuple(cells.values())})
 

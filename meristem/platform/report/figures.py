@@ -26,6 +26,8 @@ from meristem.platform.evaluation.statistics import Estimate
 from meristem.platform.report.pictures import (
     Attention,
     Cloud,
+    Embedding,
+    FeatureMap,
     Overlay,
     Reconstruction,
     Scene,
@@ -51,6 +53,8 @@ NAMED = 30  # classes beyond which their names no longer stand beside a figure
 MARKS = {detection.HIT: ("#0072b2", "-"), detection.MISSED: ("#cc79a7", "--"), detection.FALSE: ("#d55e00", ":")}
 TOLD = 12  # marks of a picture beyond which their classes no longer stand beside them
 VIEWPOINT = (-60.0, 25.0)  # azimuth and height, degrees, from which points are seen
+SHADES = 12  # classes beyond which colours on a map no longer tell them apart
+MARKERS = "osD^vP*X"  # so that colour is not all that tells classes apart
 _MANY = 300  # points beyond which a cloud is stored as pixels
 _UNKNOWN = np.array([201, 206, 214]) / 255  # light grey
 
@@ -815,13 +819,18 @@ def clouds(several: Iterable[Cloud], metric: str) -> list[tuple[str, list[tuple[
 def scatter(points: Array, label: Array, colours: Mapping[int, str], caption: str, alt: str,
             wrong: Array | None = None) -> Plot:
     """Points (N, 3) seen from a corner above, z up, the far ones paler; those that are `wrong` are ringed."""
+    full = np.array([mpl.colors.to_rgb(colours.get(int(v), "#c9ced6")) for v in label])
+    return _seen(points, full, caption, alt, np.zeros(len(points), bool) if wrong is None else wrong)
+
+
+def _seen(points: Array, full: Array, caption: str, alt: str, ringed: Array) -> Plot:
+    """Points (N, 3) in colours (N, 3), drawn as `scatter` does."""
     azimuth, height = np.radians(VIEWPOINT)
     right = np.array([-np.sin(azimuth), np.cos(azimuth), 0])
     near = np.array([np.cos(azimuth) * np.cos(height), np.sin(azimuth) * np.cos(height), np.sin(height)])
     centred = points - (points.min(0) + points.max(0)) / 2
     x, y, depth = centred @ right, centred @ np.cross(near, right), centred @ near
     order = np.argsort(depth)
-    full = np.array([mpl.colors.to_rgb(colours.get(int(v), "#c9ced6")) for v in label])
     pale = (0.45 * (depth.max() - depth) / max(float(np.ptp(depth)), 1e-12))[:, None]
     shown = full * (1 - pale) + pale
     reach = 1.04 * max(float(np.abs(x).max()), float(np.abs(y).max()), 1e-12)
@@ -829,11 +838,90 @@ def scatter(points: Array, label: Array, colours: Mapping[int, str], caption: st
     ax = figure.add_axes((0, 0, 1, 1))
     ax.axis("off")
     ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-    rings = np.where(np.zeros(len(points), bool) if wrong is None else wrong, 0.4, 0.0)
+    rings = np.where(ringed, 0.4, 0.0)
     ax.scatter(x[order], y[order], s=6, c=shown[order], edgecolors="#111827", linewidths=rings[order].tolist())
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return Plot("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), alt, caption)
+
+
+def features(several: Sequence[FeatureMap]) -> list[tuple[str, list[Plot]]]:
+    """(heading, panels) per case: the case itself, then what each arm makes of it, in colours."""
+    rows = []
+    for i, case in enumerate(dict.fromkeys(f.case for f in several), 1):
+        mine = [f for f in several if f.case == case]
+        first, title = mine[0], f"Sample {i}"
+        if first.colours.ndim == 2:
+            none = np.zeros(len(first.picture), bool)
+            panels = [_seen(first.picture, np.full((len(none), 3), 0.45), "sample", f"{title}: its points", none)]
+            panels += [_seen(f.picture, f.colours, f.arm, _mapped(title, f), none) for f in mine]
+        else:
+            panels = [raster(first.picture, first.aspect, "sample", f"{title}, {case}: as it is{_span(first.times)}",
+                             times=first.times)]
+            size = first.picture.shape[bool(first.times):][:2]
+            panels += [raster(_stretched(f.colours, size), f.aspect, f.arm, _mapped(title, f), limits=(0.0, 1.0), times=f.times)
+                       for f in mine]
+        rows.append((title, panels))
+    return rows
+
+
+def _mapped(title: str, f: FeatureMap) -> str:
+    """In words: how far the sample's tokens differ, of which colours speak."""
+    spread = ", ".join(f"{x:.2f}" for x in f.colours.reshape(-1, 3).std(0))
+    return (f"{title}, tokens of {f.arm}: first three principal components as red, green and blue{_span(f.times)}; standard "
+            f"deviations within the sample {spread} of the colour range")
+
+
+def _stretched(colours: Array, size: Sequence[int]) -> Array:
+    """(…, h, w, 3) to (…, H, W, 3): every token as the block that it covers."""
+    for axis, n in zip((-3, -2), size, strict=True):
+        cells = colours.shape[axis]
+        colours = np.take(colours, (2 * np.arange(n) + 1) * cells // (2 * n), axis)
+    return colours
+
+
+def embeddings(several: Sequence[Embedding], colours: Mapping[str, str]) -> list[Plot]:
+    """The first two principal components of the test samples' vectors, a panel per arm; few classes in colour."""
+    plots = []
+    for e in several:
+        present = [v for v in e.names if (e.label == v).any()]
+        hues = mpl.colormaps["tab10" if len(present) <= 10 else "tab20"]
+        coloured = present if len(present) <= SHADES else []
+
+        def paint(ax: Axes, e: Embedding = e, coloured: Sequence[int] = coloured, hues: Any = hues) -> None:
+            rest = ~np.isin(e.label, list(coloured))
+            ax.plot(*e.place[rest].T, ".", color=colours.get(e.arm, "#374151"), alpha=0.6, markersize=5)
+            for i, value in enumerate(coloured):
+                ax.plot(*e.place[e.label == value].T, linestyle="none", marker=MARKERS[i % len(MARKERS)], markersize=4.5,
+                        color=hues(i % hues.N), alpha=0.75, markeredgewidth=0, label=e.names[value])
+            x, y = (f"{name} component, {share:.0%} of variance"
+                    for name, share in zip(("first", "second"), e.share, strict=True))
+            ax.set(xticks=[], yticks=[], title=e.arm, xlabel=x, ylabel=y)
+            if coloured:
+                figure = ax.figure
+                assert isinstance(figure, Figure)
+                figure.legend(loc="outside lower center", ncols=3 if len(coloured) > 4 else 2, fontsize=8)
+
+        told = "; ".join(f"{e.names[v]} {int((e.label == v).sum())}" for v in present[:SHADES])
+        nearest = _neighbours(e)
+        plots.append(draw(paint, f"Embedding of {len(e.place)} test samples by {e.arm}, first two principal components, which "
+                          f"explain {sum(e.share):.0%} of the variance{f'; samples of each class: {told}' if told else ''}"
+                          f"{f'. {nearest}' if nearest else ''}.", nearest and f"{nearest}.", size=(3.5, 3.3)))
+    return plots
+
+
+def _neighbours(e: Embedding) -> str:
+    """How often the nearest neighbour on the map is of the same class; '' where there are no classes."""
+    known = e.label >= 0
+    if len(np.unique(e.label[known])) < 2:
+        return ""
+    place, label = e.place[known].astype(float), e.label[known]
+    distance = ((place[:, None] - place[None]) ** 2).sum(-1)
+    np.fill_diagonal(distance, np.inf)
+    _, counts = np.unique(label, return_counts=True)
+    chance = float((counts * (counts - 1)).sum() / (len(label) * (len(label) - 1)))
+    return (f"Nearest neighbour on the map of the same class: {np.mean(label[distance.argmin(1)] == label):.0%} "
+            f"(by chance {chance:.0%})")
 
 
 def sheets(results: Results, strips: Sequence[Strip]) -> list[tuple[str, list[tuple[str, list[Plot]]]]]:

@@ -334,6 +334,14 @@ class Study:
     def scenes(self) -> list[tuple[str, list[Plot]]]:
         return figures.scenes(self.pictures.scenes)
 
+    @cached_property
+    def features(self) -> list[tuple[str, list[Plot]]]:
+        return figures.features([f for f in self.pictures.features if f.arm in self.colours])
+
+    @cached_property
+    def embeddings(self) -> list[Plot]:
+        return figures.embeddings([e for e in self.pictures.embeddings if e.arm in self.colours], self.colours)
+
     @property
     def contour_colours(self) -> list[tuple[str, str]]:
         return list(zip(self.results.classes, figures.CONTOURS, strict=False)) if self.pictures.overlays else []

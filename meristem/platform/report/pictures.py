@@ -114,6 +114,36 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class FeatureMap:
+    """What an arm's encoder, untuned, makes of the places in a case, as colours 0…1. case: a pseudonym.
+
+    picture: (H, W), (H, W, 3), or with `times` (n, …) of either; colours: (h, w, 3) or (n, h, w, 3), of tokens that cover it.
+    Of a cloud: picture (N, 3) points, colours (N, 3).
+    """
+
+    case: str
+    arm: str
+    picture: Array
+    colours: Array
+    aspect: float = 1.0
+    times: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """What an arm's encoder, untuned, makes of whole samples: place (n, 2) along the first two principal components.
+
+    share: of the variance that each explains. label: (n,) integers, −1 where there is none. names: of those that occur.
+    """
+
+    arm: str
+    place: Array
+    share: tuple[float, ...]
+    label: Array
+    names: Mapping[int, str]
+
+
+@dataclass(frozen=True)
 class Pictures:
     reconstructions: Sequence[Reconstruction] = ()
     overlays: Sequence[Overlay] = ()
@@ -121,13 +151,18 @@ class Pictures:
     attention: Sequence[Attention] = ()
     clouds: Sequence[Cloud] = ()
     scenes: Sequence[Scene] = ()
+    features: Sequence[FeatureMap] = ()
+    embeddings: Sequence[Embedding] = ()
 
     def __add__(self, other: Pictures) -> Pictures:
-        """Those of both; a case's strip once."""
-        known = {strip.case for strip in self.strips}
+        """Those of both; a case's strip once, and what an arm makes of a case or of all."""
+        known, mapped = {strip.case for strip in self.strips}, {(f.case, f.arm) for f in self.features}
+        placed = {e.arm for e in self.embeddings}
         return Pictures([*self.reconstructions, *other.reconstructions], [*self.overlays, *other.overlays],
                         [*self.strips, *(strip for strip in other.strips if strip.case not in known)],
-                        [*self.attention, *other.attention], [*self.clouds, *other.clouds], [*self.scenes, *other.scenes])
+                        [*self.attention, *other.attention], [*self.clouds, *other.clouds], [*self.scenes, *other.scenes],
+                        [*self.features, *(f for f in other.features if (f.case, f.arm) not in mapped)],
+                        [*self.embeddings, *(e for e in other.embeddings if e.arm not in placed)])
 
     def save(self, path: Path) -> Path:
         """One .npz of arrays and a JSON index; no pickle."""
@@ -152,7 +187,11 @@ class Pictures:
                         "scores": dict(c.scores), "category": c.category} for c in self.clouds],
             "scenes": [{"case": c.case, "rank": c.rank, "backdrop": keep(c.backdrop), "names": list(c.names.items()),
                         "marks": {arm: keep(m) for arm, m in c.marks.items()}, "scores": dict(c.scores), "aspect": c.aspect}
-                       for c in self.scenes]}
+                       for c in self.scenes],
+            "features": [{"case": f.case, "arm": f.arm, "picture": keep(f.picture), "colours": keep(f.colours),
+                          "aspect": f.aspect, "times": f.times} for f in self.features],
+            "embeddings": [{"arm": e.arm, "place": keep(e.place), "share": e.share, "label": keep(e.label),
+                            "names": list(e.names.items())} for e in self.embeddings]}
         np.savez_compressed(path, index=np.frombuffer(json.dumps(index).encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]
         return path
 
@@ -176,7 +215,11 @@ class Pictures:
                                   c["category"]) for c in index.get("clouds", ())],
                            [Scene(c["case"], c["rank"], stored[c["backdrop"]],
                                   {arm: stored[m] for arm, m in c["marks"].items()}, dict(c["names"]), c["scores"],
-                                  c["aspect"]) for c in index.get("scenes", ())])
+                                  c["aspect"]) for c in index.get("scenes", ())],
+                           [FeatureMap(f["case"], f["arm"], stored[f["picture"]], stored[f["colours"]], f["aspect"],
+                                       tuple(f["times"])) for f in index.get("features", ())],
+                           [Embedding(e["arm"], stored[e["place"]], tuple(e["share"]), stored[e["label"]], dict(e["names"]))
+                            for e in index.get("embeddings", ())])
         except (OSError, ValueError, KeyError) as error:
             raise MeristemError(f"{path} does not hold pictures of a run: {error}", "Evaluate again to make them.") from None
 

@@ -90,4 +90,4 @@ def _release(outcome: Outcome, member: Assembly, directory: Path, about: Mapping
     checkpoint.save(directory, turns, member.state_dict(), {**about, **reference(member)}, {}, 1)
     share = batches.seconds[name] / max(sum(batches.seconds.values()), 1e-9)
     close_run(directory, Outcome(member, turns, outcome.seconds * share, turns * member.recipe.train.batch,
-                                 stopped=outcome.stopped), {"samples_seen": len(data.rows("train"))})
+                                 stopped=outcome.stopped, devices=outcome.devices), {"samples_seen": len(data.rows("train"))})

@@ -27,6 +27,7 @@ from meristem.platform.recipe import TrainSettings
 from meristem.platform.step import Batch
 from meristem.platform.training import checkpoint, optim, precision
 from meristem.platform.training.combine import combined
+from meristem.platform.training.energy import Meter
 from meristem.platform.training.progress import Reporter
 
 PATIENCE = 10  # steps in a row with a loss that is not finite before a run gives up
@@ -45,6 +46,7 @@ class Outcome:
     """What a training run came to, over all its sessions.
 
     assembly: with the weights to use (averaged if the recipe averages). stopped: asked to stop before its last step.
+    devices: how many trained at once. joules: what the counters of `metered` tell; None where there is none.
     """
 
     assembly: Assembly
@@ -53,6 +55,9 @@ class Outcome:
     samples: int
     skipped: int = 0
     stopped: bool = False
+    devices: int = 1
+    joules: float | None = None
+    metered: str = ""
     last: dict[str, float] = field(default_factory=dict)
 
 
@@ -146,6 +151,8 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
     start = skipped = in_a_row = 0
     told = False
     before: float = 0.0
+    earlier: float | None = 0.0
+    meter = Meter(fabric.device.index if fabric.device.type == "cuda" else None, fabric.local_rank == 0)
     last: dict[str, float] = {}
     shown: dict[str, Tensor] = {}  # the newest value of each loss: in a joint run not every step has all
     if resume is not None:
@@ -154,18 +161,20 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
         optimiser.load_state_dict(state["optimiser"])
         fabric.strategy.precision.load_state_dict(state["precision"])
         start, skipped, before, last = state["step"], state["skipped"], state["seconds"], state["last"]
+        earlier = state["joules"]
         if average is not None:
             average.copies["assembly"].load_state_dict(checkpoint.read_weights(resume))
         if str(fabric.global_rank) in state["generators"]:
             _restore(state["generators"][str(fabric.global_rank)], fabric)
 
     def save(step: int) -> None:
-        generators = _generators(fabric)
+        generators, joules = _generators(fabric), _spent(fabric, meter, earlier)
         if directory is None or fabric.global_rank != 0:
             return
         usable = average.copies["assembly"] if average is not None else raw
         state = {"step": step, "skipped": skipped, "optimiser": optimiser.state_dict(), "generators": generators,
                  "precision": fabric.strategy.precision.state_dict(), "last": last,
+                 "joules": joules,
                  "seconds": before + time.perf_counter() - began, "raw": raw.state_dict() if average is not None else {}}
         assert isinstance(usable, Assembly)
         checkpoint.save(directory, step, usable.state_dict(), card(usable) if card is not None else {}, state, settings.keep)
@@ -231,6 +240,7 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
                         **({f"loss/{k}": float(v) for k, v in shown.items()} if len(shown) > 1 else {}),
                         **({"skipped": float(skipped)} if skipped else {})}
                 reporter.record(step, last)
+                meter.read()
                 waited, seen_since, window_began = 0.0, 0, time.perf_counter()
                 if not told and skipped > LOST * step and skipped >= min(PATIENCE, LOST * settings.steps):
                     reporter.say(_warning(skipped, step, settings.precision))
@@ -243,7 +253,16 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
     final = average.copies["assembly"] if average is not None else raw
     assert isinstance(final, Assembly)
     return Outcome(final, step, before + time.perf_counter() - began, step * settings.batch, skipped,
-                   step < settings.steps, last)
+                   step < settings.steps, fabric.world_size, _spent(fabric, meter, earlier), meter.of, last)
+
+
+def _spent(fabric: Fabric, meter: Meter, earlier: float | None) -> float | None:
+    """Joules of all ranks, with those of earlier sessions; None where any is not known."""
+    mine = meter.read()
+    known = math.nan if mine is None else mine
+    if fabric.world_size > 1:
+        known = float(fabric.all_reduce(torch.tensor(known, dtype=torch.float64, device=fabric.device), reduce_op="sum"))
+    return None if earlier is None or math.isnan(known) else earlier + known
 
 
 def _warning(skipped: int, steps: int, precision: str) -> str:

@@ -86,6 +86,8 @@ def _samples(card: Mapping[str, Any]) -> Any:
 def close_run(directory: Path, outcome: Outcome, more: Mapping[str, Any]) -> None:
     """metrics.json: the final figures."""
     figures = {"steps": outcome.steps, "seconds": round(outcome.seconds, 2), "samples": outcome.samples,
+               "devices": outcome.devices, "joules": None if outcome.joules is None else round(outcome.joules, 1),
+               "metered": outcome.metered,
                "skipped_steps": outcome.skipped, "stopped_early": outcome.stopped,
                **{k: round(v, 6) if math.isfinite(v) else None for k, v in outcome.last.items()}, **more}
     checkpoint.write_text(directory / "metrics.json", json.dumps(figures, indent=1))
