@@ -16,9 +16,9 @@ ALIKE = replace(raster.ALIKE, method="moments 1")
 `NEWS` of a moment of it, wherever it is cut; where nothing moves there is one.
 
 Measured on 213 surveillance clips of about 2 s (surv-camera-fight), 5 moments a second: of 21,753 pairs of clips of different
-sources none share half of their moments. Of 825 pairs of one source 70 do: the same camera before the same scene, which is as
-good as met. Cut at random places, with 2 % of the signs changed: all share half of them or more. Looking takes no time that
-could be measured beside decoding.
+sources none share half of their moments. Of 825 pairs of one source 72 do: the same camera before the same scene, which is as
+good as met. Of 71 that were cut at random places and saved again as H.264 (crf 30) all do. Looking takes no time that could be
+measured beside decoding.
 """
 
 
