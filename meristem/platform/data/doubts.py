@@ -99,7 +99,7 @@ def near(seen: Sequence[Seen], likeness: Likeness | None) -> list[Finding]:
                 more = f" and {len(others) - 1} more" if len(others) > 1 else ""
                 apart = ", of another split" if any(o.split != s.row.split for o in others) else ""
                 cases.append(Case(case=s.row.case, what=f"looks like {others[0].case}{more}{apart}"))
-    return [finding("doubt", "alike", "samples look like those of other subjects, turned, brightened or saved again",
+    return [finding("doubt", "alike", "samples look like copies of those of other subjects, though their bytes differ",
                     "Where they are copies, give them one subject or remove one: else a test sample's copy may train.", cases)
             ] if cases else []
 
@@ -145,7 +145,8 @@ def unusual(seen: Sequence[Seen], axes: Sequence[str]) -> list[Finding]:
     for name, (values, those) in figures.columns(seen, axes).items():
         middle = float(np.median(values))
         if name in those[0].notes:  # sizes: they vary by nature, and only another unit is unusual
-            for i in np.flatnonzero((values > APART * middle) | (values * APART < middle)) if middle > 0 else ():
+            other = (values > APART * middle) | ((values > 0) & (values * APART < middle))  # nothing has no unit
+            for i in np.flatnonzero(other) if middle > 0 else ():
                 cases[those[i].row.case].append(f"{name} is {values[i]:.4g}, the median {middle:.4g}")
         elif name != "labelled extent":
             spread = max(1.4826 * float(np.median(np.abs(values - middle))), SPREAD * abs(middle)) or float(values.std())
@@ -188,7 +189,7 @@ def classes(intake: Intake, seen: Sequence[Seen], class_names: Sequence[str], ob
         for name in held:
             holders[name][s.row.split].add(s.row.subject)
     few = {name: n for name, by_split in holders.items() if (n := len(set().union(*by_split.values()))) < FEWEST}
-    if few:
+    if few and intake.subjects >= FEWEST:
         found.append(Finding(level="doubt", reason="few", what="classes that fewer than "
                              f"{FEWEST} subjects have: {', '.join(f'{name} ({n})' for name, n in few.items())}", count=len(few),
                              remedy="They can hardly be learnt and tested both: find more, or join them with others."))
