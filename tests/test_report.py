@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from pydantic import create_model
 
 from meristem.errors import MeristemError
 from meristem.platform import recipe as recipes
@@ -30,7 +31,9 @@ from meristem.platform.evaluation.results import (
     Counts,
     Dataset,
     Group,
+    Model,
     Results,
+    Spent,
     Summary,
     _hidden,
     join,
@@ -38,7 +41,7 @@ from meristem.platform.evaluation.results import (
 )
 from meristem.platform.evaluation.statistics import bootstrap, crossed, mean_of
 from meristem.platform.objectives import Encoded
-from meristem.platform.report import figures
+from meristem.platform.report import about, figures
 from meristem.platform.report.figures import Curve
 from meristem.platform.report.page import write_report
 from meristem.platform.report.pictures import (
@@ -433,7 +436,7 @@ def test_the_page_shows_effects_ranks_and_subgroups(study: Results, tmp_path: Pa
     assert table["1"][1] == figures.interval(first.means["scratch"])
     assert set(table["2"][1:]) == set(table["not known"][1:]) == {"–"}
     (report,) = json.loads((tmp_path / "report.json").read_text())["reports"]
-    assert "traits" not in report["results"] and Summary.model_validate(report["summary"]) == summary
+    assert report["results"]["traits"] == {} and Summary.model_validate(report["summary"]) == summary
 
 
 def test_an_interval_over_seeds_of_an_area_is_that_of_its_pseudo_values() -> None:
@@ -608,6 +611,42 @@ def test_page_reads_well_to_machines(page: Page) -> None:
     assert len(ids) == len(set(ids))
 
 
+def test_tables_and_regions_are_named_for_those_who_hear_them(page: Page, written: Path) -> None:
+    text = written.read_text()
+    tables = re.findall(r"<table.*?</table>", text, re.S)
+    assert len(tables) == len(page.of("table")) > 6
+    for table in tables:
+        assert re.match(r"<table[^>]*><caption class=\"unseen\">[^<]{4,}</caption>", table)
+        assert re.search(r'<th scope="(col|row)"', table) and "<th>" not in table
+    for attrs in page.of("div"):
+        if attrs.get("role") == "region":
+            assert attrs["aria-label"] and attrs["tabindex"] == "0"
+    for landmark in ("header", "main"):
+        assert len(page.of(landmark)) == 1
+    for attrs in page.of("img"):
+        assert attrs["alt"]
+
+
+def test_text_stands_out_from_its_ground(written: Path) -> None:
+    """WCAG 2.1's contrast ratio, 4.5 or more, of every colour that text has, on white and on both tinted grounds."""
+    def luminance(colour: str) -> float:
+        channel = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channel]
+        return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+    text = written.read_text()
+    style = text[text.index("<style>"):text.index("</style>")]
+    names = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", style))
+    inks = {names.get(name, name) for name in re.findall(r"[;{ ]color: (?:var\(--(\w+)\))", style)}
+    inks |= set(re.findall(r"[;{ ]color: (#[0-9a-f]{6})", style))
+    inks |= {str(v) for k, v in figures.STYLE.items() if k in ("axes.labelcolor", "text.color", "xtick.color", "ytick.color")}
+    assert len(inks) > 5
+    for ink in inks:
+        for ground in ("#ffffff", names["wash"], "#fdf6ec"):
+            light, dark = sorted((luminance(ink), luminance(ground)), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, ground)
+
+
 def test_numbers_on_the_page_are_the_summarys(page: Page, summary: Summary) -> None:
     rows, labels = {}, ""
     for row in page.table("arms")[1:]:  # the number of labels stands in the first row of its group
@@ -638,10 +677,10 @@ def test_numbers_on_the_page_are_the_summarys(page: Page, summary: Summary) -> N
 def test_everything_asked_for_is_on_the_page_in_order(page: Page) -> None:
     headings = ["does pretraining help?", "At 5 labelled subjects", "Label efficiency", "Arms compared", "Cases",
                 "Training curves", "Reconstructions", "Segmentations", "Data, split and leakage", "Settings",
-                "Cost and versions", "Limits and intended use"]
+                "Cost and versions", "Provenance", "Limits and intended use"]
     places = [page.text.index(h) for h in headings]
     assert places == sorted(places)
-    for words in ("random: 0.75", "2.15.0", "11.2 min on 2 CPU cores", "b31f90ac22d4", "not a medical device", "4,812,300",
+    for words in ("random: 0.75", "2.15.0", "11.2 min on 2 CPU cores", "b31f90ac22d4", "Not a medical device", "4,812,300",
                   "1 unusable file left out"):
         assert words in page.text
     assert ["test", "42", "48"] in page.table("facts split")
@@ -658,10 +697,85 @@ def test_leakage_is_said_at_the_top_and_in_its_place(page: Page) -> None:
     assert "mae: Clean" not in top and "Clean:" in page.text
 
 
-def test_json_beside_the_page_holds_the_same(written: Path, study: Results, summary: Summary) -> None:
-    (report,) = json.loads((written.parent / "report.json").read_text())["reports"]
-    assert Results.model_validate(report["results"]) == study
-    assert Summary.model_validate(report["summary"]) == summary
+def test_json_beside_the_page_holds_the_same(written: Path, page: Page, study: Results, summary: Summary) -> None:
+    kept = about.Reports.model_validate_json((written.parent / "report.json").read_text())
+    (report,) = kept.reports
+    assert report.results == study and report.summary == summary and kept.schema_id == about.schema(about.Reports)
+    for text in (*report.purpose, *report.limits, report.evaluation):
+        assert text in page.text
+    costs = {row[0]: row[1:] for row in page.table("costs")[1:]}
+    for c in report.costs:
+        assert costs[c.arm][1] == f"{c.evaluation_hours:.3g}" and costs[c.arm][2] == str(c.runs) == "9"
+    assert len(report.curves) == 7 and report.curves[0].records[0]["step"] == 20
+
+
+def test_a_schema_is_known_by_its_fields_not_by_its_words() -> None:
+    one = create_model("One", __base__=Model, __doc__="A word.", x=(int, 0))
+    same = create_model("One", __base__=Model, __doc__="Another.", x=(int, 0))
+    other = create_model("One", __base__=Model, x=(float, 0))
+    assert about.schema(one) == about.schema(same) != about.schema(other)
+
+
+def test_cost_is_counted_by_hand_and_what_no_counter_told_is_not_guessed(study: Results) -> None:
+    def metered(cell: Cell) -> Cell:
+        joules = 1800.0 if cell.arm != "simclr" or cell.seed else None
+        budget = cell.budget.model_copy(update={"joules": joules, "devices": 2, "metered": "GPU"})
+        return cell.model_copy(update={"budget": budget})
+
+    spent = Spent(steps=10, samples=20, seconds=7200, devices=4, joules=3.6e6, metered="GPU and processors")
+    scratch, mae, simclr = about.costs(edited(study, metered).model_copy(update={"spent": {"mae": spent}}))
+    hours = sum(c.budget.seconds for c in study.cells if c.arm == "mae") * 2 / 3600
+    assert (mae.pretraining_hours, mae.pretraining_kwh, mae.runs) == (8.0, 1.0, 9)
+    assert mae.evaluation_hours == pytest.approx(hours) and mae.evaluation_kwh == pytest.approx(9 * 1800 / 3.6e6)
+    assert mae.metered == "GPU, GPU and processors"
+    assert (simclr.evaluation_kwh, simclr.pretraining_hours) == (None, None) and about.quantity(None) == "not measured"
+    assert (scratch.pretraining_hours, scratch.pretraining_kwh) == (0.0, 0.0)
+
+
+def test_limits_are_facts_of_the_data(study: Results, summary: Summary) -> None:
+    told = " ".join(about.limits(study, summary))
+    for words in ("42 test subjects with 48 cases of its test split", "50 subjects) is not scored", "1 file was unusable",
+                  "fine-tuned only, with 3 seeds; label budgets: 5, 10, 160 subjects", "vit3d-small", "simclr: Transductive"):
+        assert words in told
+    assert "mae: Clean" not in told and "recalibration" not in told
+    other = classification(n=30)
+    told = " ".join(about.limits(other, summarise(other, replicates=50)))
+    assert "unusable" not in told and "is not scored" not in told and "no recalibration" in told
+    assert "better than random weights beyond doubt in" in " ".join(about.purpose(study, summary))
+
+
+def test_the_model_card_is_read_by_hubs(written: Path, study: Results, summary: Summary) -> None:
+    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub.repocard_data import model_index_to_eval_results
+
+    text = (written.parent / "card.md").read_text()
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert [entry["name"] for entry in front["model-index"]] == ["mae", "simclr"]
+    name, found = model_index_to_eval_results(front["model-index"][:1])
+    assert name == "mae" and {(e.task_type, e.dataset_revision) for e in found} == {("segmentation", "b31f90ac22d4")}
+    for row in (r for r in summary.rows if r.arm == "mae"):
+        (mine,) = [e for e in found if e.metric_type == row.metric and e.metric_args["labels"] == row.labels]
+        assert mine.metric_value == pytest.approx(row.mean.value, abs=1e-6)
+        assert mine.metric_args["interval 95 %"] == pytest.approx([row.mean.low, row.mean.high], abs=1e-6)
+    assert len(found) == sum(r.arm == "mae" for r in summary.rows)
+    card = ModelCard(text)
+    assert isinstance(card.data, ModelCardData) and card.data.library_name == "meristem"
+    row = summary.row("mae", "finetune", 5)
+    assert row is not None and f"| 5 | mae | {figures.interval(row.mean)} |" in text
+    for sentence in summary.verdict:
+        assert re.sub(r"([\[\]<>])", r"\\\1", sentence) in text
+    for line in text.splitlines():  # tables are whole
+        if line.startswith("|"):
+            assert line.endswith("|")
+
+
+def test_markdown_in_names_is_text(tmp_path: Path) -> None:
+    named = {"mae": "a|b *c*", "scratch": "scratch"}
+    small = edited(segmentation(subjects=8, seeds=(0,)), lambda c: c.model_copy(update={"arm": named[c.arm]})
+                   if c.arm in named else None)
+    write_report(small.model_copy(update={"leakage": {}}), Pictures(), [], tmp_path)
+    text = (tmp_path / "card.md").read_text()
+    assert r"| a\|b \*c\* |" in text and yaml.safe_load(text.split("---\n")[1])["model-index"][0]["name"] == "a|b *c*"
 
 
 def test_markup_in_names_is_text(tmp_path: Path) -> None:

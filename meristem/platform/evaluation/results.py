@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -900,12 +899,3 @@ def join(old: Results, new: Results) -> Results | None:
     tables = ("pretraining", "leakage", "versions", "spent", "cost", "settings")
     both = {name: {**getattr(old, name), **getattr(new, name)} for name in tables}
     return Results.model_validate({**dict(old), **both, "cells": tuple(cells.values())})
-
-
-def dump(results: Sequence[Results], summaries: Sequence[Summary]) -> str:
-    """The text of `report.json`: {"reports": [{"summary": …, "results": …}]}, undefined numbers as null, without the traits of
-    single cases.
-    """
-    pairs = zip(summaries, results, strict=True)
-    return json.dumps({"reports": [{"summary": json.loads(s.model_dump_json()),
-                                    "results": json.loads(r.model_dump_json(exclude={"traits"}))} for s, r in pairs]}, indent=1)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from meristem.platform.evaluation.detection import SCORINGS, SHOWN, SPLITS, USUAL
 from meristem.platform.evaluation.metrics import BY_CATEGORY, LABELS
@@ -24,18 +27,17 @@ from meristem.platform.evaluation.results import (
     Results,
     Row,
     Summary,
-    dump,
     groups,
     join,
     signed,
     summarise,
 )
 from meristem.platform.evaluation.statistics import Estimate, Spread
-from meristem.platform.report import figures
+from meristem.platform.report import about, figures
 from meristem.platform.report.figures import PANELS, Curve, Plot, interval, metric_label, summary_metric
 from meristem.platform.report.pictures import Pictures
 
-NAME = "report.html"
+NAME, DATA, CARD = "report.html", "report.json", "card.md"
 HIDDEN = {"few": f"fewer than {SMALL}", "others": "withheld"}  # why nothing is said of a subgroup
 Parts = tuple[Results, Pictures, Sequence[Curve]]
 
@@ -359,12 +361,24 @@ class Study:
                           f"{b.steps:,}", f"{b.batch:,}", f"{b.trainable:,}", f"{seconds:,.0f}", chosen or "–"))
         return table
 
+    @cached_property
+    def report(self) -> about.Report:
+        """What the page says, as data, without the traits of single cases."""
+        r, s = self.results, self.summary
+        return about.Report(
+            summary=s, results=r.model_copy(update={"traits": {}}), costs=tuple(about.costs(r)),
+            purpose=tuple(about.purpose(r, s)), limits=tuple(about.limits(r, s)), origins=tuple(about.origins(r)),
+            evaluation=about.evaluation(r), curves=tuple(map(about.trained, self.records)))
+
+    @property
+    def costs(self) -> list[tuple[str, ...]]:
+        """arm, hours of pretraining, hours of evaluation, runs, energy of pretraining, of evaluation, what was metered."""
+        return [(c.arm, *map(about.quantity, (c.pretraining_hours, c.evaluation_hours)), str(c.runs),
+                 *map(about.quantity, (c.pretraining_kwh, c.evaluation_kwh)), c.metered or "–") for c in self.report.costs]
+
     @property
     def cost(self) -> dict[str, str]:
-        runs = len(self.results.cells)
-        seconds = sum(c.budget.seconds for c in self.results.cells)
-        return {**{k: str(v) for k, v in self.results.cost.items()},
-                "training and testing of all cells": f"{runs} runs, {seconds / 60:,.1f} min in total"}
+        return {k: str(v) for k, v in self.results.cost.items()}
 
     @property
     def settings(self) -> dict[str, str]:
@@ -429,9 +443,37 @@ def _headline(results: Results, summary: Summary) -> tuple[str, Labels]:
     return found[0][0], min(numbers) if numbers else "all"
 
 
+def captioned(table: str, caption: str) -> Markup:
+    """A table's markup with a caption for those who hear it; on the page its heading says the same."""
+    return Markup(str(table).replace(">", f'><caption class="unseen">{escape(caption)}</caption>', 1))
+
+
+def render(template: str, **names: Any) -> str:
+    """A page of this folder's templates."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+                              trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"signed": signed, "sentence": figures.sentence, "captioned": captioned}
+    return environment.get_template(template).render(**names)
+
+
+def card(studies: Sequence[Study]) -> str:
+    """A model card: Markdown whose front matter lists the figures as model hubs index them."""
+    front = yaml.safe_dump({"library_name": "meristem", "tags": ["self-supervised"], "model-index": about.index(
+        [(s.results, s.summary) for s in studies])}, sort_keys=False, allow_unicode=True)
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True,
+                              lstrip_blocks=True)
+    environment.filters |= {"plain": _unmarked, "sentence": figures.sentence}
+    return environment.get_template("card.md").render(front=front.rstrip(), studies=studies)
+
+
+def _unmarked(text: Any) -> str:
+    """Text in which Markdown finds no markup."""
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", str(text)).replace("\n", " ")
+
+
 def write_report(results: Results | Sequence[Results], pictures: Pictures | Sequence[Pictures],
                  curves: Sequence[Curve] | Sequence[Sequence[Curve]], out_dir: Path) -> Path:
-    """Write `report.html` and `report.json` into `out_dir`; returns the page's path.
+    """Write `report.html`, and from the same numbers `report.json` and the model card, into `out_dir`; returns the page's path.
 
     One Results with its pictures and curves, or sequences of each, one per run: runs of one task on one data set are joined so
     that their arms are compared, others follow one another on the page.
@@ -450,12 +492,11 @@ def write_report(results: Results | Sequence[Results], pictures: Pictures | Sequ
         else:
             joined.append((r, p, c))
     studies = [Study(*parts) for parts in joined]
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"signed": signed, "sentence": figures.sentence}
     out_dir.mkdir(parents=True, exist_ok=True)
     page = out_dir / NAME
-    text = environment.get_template(NAME).render(studies=studies, protocol_names=PROTOCOLS, small=SMALL)
-    page.write_text(text, encoding="utf-8")
-    (out_dir / "report.json").write_text(dump([s.results for s in studies], [s.summary for s in studies]) + "\n")
+    page.write_text(render(NAME, studies=studies, protocol_names=PROTOCOLS, small=SMALL), encoding="utf-8")
+    kept = about.Reports(schema_id=about.schema(about.Reports), version=version("meristem"),
+                         reports=tuple(s.report for s in studies))
+    (out_dir / DATA).write_text(kept.model_dump_json(indent=1, by_alias=True) + "\n", encoding="utf-8")
+    (out_dir / CARD).write_text(card(studies), encoding="utf-8")
     return page

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from pydantic import ConfigDict, Field
 
 from meristem.platform.evaluation import metrics
 from meristem.platform.evaluation.results import METADATA, PROTOCOLS, Labels, Model, Results, Summary, groups
+from meristem.platform.report.figures import Curve
 
 MISSING = "not measured"  # a figure that no counter told; never estimated
 
@@ -92,7 +96,7 @@ def limits(results: Results, summary: Summary) -> list[str]:
         told.append(f"One architecture per arm ({', '.join(encoders)}); others may gain more or less.")
     told.append("Arms are compared at equal budgets after pretraining: what pretraining itself cost stands under cost.")
     told.append(f"Intervals reflect the sampling of {results.tested}; the choice of labelled {results.counted} and the "
-                "randomness of training enter only through the spread over seeds.")
+                "randomness of training enter only through the spread over seeds and, from three on, the intervals over both.")
     unchecked = [a for a in results.arms if a not in results.baselines and a not in results.leakage]
     if unchecked:
         told.append(f"Whether {', '.join(unchecked)} met the test data in pretraining was not checked.")
@@ -175,6 +179,65 @@ def _word(name: str) -> str:
 
 def _file(name: str) -> str:
     return f"{_word(name)}.yaml"
+
+
+class Trained(Model):
+    """The records of one run's log, as `figures.Curve`."""
+
+    stage: str
+    arm: str
+    labels: str
+    records: tuple[dict[str, float], ...]
+
+
+def trained(curve: Curve) -> Trained:
+    return Trained(stage=curve.stage, arm=curve.arm, labels=curve.labels, records=tuple(
+        {k: v for k, v in record.items() if isinstance(v, int | float)} for record in curve.records))
+
+
+class Report(Model):
+    """One study of the page. evaluation: the command that repeats it."""
+
+    summary: Summary
+    results: Results
+    costs: tuple[Cost, ...]
+    purpose: tuple[str, ...]
+    limits: tuple[str, ...]
+    origins: tuple[Origin, ...]
+    evaluation: str
+    curves: tuple[Trained, ...] = ()
+
+
+class Reports(Model):
+    """The file `report.json`: every number of the page; undefined ones are null.
+
+    schema: of these fields, as `schema` tells it: what reads one reads all that have the same. version: of this package.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    schema_id: str = Field(alias="schema")
+    version: str
+    reports: tuple[Report, ...]
+
+
+def index(studies: Sequence[tuple[Results, Summary]]) -> list[dict[str, Any]]:
+    """The model-index of a model card: every pretrained arm with its means on each task, data set, protocol and budget."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for results, summary in studies:
+        for arm in (arm for arm in results.arms if arm not in results.baselines):
+            listed = [{"type": row.metric, "value": round(row.mean.value, 6),
+                       "name": f"{metrics.LABELS.get(row.metric, row.metric)}, {PROTOCOLS.get(row.protocol, row.protocol)}"
+                               + (f", {row.labelled_subjects} labelled {results.counted}" if row.labelled_subjects else ""),
+                       "args": {"protocol": row.protocol, "labels": row.labels, "seeds": len(row.seeds), "tested": row.subjects,
+                                **({} if math.isnan(row.mean.low) else {"interval 95 %": [round(row.mean.low, 6),
+                                                                                            round(row.mean.high, 6)]})}}
+                      for row in summary.rows if row.arm == arm and not math.isnan(row.mean.value)]
+            found.setdefault(arm, []).append({
+                "task": {"type": results.kind, "name": results.task},
+                "dataset": {"type": results.dataset.modality or "data", "name": results.dataset.name, "split": "test",
+                            "revision": results.dataset.manifest}, "metrics": listed})
+    return [{"name": arm, "results": several} for arm, several in found.items()]
 
 
 def schema(model: type[Model]) -> str:
