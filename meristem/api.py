@@ -189,14 +189,21 @@ def _share(share: transfer.Share, task: str, data: Pathlike, out: Pathlike, over
     transfer.evaluate(entrants, Path(out), labels, seeds, protocols, quiet, share)
 
 
-def report(directories: Sequence[Pathlike], out: Pathlike | None = None, *, folds: bool = False) -> Path:
-    """The transfer report of one or several evaluations; returns its page.
+def report(directories: Sequence[Pathlike], out: Pathlike | None = None, *, folds: bool = False,
+           against: Pathlike | None = None) -> Path:
+    """The transfer report of one or several evaluations, or the difference page of two; returns the page.
 
     out: where the page goes; None: the first directory. folds: the directories are evaluations of disjoint test folds
     (`--split every:5:0` … `every:5:4`) and become one, in which every subject was tested once; `out` must then be another
-    directory, which holds results.json, pictures and logs like any evaluation. Raises MeristemError.
+    directory, which holds results.json, pictures and logs like any evaluation. against: an earlier report; `directories` then
+    is the later one, and difference.html tells what changed. Raises MeristemError.
     """
     paths = [Path(d) for d in directories]
+    if against is not None:
+        if len(paths) > 1 or folds:
+            raise RecipeError("an earlier report is compared with one later one",
+                              "`meristem report AFTER --against BEFORE`; put several evaluations on one page first.")
+        return pages.difference(Path(against), paths[0], Path(out) if out else paths[0])
     return pages.report(paths, Path(out) if out else paths[0], folds)
 
 

@@ -100,10 +100,12 @@ def evaluate(task: Task, data: DataOption, out: OutOption, overrides: Overrides 
 def report(directories: Annotated[list[Path], typer.Argument(help="Directories that evaluate wrote.")],
            out: Annotated[Path | None, typer.Option(help="For the page.", show_default="first directory")] = None,
            folds: Annotated[bool, typer.Option("--folds", help="They are folds (--split every:5:0 …) of one evaluation: pool "
-                                               "them; wants --out.")] = False) -> None:
-    """Draw the transfer report of one evaluation, or of several together."""
+                                               "them; wants --out.")] = False,
+           against: Annotated[Path | None, typer.Option("--against", help="An earlier report: tell what changed since."
+                                                        )] = None) -> None:
+    """Draw the transfer report of one evaluation, or of several together, or the difference to an earlier one."""
     from meristem import api
-    print(api.report(directories, out, folds=folds))
+    print(api.report(directories, out, folds=folds, against=against))
 
 
 @app.command()

@@ -27,6 +27,8 @@ from meristem.platform.evaluation.results import Cell, Results
 from meristem.platform.masked.objective import MaskedObjective
 from meristem.platform.objectives import Encoded, Items
 from meristem.platform.recipe import TASK_ONLY, Recipe, build, read
+from meristem.platform.report.difference import read as read_report
+from meristem.platform.report.difference import write_difference
 from meristem.platform.report.figures import Curve, found_of
 from meristem.platform.report.page import write_report
 from meristem.platform.report.pictures import (
@@ -72,6 +74,11 @@ def report(directories: Sequence[Path], out: Path, folds: bool = False) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     curves = [_curves(directory, results.arms) for directory, results in zip(directories, several, strict=True)]
     return write_report(several, pictures, curves, out)
+
+
+def difference(before: Path, after: Path, out: Path) -> Path:
+    """Write the difference page of two directories that hold a report or an evaluation. Raises MeristemError."""
+    return write_difference(read_report(before), read_report(after), out)
 
 
 def _pool(directories: Sequence[Path], out: Path) -> None:

@@ -208,16 +208,20 @@ class Report(Model):
     curves: tuple[Trained, ...] = ()
 
 
-class Reports(Model):
-    """The file `report.json`: every number of the page; undefined ones are null.
-
-    schema: of these fields, as `schema` tells it: what reads one reads all that have the same. version: of this package.
+class Kept(Model):
+    """A file beside a page. schema: of its fields, as `schema` tells it: what reads one reads all that have the same. version:
+    of this package.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     schema_id: str = Field(alias="schema")
     version: str
+
+
+class Reports(Kept):
+    """The file `report.json`: every number of the page; undefined ones are null."""
+
     reports: tuple[Report, ...]
 
 

@@ -179,6 +179,25 @@ def means(results: Results, summary: Summary, protocol: str) -> Plot:
                 size=(4.6, 0.8 + 0.32 * len(rows)))
 
 
+def differences(several: Sequence[tuple[str, Estimate, bool]], label: str) -> Plot:
+    """Changes with their intervals around zero, one below the other; hollow where they are not paired."""
+    def paint(ax: Axes) -> None:
+        ax.axvline(0, color="#374151", linewidth=0.8)
+        for i, (_, e, paired) in enumerate(several):
+            clear = not np.isnan(e.low) and not e.low <= 0 <= e.high
+            colour = PRETRAINED[0] if clear else BASELINE[0]
+            ax.errorbar(e.value, i, xerr=np.nan_to_num([[e.value - e.low], [e.high - e.value]]), color=colour, marker="o",
+                        markersize=4.5, capsize=3, markerfacecolor=colour if paired else "white")
+        ax.set_yticks(range(len(several)), [name for name, _, _ in several])
+        ax.set_ylim(len(several) - 0.4, -0.6)
+        ax.set_xlabel(f"difference in {label}, after minus before")
+        ax.grid(axis="y", visible=False)
+
+    told = "; ".join(f"{name} {interval(e, sign=True)}" for name, e, _ in several)
+    return draw(paint, f"Difference in {label}, after minus before: {told}.",
+                "Bars: 95 % interval; blue where it leaves zero out. Hollow: not paired.", size=(5.4, 0.8 + 0.3 * len(several)))
+
+
 def summary_metric(summary: Summary, protocol: str) -> str:
     """The metric a protocol is compared by: the study's, or where the protocol does not have it the first it has."""
     held = [r.metric for r in summary.rows if r.protocol == protocol]

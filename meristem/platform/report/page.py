@@ -452,7 +452,7 @@ def render(template: str, **names: Any) -> str:
     """A page of this folder's templates."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"signed": signed, "sentence": figures.sentence, "captioned": captioned}
+    environment.filters |= {"signed": signed, "sentence": figures.sentence, "captioned": captioned, "interval": interval}
     return environment.get_template(template).render(**names)
 
 
