@@ -182,8 +182,8 @@ def _costs(results: Results) -> dict[str, str]:
 def _doubts(before: Results, after: Results, changes: tuple[Change, ...]) -> Iterator[str]:
     apart = [c for c in changes if not c.paired]
     if before.dataset.manifest != after.dataset.manifest:
-        yield (f"The data differ (manifest {before.dataset.manifest} before, {after.dataset.manifest} after), so no case of the "
-               "one is known to be a case of the other: before and after are compared as independent samples.")
+        yield (f"The data differ (manifest {before.dataset.manifest} before, {after.dataset.manifest} after), so no case of "
+               "the one is known to be a case of the other: before and after are compared as independent samples.")
     elif apart:
         yield f"{len(apart)} of {len(changes)} figures share no seed or case, or no subjects: not paired."
     fewer = {c.arm for c in changes if c.paired and c.subjects < max(_tested(before, c), _tested(after, c))}
