@@ -248,18 +248,19 @@ def test_grey_values_for_classes(mask_folder: Path) -> None:
 def test_a_list_with_holes(image_folder: Path) -> None:
     rows = [("dark/00.png", "p1", "dark", "train", "40"), ("dark/01.png", "p1", "dark", "test", "NA"),
             ("dark/02.png", "", "dark", "train", "51"), ("dark/03.png", "p3", "dark", "train", ""),
-            ("light/00.png", "p4", "light", "train", "33"), ("light/99.png", "p5", "light", "test", "20")]
+            ("dark/04.png", "p6", "dark", "train", "60"), ("light/00.png", "p4", "light", "train", "33"),
+            ("light/99.png", "p5", "light", "test", "20")]
     table = image_folder / "all.csv"
     table.write_text("\n".join(",".join(r) for r in [("path", "subject", "class", "split", "patient_name"), *rows]))
     found = check_data(table)
     by_reason = {f.reason: f for f in found.findings}
     assert found.refused == {"missing": 1, "split": 1} and not found.ok and "will not start" in " ".join(found.verdict)
     assert found.blank == {"path": 0, "subject": 1, "class": 0, "split": 0, "patient_name": 2}
-    assert "subject (1 of 6), patient_name (2 of 6)" in by_reason["blank"].what
-    assert by_reason["column"].level == "identity" and by_reason["not listed"].count == 7
+    assert "subject (1 of 7), patient_name (2 of 7)" in by_reason["blank"].what
+    assert by_reason["column"].level == "identity" and by_reason["not listed"].count == 6
     assert by_reason["class missing"].what.endswith("class light in test") and "class light (1)" in by_reason["few"].what
     assert [(s.name, s.subjects, s.samples, dict(s.classes)) for s in found.splits] == [
-        ("train", 4, 4, {"dark": 3, "light": 1}), ("test", 1, 1, {"dark": 1})]
+        ("train", 5, 5, {"dark": 4, "light": 1}), ("test", 1, 1, {"dark": 1})]
     assert by_reason["split"].cases[0].case.startswith("sub-") and by_reason["split"].cases[0].what == "test and train"
 
 
