@@ -364,7 +364,8 @@ def _curve(several: Sequence[Curve], name: str, stage: str, colours: Mapping[str
             ax.set_ylim(0, 1.15 * ax.get_ylim()[1])
 
     told = "; ".join(f"{c.name} from {p[0, 1]:.4g} to {p[-1, 1]:.4g}" for c, p in lines[:6])
-    return draw(paint, f"{label} over steps, {stage}: {told}{' …' if len(lines) > 6 else ''}.", size=(3.4, 2.3))
+    tall = 0.2 * max(len({c.name for c, _ in lines}) - 4, 0) if name == "loss" else 0.0  # for a long legend
+    return draw(paint, f"{label} over steps, {stage}: {told}{' …' if len(lines) > 6 else ''}.", size=(3.4, 2.3 + tall))
 
 
 # ---- detection
