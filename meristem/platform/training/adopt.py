@@ -92,8 +92,8 @@ def _states(held: Any) -> Any:
 
 def _matched(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights under the names of an encoder: theirs and ours differ in what stands before them (module., swinViT., net.)."""
-    inner = {name.partition(".")[2]: name for name in own if len({n.partition(".")[0] for n in own}) == 1}
-    names = {**inner, **{name: name for name in own}}
+    wrapped = len({name.partition(".")[0] for name in own}) == 1
+    names = {name: name for name in own} | ({name.partition(".")[2]: name for name in own} if wrapped else {})
     before = Counter(name[:-len(end)] for name in weights for end in names
                      if name == end or name.endswith(f".{end}"))
     for prefix, _ in before.most_common(1):
