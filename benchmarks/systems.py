@@ -137,7 +137,7 @@ STUDIES = {
                                "image/classification", ("linear", "knn"), ("views.x.size=[28,28]", "train.workers=0"),
                                members=(("image", CHEST), ("volume", HIPPOCAMPUS)), alone="chest"),
     "mocap": Study("CMU mocap of the motion-prediction field, seven actions in windows of a second",
-                   "cmu-mocap-actions/train", (*SECONDS, "train.batch=32", "train.log_every=5"), 240,
+                   "cmu-mocap-actions/train", (*SECONDS, "train.batch=32", "train.log_every=5"), 480,
                    "skeleton/classification", ("linear", "knn"), (*SECONDS, "views.x.size=[32]"), split="0.5,0.1,0.4"),
 }
 SHARP = ("objectives.cls.contrastive.loss.dino.teacher_temperature=0.02",
