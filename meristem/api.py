@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +158,10 @@ def evaluate(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
     quiet = quiet or not first_rank()
     jobs = jobs or max(torch.cuda.device_count(), 1)
     entrants = _entrants(task, data, overrides, inits, split, cache, quiet)
-    if jobs > 1 and "WORLD_SIZE" not in os.environ:  # torchrun has its own processes
-        in_parallel(_share, jobs, (task, data, out, overrides, inits, labels, seeds, protocols, split, cache), quiet)
-    transfer.evaluate(entrants, Path(out), labels, seeds, protocols, quiet)
+    alone = jobs == 1 or "WORLD_SIZE" in os.environ  # torchrun has its own processes
+    asked = (task, data, out, overrides, inits, labels, seeds, protocols, split, cache)
+    others = None if alone else partial(in_parallel, _share, jobs, asked, quiet)
+    transfer.evaluate(entrants, Path(out), labels, seeds, protocols, quiet, others=others)
     if not first_rank():
         return Path(out) / "report.html"
     pages.gather(Path(out), entrants)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import meristem
 from meristem import cli
-from meristem.errors import CheckpointError, MeristemError
+from meristem.errors import CheckpointError, MeristemError, RecipeError
 from meristem.platform.evaluation.results import Results, summarise
 from meristem.platform.training import checkpoint
 from meristem.platform.training.restore import restored
@@ -147,6 +147,9 @@ def test_each_network_meets_random_weights_of_its_own_and_processes_share_the_gr
     assert {arm for arm, _, _ in alone} == {"elsewhere", "mae", "scratch", "scratch mae"} and alone.keys() == shared.keys()
     for key, values in alone.items():
         assert np.allclose(values, shared[key], atol=1e-5), key
+    with pytest.raises(RecipeError, match="no protocol 'few'"):  # told once, before any process is started
+        meristem.evaluate("classification", image_folder, tmp_path / "wrong", jobs=2, inits=["scratch"], protocols=["few"],
+                          split="0.5,0,0.5", quiet=True)
     pairs = {(c.arm, c.baseline) for c in summarise(Results.load(tmp_path / "alone" / "results.json")).comparisons}
     assert pairs == {("elsewhere", "scratch"), ("mae", "scratch mae")}
 

@@ -18,10 +18,10 @@ from meristem.platform.data.source import Data
 from meristem.platform.evaluation.results import METADATA
 from meristem.platform.objectives import Encoded
 from meristem.platform.report.pictures import Embedding, FeatureMap, pick_slice
-from meristem.platform.training import checkpoint
 from meristem.tasks.embedding import embed, plain
 from meristem.tasks.looks import POINTS, picture, spread, thin, timed, varied
-from meristem.tasks.transfer import Arm
+from meristem.tasks.probing import untrained
+from meristem.tasks.transfer import Arm, seeded
 
 COLOURED = 3  # samples whose tokens are shown
 MAPPED = 256  # vectors on a map
@@ -36,13 +36,8 @@ def gather(contestants: Sequence[Arm]) -> tuple[list[FeatureMap], list[Embedding
     maps: list[FeatureMap] = []
     vectors: list[Embedding] = []
     for arm in (arm for arm in contestants if arm.name != METADATA):
-        recipe, data = arm.recipe, arm.data
-        torch.manual_seed(0)
-        assembly = Assembly(recipe).eval()
-        if arm.init is not None:
-            checkpoint.load_encoder(arm.init, assembly.encoder, recipe.modality, recipe.encoder.sees)
-        if torch.cuda.is_available():
-            assembly = assembly.cuda()
+        recipe, data = seeded(arm.recipe, 0), arm.data
+        assembly = untrained(recipe, arm.init).eval()
         rows = recipe.task.cases(data, "test")
         many = [rows[i] for i in sorted(np.random.default_rng(0).permutation(len(rows))[:MAPPED])]  # of all arms the same
         maps += _maps(assembly, arm.name, data, varied(data.samples(rows), COLOURED))

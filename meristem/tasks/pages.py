@@ -26,7 +26,7 @@ from meristem.platform.evaluation.folds import pooled
 from meristem.platform.evaluation.results import Cell, Results
 from meristem.platform.masked.objective import MaskedObjective
 from meristem.platform.objectives import Encoded, Items
-from meristem.platform.recipe import TASK_ONLY, Recipe, build, read
+from meristem.platform.recipe import TASK_ONLY, Recipe, build
 from meristem.platform.report.difference import read as read_report
 from meristem.platform.report.difference import write_difference
 from meristem.platform.report.figures import Curve, found_of
@@ -49,10 +49,10 @@ from meristem.platform.report.pictures import (
 from meristem.platform.step import Batch, Step
 from meristem.platform.training import checkpoint
 from meristem.tasks import features
-from meristem.tasks.base import TaskRecipe
 from meristem.tasks.looks import POINTS, picture, spread, thin, timed, varied
+from meristem.tasks.probing import untrained
 from meristem.tasks.propagation import Keypoints, dots, points_of
-from meristem.tasks.transfer import Entrant, arms
+from meristem.tasks.transfer import Arm, Entrant, arms
 from meristem.tasks.ways import kept
 
 SHOWN = 4  # reconstructions of each masked run
@@ -114,7 +114,7 @@ def gather(directory: Path, entrants: Sequence[Entrant]) -> None:
     overlays = _overlays(directory, results, data) if results.kind in ("segmentation", "propagation") else []
     points = _clouds(directory, results, data) if results.kind in ("parts", "semantic") else []
     strips = _strips(results, data) if timed(data.modality) else []
-    seen = attentions(directory / "recipe.yaml", pretrained, data) if timed(data.modality) else []
+    seen = attentions(contestants) if timed(data.modality) else []
     scenes = _scenes(results, data) if results.kind == "detection" else []
     Pictures(shown, overlays, strips, seen, points, scenes, *features.gather(contestants)).save(directory / "pictures.npz")
     logs = directory / "logs"
@@ -320,38 +320,33 @@ def _looks(data: Data, assembly: Assembly, paired: bool) -> Batch:
 
 
 @torch.no_grad()
-def attentions(recipe: Path, pretrained: Mapping[str, Path], data: Data) -> list[Attention]:
-    """Where the pretrained encoders of an evaluation, whose task recipe is given, attend in some test samples, one per class
-    as far as that goes; none where the encoder does not tell.
+def attentions(contestants: Sequence[Arm]) -> list[Attention]:
+    """Where pretrained encoders attend in some test samples, one per class as far as that goes; none of those that do not
+    tell.
     """
-    if not recipe.is_file():
-        return []
-    task = build(read(str(recipe)), TaskRecipe)
-    test = data.rows("test") or data.rows()
-    rows = varied(test, ATTENDED)
-    if "attention" not in task.encoder.provides or not rows:
-        return []
     found = []
-    view = _first_look(data, rows, task, "x")
-    for name, init in pretrained.items():
-        if checkpoint.read_card(init)["recipe"]["encoder"] != task.record()["encoder"]:
-            continue  # of another network than the one that is drawn
-        assembly = Assembly(task).eval()
-        checkpoint.load_encoder(init, assembly.encoder, task.modality, task.encoder.sees)
+    for arm in contestants:
+        recipe, data = arm.recipe, arm.data
+        rows = varied(data.rows("test") or data.rows(), ATTENDED)
+        if arm.init is None or "attention" not in recipe.encoder.provides or not rows:
+            continue
+        assembly = untrained(recipe, arm.init).eval()
+        view = _first_look(data, rows, recipe, "x").to(next(assembly.parameters()).device)
         stream = assembly.tokenizer.stream(view)
         if not isinstance(stream, LatticeStream) or stream.position is None or stream.lattice is None:
-            return []
+            continue
         for i, row in enumerate(rows):
-            one = assembly.tokenizer.stream(view.select(torch.tensor([i])))
-            weight = attended(assembly.encoder(one.seen(task.encoder.sees), want=frozenset({"attention"})))
+            one = assembly.tokenizer.stream(view.select(torch.tensor([i], device=view.array.device)))
+            weight = attended(assembly.encoder(one.seen(recipe.encoder.sees), want=frozenset({"attention"}))).cpu()
             heat = weight[0].reshape(stream.lattice)
-            seconds = stream.position[i, :, 0].reshape(stream.lattice)[:, 0, 0]
+            seconds = stream.position[i, :, 0].reshape(stream.lattice)[:, 0, 0].cpu()
             picks = spread(0, len(heat) - 1)
             places = [t * stream.patch[0] + stream.patch[0] // 2 for t in picks]
-            shown = _frames(view.array[i].float().numpy(), places, data.cache.header(row.index))
+            shown = _frames(view.array[i].float().cpu().numpy(), places, data.cache.header(row.index))
             spacing = view.frame.spacing[i]
-            found.append(Attention(row.case, name, shown, tuple(seconds[picks].tolist()), (heat[picks] * heat.numel()).numpy(),
-                                   tuple(heat.sum((1, 2)).tolist()), tuple(seconds.tolist()), float(spacing[1] / spacing[2])))
+            found.append(Attention(row.case, arm.name, shown, tuple(seconds[picks].tolist()),
+                                   (heat[picks] * heat.numel()).numpy(), tuple(heat.sum((1, 2)).tolist()),
+                                   tuple(seconds.tolist()), float(spacing[1] / spacing[2])))
     return found
 
 

@@ -22,6 +22,15 @@ from meristem.tasks.embedding import embed, facts, features
 UNTRAINED = Budget(steps=0, batch=0, trainable=0, seconds=0.0)
 
 
+def untrained(recipe: TaskRecipe, init: Path | None, classes: int | None = None) -> Assembly:
+    """The encoder of a run, or random by the recipe's seed, on the device; beside the head for so many classes, if told."""
+    torch.manual_seed(recipe.train.seed)
+    assembly = Assembly(recipe) if classes is None else recipe.assemble(classes)
+    if init is not None:
+        checkpoint.load_encoder(init, assembly.encoder, recipe.modality, recipe.encoder.sees)
+    return assembly.cuda() if torch.cuda.is_available() else assembly
+
+
 class Frozen:
     """One encoder, pretrained or random by the recipe's seed, that sees a sample once whatever budgets and probes ask for it.
 
@@ -33,17 +42,10 @@ class Frozen:
         self.rows = list({_key(row): row for row in rows}.values())
         self._embedded: dict[tuple[int, int, int], np.ndarray] = {}
 
-    def _assembly(self) -> Assembly:
-        torch.manual_seed(self.recipe.train.seed)
-        assembly = Assembly(self.recipe)
-        if self.init is not None:
-            checkpoint.load_encoder(self.init, assembly.encoder, self.recipe.modality, self.recipe.encoder.sees)
-        return assembly.cuda() if torch.cuda.is_available() else assembly
-
     def _embed(self, rows: Sequence[Row]) -> np.ndarray:
         task = self.recipe.task
         assert isinstance(task, Classifying)
-        return embed(self._assembly(), self.data, rows, summaries=task.features)
+        return embed(untrained(self.recipe, self.init), self.data, rows, summaries=task.features)
 
     def vectors(self, rows: Sequence[Row]) -> np.ndarray:
         """(n, D)."""
@@ -56,7 +58,7 @@ class Frozen:
     def _features(self) -> Features:
         task = self.recipe.task
         assert isinstance(task, Classification)
-        return features(self._assembly(), self.data, self.rows, task.attentive.memory, self.directory)
+        return features(untrained(self.recipe, self.init), self.data, self.rows, task.attentive.memory, self.directory)
 
     def tokens(self, rows: Sequence[Row]) -> Tokens:
         place = {_key(row): i for i, row in enumerate(self.rows)}

@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
@@ -37,7 +37,7 @@ from meristem.platform.training.loop import first_rank
 from meristem.tasks.base import Scope, TaskRecipe, TaskSettings
 from meristem.tasks.classification import Classifying
 from meristem.tasks.finetune import SCRATCH, choose, mean_scores, score, tune
-from meristem.tasks.probing import Frozen, Headers, probe
+from meristem.tasks.probing import Frozen, Headers, probe, untrained
 from meristem.tasks.propagation import Carrying
 from meristem.tasks.ways import WAYS, kept
 
@@ -108,7 +108,7 @@ def arms(entrants: Sequence[Entrant]) -> list[Arm]:
     return found
 
 
-def _seeded(recipe: TaskRecipe, seed: int) -> TaskRecipe:
+def seeded(recipe: TaskRecipe, seed: int) -> TaskRecipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": seed})})
 
 
@@ -128,15 +128,32 @@ class Share:
     of: int
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """Who of the data is labelled, by seed and budget, and who tests; everyone: all of these, and who validates."""
+
+    drawn: list[list[list[Row]]]
+    test: list[Row]
+    everyone: list[Row]
+
+    @classmethod
+    def of(cls, task: TaskSettings, data: Data, labels: Sequence[str], seeds: int) -> _Parts:
+        pool, test = task.cases(data, "train") if task.learns else [], task.cases(data, "test")
+        drawn = [[choose(pool, budget, seed, data) for budget in labels] for seed in range(seeds)]
+        labelled = (row for budgets in drawn for rows in budgets for row in rows)
+        return cls(drawn, test, [*labelled, *task.cases(data, "val"), *test])
+
+
 def evaluate(entrants: Sequence[Entrant], directory: Path, labels: Sequence[str], seeds: int, protocols: Sequence[str],
-             quiet: bool = False, share: Share | None = None) -> Results | None:
+             quiet: bool = False, share: Share | None = None, others: Callable[[], None] | None = None) -> Results | None:
     """Run the grid. Finished cells are kept in `directory`/cells and not run again.
 
     Writes results.json (every case), metrics.json (a line per cell) and recipe.yaml.
     protocols: of the task's and of `WAYS` to train on labels; the task's first where none is named. A seed draws the
     labelled subjects and trains; all arms share the draw. The first entrant's recipe and data are those of the study.
     Label maps and logs of the first seed's cells are kept for the report. Where nothing is trained, a seed draws the random
-    weights of the scratch arms, and the others are tested once. share: run this part alone, and return nothing.
+    weights of the scratch arms, and the others are tested once. share: run this part alone, and return nothing. others:
+    runs the shares of other processes; called once all is checked.
     """
     recipe, data = entrants[0].recipe, entrants[0].data
     offered, learns = recipe.task.protocols, recipe.task.learns
@@ -175,25 +192,23 @@ def evaluate(entrants: Sequence[Entrant], directory: Path, labels: Sequence[str]
     cells: list[Cell] = []
     total = len(grid) * len(labels) * seeds
     metric = ALONE[alone] if alone else recipe.task.metric
-    drawn = {arm.name: [[choose(recipe.task.cases(arm.data, "train") if learns else [], budget, seed, arm.data)
-                         for budget in labels] for seed in range(seeds)] for arm in contestants}
-
-    def everyone(arm: Arm) -> list[Row]:
-        held = [row for part in ("val", "test") for row in recipe.task.cases(arm.data, part)]
-        return [row for of_seed in drawn[arm.name] for rows in of_seed for row in rows] + held
-
-    pretrained = {arm.name: Frozen(arm.recipe, arm.data, arm.init, everyone(arm), directory) for arm in contestants
-                  if arm.init is not None}
+    readings = {id(arm.data): arm.data for arm in contestants}
+    parts = {key: _Parts.of(recipe.task, read, labels, seeds) for key, read in readings.items()}
+    pretrained = {arm.name: Frozen(arm.recipe, arm.data, arm.init, parts[id(arm.data)].everyone, directory)
+                  for arm in contestants if arm.init is not None}
+    if others is not None:
+        others()
     pieces: dict[tuple[object, ...], int] = {}  # what belongs together: probes of one encoder, or one training
     done = 0
     for seed in range(seeds):  # seed by seed: an early stop leaves complete, comparable grids
         frozen = dict(pretrained)
         for arm in [arm for arm in contestants if arm.init is None]:  # random weights are the seed's own
             kind = Headers if arm.name == METADATA else Frozen
-            frozen[arm.name] = kind(_seeded(arm.recipe, seed), arm.data, None, everyone(arm), directory)
+            frozen[arm.name] = kind(seeded(arm.recipe, seed), arm.data, None, parts[id(arm.data)].everyone, directory)
         for (place, budget), (protocol, arm) in product(enumerate(labels), grid):
             done += 1
-            file, rows = _cell_file(directory, arm, protocol, budget, seed), drawn[arm.name][seed][place]
+            file, mine = _cell_file(directory, arm, protocol, budget, seed), parts[id(arm.data)]
+            rows = mine.drawn[seed][place]
             piece = (seed, budget, protocol, arm.name) if protocol in WAYS else (arm.name, seed if arm.init is None else 0)
             turn = pieces.setdefault(piece, len(pieces))
             if share is not None and (turn % share.of != share.number or file.exists()):
@@ -210,7 +225,7 @@ def evaluate(entrants: Sequence[Entrant], directory: Path, labels: Sequence[str]
                 # fine-tuning has a bar of its own; a probe would leave the terminal still for minutes
                 still = protocol not in WAYS and not quiet and share is None and first_rank() and sys.stderr.isatty()
                 with Console(stderr=True).status(title) if still else nullcontext():
-                    cell = _run(arm, protocol, budget, rows, scope, seed, title, frozen[arm.name],
+                    cell = _run(arm, protocol, budget, rows, mine.test, scope, seed, title, frozen[arm.name],
                                 directory if seed == 0 and first_rank() else None, quiet or share is not None,
                                 Meter.here() if share is None else None)
                 if first_rank():
@@ -231,12 +246,11 @@ def evaluate(entrants: Sequence[Entrant], directory: Path, labels: Sequence[str]
     return results
 
 
-def _run(arm: Arm, protocol: str, labels: str, rows: list[Row], scope: Scope, seed: int, title: str, frozen: Frozen,
-         keep: Path | None, quiet: bool, meter: Meter | None) -> Cell:
+def _run(arm: Arm, protocol: str, labels: str, rows: list[Row], test: list[Row], scope: Scope, seed: int, title: str,
+         frozen: Frozen, keep: Path | None, quiet: bool, meter: Meter | None) -> Cell:
     """meter: of the energy of this process's device, where nothing else runs beside it."""
     began, trained = time.perf_counter(), 0.0
-    recipe, data = _seeded(arm.recipe, seed), arm.data
-    test = recipe.task.cases(data, "test")
+    recipe, data = seeded(arm.recipe, seed), arm.data
     chosen: dict[str, float] = {}
     subjects = len({row.subject for row in rows})
     amount: int | Literal["all"] = "all" if labels == "all" and recipe.task.learns else subjects
@@ -256,7 +270,8 @@ def _run(arm: Arm, protocol: str, labels: str, rows: list[Row], scope: Scope, se
         cost = Budget(steps=tuned.outcome.steps, batch=recipe.train.batch, trainable=tuned.trainable, seconds=0.0,
                       devices=tuned.outcome.devices)
     elif isinstance(recipe.task, Carrying):
-        cases = score(_frozen(recipe, arm, scope), data, test, scope, lambda row, map_: maps.__setitem__(row.case, map_))
+        assembly = untrained(recipe, arm.init, scope.classes)
+        cases = score(assembly, data, test, scope, lambda row, map_: maps.__setitem__(row.case, map_))
         cost = Budget(steps=0, batch=0, trainable=0, seconds=0.0)
         if keep is not None:
             for row in test:
@@ -274,15 +289,6 @@ def _run(arm: Arm, protocol: str, labels: str, rows: list[Row], scope: Scope, se
     return Cell(arm=arm.name, init=arm.hash, protocol=protocol, labels=amount, labelled_subjects=subjects, seed=seed,
                 budget=cost, cases=tuple(cases), encoder=encoder, network=arm.network, chosen=chosen,
                 drawn=checkpoint.digest(sorted({row.subject for row in rows})))
-
-
-def _frozen(recipe: TaskRecipe, arm: Arm, scope: Scope) -> Assembly:
-    """The task's assembly with an arm's encoder, untrained, on the device."""
-    torch.manual_seed(recipe.train.seed)
-    assembly = recipe.assemble(scope.classes)
-    if arm.init is not None:
-        checkpoint.load_encoder(arm.init, assembly.encoder, recipe.modality, recipe.encoder.sees)
-    return assembly.cuda() if torch.cuda.is_available() else assembly
 
 
 def _results(recipe: TaskRecipe, data: Data, scope: Scope, contestants: Sequence[Arm], cells: Sequence[Cell],
