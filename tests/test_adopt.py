@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -147,6 +148,9 @@ def test_each_network_meets_random_weights_of_its_own_and_processes_share_the_gr
     assert {arm for arm, _, _ in alone} == {"elsewhere", "mae", "scratch", "scratch mae"} and alone.keys() == shared.keys()
     for key, values in alone.items():
         assert np.allclose(values, shared[key], atol=1e-5), key
+    told = json.loads((tmp_path / "alone" / "report.json").read_text())["reports"][0]
+    assert "--init elsewhere --init mae --labels" in told["evaluation"]  # random weights enter by themselves
+    assert [bool(origin["command"]) for origin in told["origins"] if origin["weights"]] == [False, True]
     with pytest.raises(RecipeError, match="no protocol 'few'"):  # told once, before any process is started
         meristem.evaluate("classification", image_folder, tmp_path / "wrong", jobs=2, inits=["scratch"], protocols=["few"],
                           split="0.5,0,0.5", quiet=True)

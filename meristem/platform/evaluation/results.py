@@ -682,7 +682,7 @@ def compare(results: Results, mine: Sequence[Cell], theirs: Sequence[Cell], repl
             better = superiority(d if results.higher[metric] else -d)
         found.append(Comparison(arm=a.arm, baseline=b.arm, protocol=a.protocol, labels=a.labels, metric=metric,
                                 labelled_subjects=a.labelled_subjects, subjects=len(one.subjects), seeds=len(seeds),
-                                difference=_difference(one, two, metric, replicates, seed), size=size, better=better,
+                                difference=difference(one, two, metric, replicates, seed), size=size, better=better,
                                 p=_test(one, two, metric, replicates, seed) if primary else None,
                                 spread=crossed(_minus(one.by_seed(metric), two.by_seed(metric)), len(one.subjects))
                                 if primary else None, equal_budget=not unequal and b.arm != METADATA))
@@ -711,7 +711,8 @@ def _minus(one: Statistic, two: Statistic) -> Statistic:
     return lambda w: one(w) - two(w)
 
 
-def _difference(one: Group, two: Group, metric: str, replicates: int, seed: int) -> Estimate:
+def difference(one: Group, two: Group, metric: str, replicates: int, seed: int) -> Estimate:
+    """One arm minus another over the same subjects."""
     return bootstrap(_minus(one.statistic(metric), two.statistic(metric)), len(one.subjects), replicates=replicates, seed=seed,
                      widen=metric not in metrics.RANK_METRICS)
 
@@ -767,7 +768,7 @@ def _subgroups(results: Results, cells: Mapping[tuple[str, str, Labels], list[Ce
                                         widen=metric not in metrics.RANK_METRICS) for arm, group in by_arm.items()}
                 differences: dict[str, dict[str, Estimate]] = {arm: {} for arm, _ in pairs if by_arm}
                 for arm, rival in pairs if by_arm else ():
-                    differences[arm][rival] = _difference(by_arm[arm], by_arm[rival], metric, replicates, seed)
+                    differences[arm][rival] = difference(by_arm[arm], by_arm[rival], metric, replicates, seed)
                 found.append(Subgroup.model_validate({**told, "subjects": n if alike else None, "means": means,
                                                       "differences": differences}))
     return found

@@ -154,19 +154,20 @@ def origins(results: Results) -> list[Origin]:
     for arm in results.arms:
         weights = next(c.init for c in results.cells if c.arm == arm) or ""
         about = results.pretraining.get(arm, {})
-        known = bool(about)
+        made = "steps" in about  # not random, nor from elsewhere
         found.append(Origin(arm=arm, weights=weights, recipe=str(about.get("recipe", "")),
                             recipe_hash=str(about.get("recipe hash", "")), manifest=str(about.get("data manifest", "")),
-                            command=f"meristem pretrain {_file(arm)} --data DATA --out {_word(arm)}" if known else ""))
+                            command=f"meristem pretrain {_file(arm)} --data DATA --out {_word(arm)}" if made else ""))
     return found
 
 
 def evaluation(results: Results) -> str:
-    """The command that repeats the evaluation, once the task's resolved recipe is in a file."""
+    """The command that repeats the evaluation, once the task's resolved recipe is in a file; it adds random weights itself."""
     labels = dict.fromkeys(c.labels for c in results.cells)
     seeds = max(len(cells) for cells in groups(results).values())
     protocols = dict.fromkeys(c.protocol for c in results.cells)
-    inits = [_word(arm) for arm in sorted(results.arms, key=lambda arm: arm in results.baselines)]
+    inits = [_word(arm) for arm in results.arms if arm not in results.baselines] + \
+        [METADATA] * (METADATA in results.arms)
     learns = not all(c.labelled_subjects == 0 for c in results.cells)
     return " ".join([f"meristem evaluate {_file(results.task)} --data DATA", *(f"--init {x}" for x in inits),
                      *(f"--labels {x}" for x in labels if learns), *(f"--protocol {p}" for p in protocols),

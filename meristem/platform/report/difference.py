@@ -14,8 +14,18 @@ from pydantic import ValidationError
 
 from meristem.errors import MeristemError
 from meristem.platform.evaluation import metrics
-from meristem.platform.evaluation.results import PROTOCOLS, Labels, Model, Results, Summary, groups, signed, summarise
-from meristem.platform.evaluation.statistics import REPLICATES, Estimate, bootstrap
+from meristem.platform.evaluation.results import (
+    PROTOCOLS,
+    Labels,
+    Model,
+    Results,
+    Summary,
+    difference,
+    groups,
+    signed,
+    summarise,
+)
+from meristem.platform.evaluation.statistics import REPLICATES, Estimate
 from meristem.platform.report import about, figures
 from meristem.platform.report.page import render
 
@@ -127,11 +137,9 @@ def _changes(before: Results, after: Results, old: Summary, new: Summary, replic
         one, two = (results.group(cells, shared) if shared else None for results, cells in ((after, a), (before, b)))
         if same and one is not None and two is not None and one.subjects == two.subjects and \
                 (one.target is None or two.target is None or np.array_equal(one.target, two.target)):
-            plus, minus = one.statistic(row.metric), two.statistic(row.metric)
-            difference = bootstrap(lambda w, f=plus, g=minus: f(w) - g(w), len(one.subjects),  # type: ignore[misc]
-                                   replicates=replicates, seed=seed, widen=row.metric not in metrics.RANK_METRICS)
             yield Change(arm=row.arm, protocol=row.protocol, labels=row.labels, metric=row.metric, before=was.mean,
-                         after=row.mean, difference=difference, paired=True, subjects=len(one.subjects))
+                         after=row.mean, difference=difference(one, two, row.metric, replicates, seed), paired=True,
+                         subjects=len(one.subjects))
         else:
             yield Change(arm=row.arm, protocol=row.protocol, labels=row.labels, metric=row.metric, before=was.mean,
                          after=row.mean, difference=independent(row.mean, was.mean), paired=False,
