@@ -5,7 +5,9 @@ DATA ?= demo/phantoms
 OUT ?= demo/$(notdir $(DATA))
 MERISTEM_DATA ?= ../shared/data
 
-.PHONY: demo test bench bench-graphs bench-detection bench-systems bench-transfer
+KILLS ?= 100
+
+.PHONY: demo test chaos bench bench-graphs bench-detection bench-systems bench-transfer
 
 # pretrain on unlabelled scans, fine-tune on few and on all labels beside a scratch arm of equal budget, write one report
 demo: .venv/ready
@@ -21,6 +23,10 @@ test: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest
+
+# trainings of each modality, disturbed at random moments and resumed, must end as undisturbed ones: one JSON line of counts
+chaos: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py --kills $(KILLS) $(ARGS)
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/cache.py

@@ -102,7 +102,7 @@ def test_recipes_show_prints_a_recipe_that_loads_and_its_passes(call, tmp_path: 
     (["finetune", "segmentation", "--data", "BARE", "--out", "OUT"], ["no sample has a label mask"]),
     (["finetune", "classification", "--data", "DATA", "--out", "OUT"], ["0 classes"]),
     (["finetune", "segmentation", "--data", "DATA", "--out", "OUT", "--labels", "nan"], ["count, a fraction or all"]),
-    (["finetune", "segmentation", "--data", "DATA", "--out", "OUT", "--resume"], ["no checkpoint"]),
+    (["finetune", "segmentation", "--data", "DATA", "--out", "DATA", "--resume"], ["no checkpoint"]),
 ])
 def test_a_users_mistake_is_a_message_and_status_2(arguments: list[str], words: list[str], call, volume_folder: Path,  # type: ignore[no-untyped-def]
                                                    tmp_path: Path) -> None:

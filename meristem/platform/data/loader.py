@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from meristem.errors import DataError, RecipeError
+from meristem.errors import DataError, MeristemError, RecipeError
 from meristem.modalities.base import LOOKS, Draw, Header, Links, Look, Modality, View, ViewSettings
 from meristem.modalities.frame import Frame
 from meristem.modalities.rng import Rng
@@ -27,6 +29,7 @@ from meristem.platform.objectives import Items
 from meristem.platform.recipe import Recipe
 from meristem.platform.step import Batch
 
+DEATHS = 3  # of loading processes that a run outlives
 IGNORED = -1  # label of what has none, class or mask
 
 
@@ -41,20 +44,40 @@ class Loader:
         return max(self._steps - self._start, 0)
 
     def __iter__(self) -> Iterator[Batch]:
-        # a generator of its own: DataLoader would draw a seed from the global one, and a resumed run would differ
-        stream = iter(DataLoader(self._batches, batch_size=None, sampler=range(self._start, self._steps),
-                                 num_workers=self._workers, collate_fn=_same, generator=torch.Generator(),
-                                 worker_init_fn=_leave_signals_to_the_loop,
-                                 pin_memory=torch.cuda.is_available(), prefetch_factor=4 if self._workers else None))
+        done = deaths = 0
+        stream = self._stream(self._start)
         while True:
             asked = time.perf_counter()
-            batch = next(stream, None)
-            self.waited += time.perf_counter() - asked
+            try:
+                batch = next(stream, None)
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker"):
+                    raise
+                deaths += 1
+                if deaths > DEATHS:
+                    raise MeristemError(f"the processes that load data were killed {deaths} times", "Memory may be short: "
+                                        "lower train.workers or the size of views. --resume goes on.") from None
+                print("a process that loads data was killed, and is started again: memory may be short", file=sys.stderr)
+                stream = self._stream(self._start + done)
+                continue
+            finally:
+                self.waited += time.perf_counter() - asked
             if batch is None:
                 return
             if isinstance(batch, DataError):
                 raise batch
+            done += 1
             yield batch
+
+    def _stream(self, start: int) -> Iterator[Batch | DataError]:
+        # a generator of its own: DataLoader would draw a seed from the global one, and a resumed run would differ
+        stream = iter(DataLoader(self._batches, batch_size=None, sampler=range(start, self._steps),
+                                 num_workers=self._workers, collate_fn=_same, generator=torch.Generator(),
+                                 worker_init_fn=_leave_to_the_loop,
+                                 pin_memory=torch.cuda.is_available(), prefetch_factor=4 if self._workers else None))
+        if self._workers and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise wherever the training happens to be
+        return stream
 
 
 def loader(cache: Cache, rows: Sequence[Row], recipe: Recipe, *, fields: Sequence[str] = (), start: int = 0, steps: int,
@@ -96,8 +119,12 @@ def loader(cache: Cache, rows: Sequence[Row], recipe: Recipe, *, fields: Sequenc
     return Loader(batches, start, steps, train.workers if workers is None else workers)
 
 
-def _leave_signals_to_the_loop(worker: int) -> None:
-    """A request to stop that reaches the whole process group, as Ctrl-C's, is the training loop's to answer."""
+def _leave_to_the_loop(worker: int) -> None:
+    """A request to stop that reaches the whole process group, as Ctrl-C's, is the training loop's to answer, and it leaves
+    without waiting for the batches that are on their way.
+    """
+    sys.excepthook = lambda kind, error, trace: (None if issubclass(kind, ConnectionError | EOFError)
+                                                 else sys.__excepthook__(kind, error, trace))
     for name in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))  # a second one ends the worker

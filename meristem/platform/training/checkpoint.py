@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -71,22 +72,43 @@ def save(run: Path, step: int, weights: Mapping[str, Tensor], card: Mapping[str,
     state: tensors and plain values only, so that it loads with weights_only.
     """
     root = run / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
     final, temporary = root / f"step-{step:08d}", root / f".step-{step:08d}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}, temporary / "weights.safetensors")
-    (temporary / "card.json").write_text(json.dumps({"format": FORMAT, "step": step, **card}, indent=1))
-    torch.save(dict(state), temporary / "state.pt")
-    for file in temporary.iterdir():
-        _sync(file)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
-    _sync(root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)
+        temporary.mkdir()
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}, temporary / "weights.safetensors")
+        (temporary / "card.json").write_text(json.dumps({"format": FORMAT, "step": step, **card}, indent=1))
+        torch.save(dict(state), temporary / "state.pt")
+        for file in temporary.iterdir():
+            _sync(file)
+        _remove(final)
+        temporary.rename(final)
+        _sync(root)
+    except (OSError, SafetensorError, RuntimeError) as error:  # each library has its own word for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"the checkpoint of step {step} cannot be written: {_reason(error)}",
+                              "Make room on the disk, then go on with --resume: earlier checkpoints are intact.") from None
     for old in sorted(root.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+        _remove(old)
     return final
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder that may be there, so that none is ever seen in part."""
+    going = folder.with_name(f".{folder.name.strip('.')}.old")
+    shutil.rmtree(going, ignore_errors=True)
+    if folder.exists():
+        folder.rename(going)
+        shutil.rmtree(going, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be written, without its place."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    told = re.search(r"[Ee]rror: ([^:]+?)( \(os error \d+\))?$", str(error))
+    return told[1] if told else "the disk takes no more, or is gone"
 
 
 def locate(path: Path) -> Path:

@@ -49,17 +49,19 @@ def reference(assembly: Assembly) -> dict[str, Any]:
 
 
 def open_run(fabric: Fabric, directory: Path, about: Mapping[str, Any], data: Data, resume: bool) -> Path | None:
-    """Make a run directory, or find the checkpoint to go on from: None where a run was opened but nothing was saved yet.
+    """Make a run directory, or find the checkpoint to go on from: None where nothing was saved yet, as by a job that was
+    stopped before it came to that.
 
     about: the card of what is to be trained. Rank 0 writes; all ranks return the same.
     Raises MeristemError rather than overwrite a run, or go on with another recipe, other samples or another start.
     """
     begun = (directory / "recipe.yaml").exists()
     saved = any((directory / "checkpoints").glob("step-*"))
+    other = not begun and directory.is_dir() and any(not inside.name.startswith(".") for inside in directory.iterdir())
     fabric.barrier()  # all have looked before one writes
     if begun and not resume:
         raise MeristemError(f"{directory} already holds a run", "Choose another --out, or pass --resume to go on with it.")
-    if resume and (saved or not begun):
+    if resume and (saved or other):
         found = checkpoint.locate(directory)
         before = checkpoint.read_card(found, joint=True)
         for key, what in (("recipe_hash", "the recipe differs"), ("kind", "the kind of run differs"),
