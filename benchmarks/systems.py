@@ -20,11 +20,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
 import torch
 import yaml
-from PIL import Image
 from runs import finished
 from timing import seconds
 
@@ -89,27 +86,6 @@ def white_cells(folder: Path, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     (out / "white-cells.csv").write_text("\n".join(["path,class", *lines]) + "\n")
     return out / "white-cells.csv"
-
-
-def slices(folder: Path, out: Path) -> Path:
-    """Volumes as films, slice by slice from the middle to the front, with the masks of each."""
-    films = out / "films"
-    if not (films / "films.csv").exists():
-        for path in sorted((folder / "imagesTr" if (folder / "imagesTr").is_dir() else folder / "images").glob("[!.]*.nii.gz")):
-            mask = next(folder.glob(f"labels*/{path.name}"), None)
-            if mask is None:
-                continue
-            scan, labels = (nib.as_closest_canonical(nib.load(p)).get_fdata() for p in (path, mask))
-            low, high = np.percentile(scan, (1, 99))
-            grey = (255 * ((scan - low) / (high - low)).clip(0, 1)).round().astype(np.uint8)
-            for name, array in (("frames", grey), ("masks", labels.astype(np.uint8))):
-                (films / name / path.name.removesuffix(".nii.gz")).mkdir(parents=True, exist_ok=True)
-                for i in range(array.shape[1] // 2, array.shape[1]):
-                    Image.fromarray(array[:, i].T[::-1]).save(
-                        films / name / path.name.removesuffix(".nii.gz") / f"{i:03d}.png")
-        cases = sorted(case.name for case in (films / "frames").iterdir())
-        (films / "films.csv").write_text("\n".join(["path,mask", *(f"frames/{c},masks/{c}" for c in cases)]) + "\n")
-    return films / "films.csv"
 
 
 SMALL_DECODER = "objectives.pixels.masked.predictor.decoder={depth: 2, width: 96, heads: 3}"
