@@ -28,13 +28,9 @@ test: .venv/ready
 chaos: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py --kills $(KILLS) $(ARGS)
 
+# every comparison with a peer or a plain way, and docs/performance.md from them; ARGS="peers" for some, "--quick" for less
 bench: .venv/ready
-	$(BIN)/python benchmarks/cache.py
-	$(BIN)/python benchmarks/visible_only.py
-	$(BIN)/python benchmarks/steps.py
-	$(BIN)/python benchmarks/video.py
-	$(BIN)/python benchmarks/points.py
-	$(BIN)/python benchmarks/detection.py
+	$(BIN)/python benchmarks/performance.py $(ARGS)
 
 # each graph set beside random weights and the published figure: hours on a CPU; ARGS="--quick --sets mutag" for less
 bench-graphs: .venv/ready

@@ -1,15 +1,14 @@
-"""A random 64³ crop from the cache against decoding the file: one JSON line per data set.
+"""A random 64³ crop from the cache beside one cut from the decoded file: a line of `compare` per data set.
 
     python benchmarks/cache.py [--crops 50] [--data FOLDER_OF_DATA_SETS]
 
 Made volumes are 256x256x160 int16 (smooth anatomy and noise), as .nii.gz; the hippocampus set joins in when it is there.
-`ratio` is median decoding time / median crop time; both include opening the file; `cold` is the first crop of each file.
+Both ways open the file, and take turns; `cold_ms` is the first crop of each file from the cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -18,11 +17,12 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from compare import compare
 from scipy.ndimage import gaussian_filter, zoom
 
 from meristem.modalities.base import Draw, modality_class
 from meristem.platform.data.cache import Cache
-from meristem.platform.data.manifest import Manifest
+from meristem.platform.data.manifest import Manifest, Row
 
 SHAPE, CROP, VOLUMES = (256, 256, 160), 64, 3
 
@@ -39,7 +39,7 @@ def volumes(root: Path) -> Path:
     return root
 
 
-def measure(name: str, data: Path, home: Path, crops: int, crop: int) -> dict[str, object]:
+def measure(name: str, data: Path, home: Path, crops: int, crop: int) -> None:
     kind = modality_class("volume")
     modality = kind(kind.Options())
     manifest = Manifest.discover(data, modality)
@@ -48,25 +48,30 @@ def measure(name: str, data: Path, home: Path, crops: int, crop: int) -> dict[st
     built = time.perf_counter() - began
     rng = np.random.default_rng(1)
     from_cache, from_file, cold, seen = [], [], [], set()
+
+    def cut(row: Row, start: list[int]) -> None:
+        window = tuple(slice(a, a + crop) for a in start)
+        np.asanyarray(nib.load(row.paths[0]).dataobj)[window].copy()
+
     for _ in range(crops):
         row = manifest.rows[int(rng.choice(cache.rows))]
         start = [int(rng.integers(0, max(n - crop, 0) + 1)) for n in cache.header(row.index).shape[1:]]
-        began = time.perf_counter()
-        cache.windows(row.index, [Draw(start, (crop,) * 3, (crop,) * 3)])
-        taken = time.perf_counter() - began
-        (from_cache if row.index in seen else cold).append(taken)
+        taken = []
+        for job in (lambda r=row, s=start: cache.windows(r.index, [Draw(s, (crop,) * 3, (crop,) * 3)]),
+                    lambda r=row, s=start: cut(r, s)):
+            began = time.perf_counter()
+            job()
+            taken.append(1e3 * (time.perf_counter() - began))
+        if row.index in seen:
+            from_cache.append(taken[0])
+            from_file.append(taken[1])
+        else:
+            cold.append(taken[0])
         seen.add(row.index)
-    for row in list(manifest.rows)[:10]:
-        began = time.perf_counter()
-        np.asanyarray(nib.load(row.paths[0]).dataobj)[:crop, :crop, :crop].copy()
-        from_file.append(time.perf_counter() - began)
-    ms = {key: 1e3 * statistics.median(values) for key, values in
-          (("crop_ms", from_cache or cold), ("cold_ms", cold), ("decode_ms", from_file))}
     stored = sum(f.stat().st_size for f in cache.directory.rglob("*") if f.is_file())
-    return {"benchmark": "cache", "data": name, "volumes": len(cache), "crop": crop, "crops": crops,
-            **{k: round(v, 3) for k, v in ms.items()}, "ratio": round(ms["decode_ms"] / ms["crop_ms"], 1),
-            "build_s": round(built, 2), "stored_mib": round(stored / 2**20, 1),
-            "files_mib": round(sum(r.paths[0].stat().st_size for r in manifest.rows) / 2**20, 1)}
+    compare(f"a {crop}³ crop of {name}", "nibabel, whole file", "ms", from_cache, from_file, volumes=len(cache),
+            cold_ms=round(statistics.median(cold), 3), build_s=round(built, 2), stored_mib=round(stored / 2**20, 1),
+            files_mib=round(sum(r.paths[0].stat().st_size for r in manifest.rows) / 2**20, 1))
 
 
 def main() -> None:
@@ -78,10 +83,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         (home / "made").mkdir()
-        print(json.dumps(measure("made 256x256x160", volumes(home / "made"), home / "cache-made", arguments.crops, CROP)))
+        measure("made 256×256×160 volumes", volumes(home / "made"), home / "cache-made", arguments.crops, CROP)
         hippocampus = Path(arguments.data) / "msd-task04-hippocampus"
         if hippocampus.is_dir():
-            print(json.dumps(measure("hippocampus", hippocampus, home / "cache-real", arguments.crops, CROP)))
+            measure("hippocampus", hippocampus, home / "cache-real", arguments.crops, CROP)
 
 
 if __name__ == "__main__":

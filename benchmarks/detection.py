@@ -1,5 +1,5 @@
-"""Seconds and peak memory of searching a whole volume and a whole image, beside MONAI's own RetinaNet on the same backbone. A
-JSON line each.
+"""Seconds and peak memory of searching a whole volume and a whole image, beside MONAI's own RetinaNet on the same backbone.
+Lines of `compare`.
 
     python benchmarks/detection.py [--shape 128 128 96] [--steps 150] [--repeats 3]
 
@@ -8,7 +8,7 @@ A detector of `volume/detection` learns a made volume of bright cuboids by heart
 anchors and sliding-window inferer, which joins the maps of windows before it looks for boxes; encoder, pyramid and heads have
 the same weights, windows the same size, overlap, number at a time and precision. Seconds are medians, in turns, from decoded
 volume to boxes; peaks are those of processes of their own, less what the process held before. found: cuboids that a box of
-a score over 0.3 meets at an IoU over 0.5, of all such boxes. Ratios are ours / MONAI's.
+a score over 0.3 meets at an IoU over 0.5, of all such boxes.
 An image of 480×640 pixels is searched in the same way by the RetinaNet of `image/detection`, torchvision's, and by MONAI's in
 two dimensions, whose heads have other weights; nobody taught either, so that no boxes are left to compare.
 """
@@ -21,14 +21,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
+from compare import compare
 from PIL import Image
-from timing import seconds
+from timing import turns
 from torch import Tensor, nn
 
 import meristem
@@ -178,15 +180,17 @@ def forget() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def compared(kind: str, todo: dict[str, Job], arms: dict[str, dict[str, Any]], folder: str, repeats: int) -> dict[str, Any]:
-    """The arms with their seconds and peaks, and the ratios of these."""
-    for name, taken in zip(todo, seconds(list(todo.values()), repeats), strict=True):
-        arms[name]["seconds"] = round(taken, 3)
-    for name in todo:
-        command = [sys.executable, __file__, "--arm", f"{kind} {name}", folder]
+def compared(kind: str, todo: dict[str, Job], folder: str, repeats: int, **about: Any) -> None:
+    """Seconds in turns, and peaks."""
+    ours, monai = turns([todo["ours"], todo["monai"]], repeats)
+    peer = f"MONAI {version('monai')}"
+    compare(f"searching {kind}", peer, "s", ours, monai, **about)
+    peaks = []
+    for name in ("ours", "monai"):
+        command = [sys.executable, __file__, "--arm", f"{kind.split()[1]} {name}", folder]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        arms[name]["peak_mib"] = json.loads(done.stdout.splitlines()[-1])
-    return {**arms, "ratio": {key: round(arms["ours"][key] / arms["monai"][key], 3) for key in ("seconds", "peak_mib")}}
+        peaks.append([float(json.loads(done.stdout.splitlines()[-1]))])
+    compare(f"searching {kind}: peak", peer, "MiB", *peaks)
 
 
 def main() -> None:
@@ -211,12 +215,9 @@ def main() -> None:
         meristem.finetune("volume/detection", listing, home / "run", [*PLAIN, f"train.steps={options.steps}"], split="1,0,0",
                           cache=home / "cache", quiet=True)
         todo, truth = volume_jobs(home / "run", listing, home / "cache")
-        found: dict[str, dict[str, Any]] = {name: {"found": hits(job(), truth)} for name, job in todo.items()}
-        print(json.dumps({"benchmark": "detection", "shape": options.shape, "cuboids": CUBOIDS,
-                          **compared("volume", todo, found, folder, options.repeats)}), flush=True)
-        todo = image_jobs(home / "images")
-        print(json.dumps({"benchmark": "detection", "shape": [480, 640],
-                          **compared("image", todo, {name: {} for name in todo}, folder, options.repeats)}), flush=True)
+        found = {name: hits(job(), truth) for name, job in todo.items()}
+        compared("a volume", todo, folder, options.repeats, shape=options.shape, cuboids=CUBOIDS, found=found)
+        compared("an image", image_jobs(home / "images"), folder, options.repeats, shape=[480, 640])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Clouds: making tokens, hiding them, and holding many points. Every line is JSON; each ratio is of medians of one run.
+"""Clouds: making tokens, hiding them, and holding many points. Lines of `compare`, and of what is no comparison.
 
     python benchmarks/points.py [--batch 32] [--repeats 5] [--points 10000 100000 1000000]
 
 groups: farthest-point sampling and nearest neighbours of a batch, against a loop over clouds, centres and points in numpy, and
-against pytorch3d where it is importable; all find the same groups. `ratio`: theirs / ours.
+against pytorch3d where it is importable; all find the same groups.
 encoder: that of `points/mae` forward and backward, given its visible tokens only, against all of them embedded and encoded.
-`ratio`: all / visible; with 0.6 hidden, 2.5 is what tokens alone would give. step: the whole objective, decoder and loss too,
-beside the making of tokens.
+With 0.6 hidden, 0.4 is what tokens alone would give. step: the whole objective, decoder and loss too, beside the making of
+tokens.
 memory: MiB that a process holds at most while it cuts one cloud into serial tokens, beyond what it held before, and the bytes
 per point; the view itself is held before.
 """
@@ -24,7 +24,8 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from timing import seconds
+from compare import compare
+from timing import seconds, turns
 from torch import Tensor
 
 from meristem import pointops
@@ -86,13 +87,12 @@ def groups(batch: int, repeats: int, device: str) -> None:
         if pointops._pytorch3d() is not None:
             jobs["pytorch3d"] = lambda x=xyz, c=count, s=size: by_pytorch3d(x, c, s)
         found = {name: job() for name, job in jobs.items()}
-        taken = dict(zip(jobs, seconds(list(jobs.values()), repeats), strict=True))
-        print(json.dumps({"benchmark": "points groups", "clouds": rows, "points": points, "groups": count, "size": size,
-                          "device": named(device), "threads": torch.get_num_threads(),
-                          "ms": {name: round(1e3 * t, 1) for name, t in taken.items()},
-                          "ratio": {name: round(t / taken["ours"], 2) for name, t in taken.items() if name != "ours"},
-                          "same_groups": {name: round(same(found["ours"], groups), 4) for name, groups in found.items()
-                                          if name != "ours"}}), flush=True)
+        taken = dict(zip(jobs, turns(list(jobs.values()), repeats), strict=True))
+        for name in jobs:
+            if name != "ours":
+                compare(f"{count} groups of {size} of {points} points, {rows} clouds", name, "s", taken["ours"], taken[name],
+                        device=named(device), threads=torch.get_num_threads(),
+                        same_groups=round(same(found["ours"], found[name]), 4))
 
 
 # ---- hidden tokens
@@ -122,11 +122,11 @@ def masked(batch: int, repeats: int, device: str) -> None:
         (loss.total / loss.count).backward()
 
     jobs = (every, visible, step, lambda: tokenizer.stream(given.views["x"]))
-    all_tokens, kept, whole_step, tokens = seconds(jobs, repeats)
+    all_tokens, kept = turns(jobs[:2], repeats)
+    whole_step, tokens = seconds(jobs[2:], repeats)
     about = {"batch": batch, "tokens": len(stream), "visible": plan.keep.shape[1], "device": named(device),
              "threads": torch.get_num_threads()}
-    print(json.dumps({"benchmark": "points encoder", **about, "all_ms": round(1e3 * all_tokens, 1),
-                      "visible_ms": round(1e3 * kept, 1), "ratio": round(all_tokens / kept, 2)}), flush=True)
+    compare("points/mae's encoder, 60 % hidden", "all groups encoded", "s", kept, all_tokens, **about)
     print(json.dumps({"benchmark": "points step", **about, "step_ms": round(1e3 * whole_step, 1),
                       "tokenizer_ms": round(1e3 * tokens, 1), "ratio_to_tokenizer": round(whole_step / tokens, 1),
                       "clouds_per_s": round(batch / whole_step, 1)}), flush=True)

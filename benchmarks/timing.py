@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 
-def seconds(jobs: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each job; they take turns, so that a busy machine slows all alike."""
+def turns(jobs: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
+    """Seconds of each job in each repeat; they take turns, so that a busy machine slows all alike."""
     times: list[list[float]] = [[] for _ in jobs]
     for repeat in range(repeats + 1):  # the first warms up
         for job, taken in zip(jobs, times, strict=True):
@@ -22,4 +22,9 @@ def seconds(jobs: Sequence[Callable[[], object]], repeats: int) -> list[float]:
                 torch.cuda.synchronize()
             if repeat:
                 taken.append(time.perf_counter() - began)
-    return [statistics.median(taken) for taken in times]
+    return times
+
+
+def seconds(jobs: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Median seconds of each job, in turns."""
+    return [statistics.median(taken) for taken in turns(jobs, repeats)]

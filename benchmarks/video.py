@@ -1,4 +1,4 @@
-"""Clips: reading them, embedding them, and waiting for them. Every line is JSON; each ratio is of medians of one run.
+"""Clips: reading them, embedding them, and waiting for them. Lines of `compare`, and of what is no comparison.
 
     python benchmarks/video.py [--data FOLDER] [--repeats 5] [--steps 20]
 
@@ -24,8 +24,9 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from compare import compare
 from PIL import Image
-from timing import seconds
+from timing import turns
 from torch import Tensor
 
 import meristem
@@ -122,14 +123,15 @@ def clips(data: Path, home: Path, repeats: int, films: int) -> None:
         jobs: list[Callable[[], Tensor]] = [lambda t=test: plain_views(caches["file"], rows, ours["file"], t)]
         jobs += [lambda n=name, t=test: our_views(caches[n], rows, ours[n], t) for name in ours]
         expected, got = jobs[0](), jobs[1]()
-        taken = dict(zip(("plain", *ours), seconds(jobs, repeats), strict=True))
+        taken = dict(zip(("plain", *ours), turns(jobs, repeats), strict=True))
         header = caches["file"].header(rows[0].index)
-        print(json.dumps({
-            "benchmark": "video clips", "views": "5 × 3 test views" if test else "one view", "films": len(rows),
-            "frames": list(header.shape[1:]), "size": list(ours["file"].views["x"].size),
-            "clips_per_s": {name: round(len(expected) / t, 1) for name, t in taken.items()},
-            "ratio": {name: round(taken["plain"] / t, 2) for name, t in taken.items() if name != "plain"},
-            "mean_difference_of_255": round(float((expected - got).abs().mean() / np.mean(header.scale)), 3)}), flush=True)
+        difference = round(float((expected - got).abs().mean() / np.mean(header.scale)), 3)
+        for name in ours:
+            views = "5 × 3 test views" if test else "one view"
+            compare(f"reading {views}, store: {name}", "PyAV and Pillow, whole file", "s / 1,000 clips",
+                    *([1e3 * t / len(expected) for t in taken[who]] for who in (name, "plain")), films=len(rows),
+                    frames=list(header.shape[1:]), size=list(ours["file"].views["x"].size),
+                    **({"mean_difference_of_255": difference} if name == "file" else {}))
 
 
 # ---- embedding
@@ -185,12 +187,9 @@ def embedding(size: str, repeats: int) -> None:
              "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "threads": torch.get_num_threads()}
     for what, jobs in (("embedding", (embed_all, embed_ours)),
                        ("step", (lambda: step(straight, "all"), lambda: step(ours, "visible")))):
-        every, visible = seconds(jobs, repeats)
-        line = {"benchmark": f"video {what}", **about, "all_ms": round(1e3 * every, 2), "visible_ms": round(1e3 * visible, 2),
-                "ratio": round(every / visible, 2)}
-        if what == "step":
-            line["losses"] = {name: round(loss, 6) for name, loss in losses.items()}
-        print(json.dumps(line), flush=True)
+        every, visible = ([1e3 * t for t in taken] for taken in turns(jobs, repeats))
+        same = {"losses": {name: round(loss, 6) for name, loss in losses.items()}} if what == "step" else {}
+        compare(f"VideoMAE's {what}", "all tubelets embedded", "ms", visible, every, **about, **same)
 
 
 # ---- waiting

@@ -1,8 +1,8 @@
 """Time and peak memory of an MAE encoder pass at 75 % masking against 0 %: only visible tokens are embedded and encoded.
 
 Forward and backward of the transformer `small` on one channel of 64³ voxels, patches of 8³ (512 tokens). Each arm is a process
-of its own, so that its peak is its own. Prints one JSON line; `ratio` is masked / whole: 0.25 is what tokens alone would give,
-attention pulls it down, weights and their gradients, which no masking spares, up.
+of its own, so that its peak is its own. Lines of `compare`, masked / whole: 0.25 is what tokens alone would give, attention
+pulls it down, weights and their gradients, which no masking spares, up.
 
     python benchmarks/visible_only.py [--batch 8] [--repeats 5]
 """
@@ -16,7 +16,8 @@ import subprocess
 import sys
 
 import torch
-from timing import seconds
+from compare import compare
+from timing import turns
 
 from meristem.modalities.base import Axis
 from meristem.modalities.frame import Frame
@@ -36,7 +37,7 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def arm(ratio: float, batch: int, repeats: int) -> dict[str, float]:
+def arm(ratio: float, batch: int, repeats: int) -> dict[str, list[float]]:
     """Figures of one masking ratio; 0: no masking at all."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,9 +59,8 @@ def arm(ratio: float, batch: int, repeats: int) -> dict[str, float]:
         encoder(stream.with_array(stream.array), plan).tokens.square().mean().backward()
 
     before = _peak()
-    embedding, step = (1e3 * seconds([job], repeats)[0] for job in (embed, whole))
-    return {"tokens": embedded[0], "embed_ms": round(embedding, 1), "pass_ms": round(step, 1),
-            "peak_mib": round(_peak() - before, 1)}
+    embedding, step = ([1e3 * t for t in turns([job], repeats)[0]] for job in (embed, whole))
+    return {"tokens": [float(embedded[0])], "embedding, ms": embedding, "pass, ms": step, "peak, MiB": [_peak() - before]}
 
 
 def main() -> None:
@@ -78,8 +78,10 @@ def main() -> None:
         done = subprocess.run([sys.executable, __file__, *map(str, given)], check=True, stdout=subprocess.PIPE, text=True)
         arms.append(json.loads(done.stdout.splitlines()[-1]))
     whole, masked = arms
-    print(json.dumps({"benchmark": "visible_only", "batch": options.batch, "whole": whole, "masked": masked,
-                      "ratio": {name: round(masked[name] / whole[name], 3) for name in whole}}))
+    for figure in whole:
+        what, _, unit = figure.partition(", ")
+        compare(f"MAE encoder, 75 % hidden: {what}", "nothing hidden", unit or "per volume", masked[figure], whole[figure],
+                batch=options.batch)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""Inside a measured program: when optimiser steps ended, and what the program had used by then. Standard library and torch.
+
+`watch()` before the program starts notes marks in the file that the environment names (`programs.run` sets it). It works for
+any program whose optimiser is torch's: ours and every peer's. Linux.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+FILE, STEPS = "BENCHMARK_MARKS", "BENCHMARK_STEPS"
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+def descendants(pid: int) -> list[int]:
+    """The process and all that it started and that live."""
+    found = [pid]
+    for one in found:
+        for task in Path(f"/proc/{one}/task").glob("*/children"):
+            try:
+                found += map(int, task.read_text().split())
+            except OSError:  # it ended just now
+                continue
+    return found
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process, of its living descendants, and of those that were waited for."""
+    total = 0
+    for one in descendants(pid):
+        try:
+            fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        total += sum(map(int, fields[11:15]))
+    return total / TICK
+
+
+def watch() -> None:
+    """Note the end of the optimiser steps that the environment lists."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    wanted, path = {int(n) for n in os.environ[STEPS].split(",")}, Path(os.environ[FILE])
+    done = 0
+
+    def note(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        if done in wanted:
+            with path.open("a") as file:
+                file.write(json.dumps({"step": done, "at": time.time(), "cpu": cpu_seconds(os.getpid())}) + "\n")
+
+    register_optimizer_step_post_hook(note)

@@ -1,0 +1,80 @@
+"""Whole programs, measured from outside: processor time, wall time, memory, time to the first step.
+
+The measured program calls `marks.watch()` first; the steps between `settled` and `last` give the cost per sample, whatever the
+start cost. Memory is the greatest sum, over the program and all its processes, of their proportional set sizes (PSS: a page
+that n processes share counts 1/n in each), read every 0.2 s. Linux.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from marks import FILE, STEPS, descendants
+
+EVERY = 0.2  # seconds between looks at memory
+
+
+class Failed(Exception):
+    """A program that ended badly, with what it said last."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """cpu, wall: seconds per 1,000 samples once settled. first: seconds from the program's start to the end of the first
+    optimiser step; first_cpu: those of processors by then. peak: MiB.
+    """
+
+    cpu: float
+    wall: float
+    first: float
+    first_cpu: float
+    peak: float
+
+
+def run(command: Sequence[str], batch: int, settled: int, last: int, environment: Mapping[str, str] = {},
+        limit: float = 1800.0) -> Figures:
+    """Figures of one run. settled, last: the optimiser steps between which its cost is counted, both with data to come, or
+    both at the end of an epoch. Raises Failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        marks, log = Path(folder) / "marks", Path(folder) / "log"
+        environment = {**os.environ, **environment, FILE: str(marks), STEPS: f"1,{settled},{last}"}
+        peak, began = 0.0, time.time()
+        with log.open("wb") as file:
+            process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=folder)
+        try:
+            while process.poll() is None:
+                peak = max(peak, memory(process.pid))
+                if time.time() - began > limit:
+                    raise Failed(f"took more than {limit:.0f} s")
+                time.sleep(EVERY)
+        finally:
+            for pid in reversed(descendants(process.pid)) if process.poll() is None else ():
+                os.kill(pid, 9)
+            process.wait()
+        noted = {m["step"]: m for m in map(json.loads, marks.read_text().splitlines())} if marks.exists() else {}
+        if process.returncode or last not in noted:
+            said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            raise Failed(f"exit {process.returncode}: {' | '.join(said[-3:])[-500:]}")
+        first, a, b = (noted[n] for n in (1, settled, last))
+        samples = (last - settled) * batch / 1000
+        return Figures((b["cpu"] - a["cpu"]) / samples, (b["at"] - a["at"]) / samples, first["at"] - began, first["cpu"], peak)
+
+
+def memory(pid: int) -> float:
+    """MiB of a process and its descendants, shared pages divided among those that share them."""
+    total = 0
+    for one in descendants(pid):
+        try:
+            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
+        except OSError:  # it ended just now
+            continue
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1024
