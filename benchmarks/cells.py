@@ -22,7 +22,7 @@ from runs import finished
 
 import meristem
 from meristem.platform.evaluation.results import Results, Summary, summarise
-from meristem.tasks.finetune import SCRATCH
+from meristem.platform.origin import SCRATCH
 
 ENCODER = ["encoder.unet.widths=[16,32,64,128,128]", "encoder.unet.blocks=[1,1,2,2,2]"]
 PRETRAINING = [*ENCODER, "views.x.size=[128,160]", "views.x.zoom=[1.5,2.5]", "train.batch=16"]

@@ -44,9 +44,10 @@ from meristem.modalities.stream import Edges
 from meristem.platform.data.source import Data, open_data
 from meristem.platform.encoders.message_passing import MessagePassingSettings
 from meristem.platform.evaluation.results import Results
+from meristem.platform.origin import SCRATCH
 from meristem.tasks import transfer
 from meristem.tasks.base import TaskRecipe
-from meristem.tasks.finetune import SCRATCH, mean_scores, resolve
+from meristem.tasks.finetune import mean_scores, resolve
 from meristem.tasks.probing import Frozen, targets
 
 FOLDS = 10

@@ -33,9 +33,9 @@ from meristem.platform.assembly import Assembly, total
 from meristem.platform.data.loader import loader
 from meristem.platform.data.source import open_data
 from meristem.platform.evaluation.results import Results, summarise
+from meristem.platform.origin import SCRATCH
 from meristem.platform.recipe import Recipe, digest, load, override, read
 from meristem.platform.step import Batch
-from meristem.tasks.finetune import SCRATCH
 from meristem.tasks.transfer import named
 
 RANDOM, SEEDS, PICTURES = "random", 1, 48

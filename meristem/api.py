@@ -1,4 +1,4 @@
-"""The verbs: what the command line offers, as functions."""
+"""The verbs: what the command line offers, as functions. Each imports its own parts: no run waits for those of another."""
 
 from __future__ import annotations
 
@@ -9,37 +9,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any
 
 from meristem.catalogue import names as recipe_names
 from meristem.errors import DataError, RecipeError
 from meristem.modalities.base import modality_class
-from meristem.platform import joint
 from meristem.platform import recipe as recipes
-from meristem.platform.data import check as checking
-from meristem.platform.data.bar import counting
-from meristem.platform.data.findings import Intake
 from meristem.platform.data.guess import guess_modality
 from meristem.platform.data.manifest import Manifest
 from meristem.platform.data.source import Data, open_data
-from meristem.platform.evaluation.results import METADATA
-from meristem.platform.export import export as _export
-from meristem.platform.report import intake
+from meristem.platform.origin import METADATA, SCRATCH, origin
 from meristem.platform.training import checkpoint
-from meristem.platform.training.adopt import adopt as _adopt
-from meristem.platform.training.joint import pretrain as _pretrain_joint
-from meristem.platform.training.loop import Outcome, first_rank
-from meristem.platform.training.pretrain import pretrain as _pretrain
-from meristem.platform.training.restore import restored
-from meristem.tasks import finetune as tuning
-from meristem.tasks import pages, transfer
-from meristem.tasks.base import objective
-from meristem.tasks.embedding import embed as _embed
-from meristem.tasks.inspection import inspect
-from meristem.tasks.parallel import in_parallel
+
+if TYPE_CHECKING:
+    from meristem.platform.data.findings import Intake
+    from meristem.platform.training.loop import Outcome
+    from meristem.tasks import transfer
+    from meristem.tasks.finetune import Tuned
 
 __all__ = ["adopt", "check_data", "embed", "evaluate", "export", "finetune", "guess_modality", "predict", "pretrain",
            "recipe_names", "report", "show_recipe"]
@@ -74,7 +60,7 @@ def _is_recipe(name: str) -> bool:
 
 
 def pretrain(recipe: str, data: Pathlike | Mapping[str, Pathlike], out: Pathlike, overrides: Sequence[str] = (), *,
-             init: str = tuning.SCRATCH, split: str = "auto", cache: Path | None = None, resume: bool = False,
+             init: str = SCRATCH, split: str = "auto", cache: Path | None = None, resume: bool = False,
              quiet: bool = False) -> Outcome:
     """Learn an encoder from unlabelled data into the run directory `out`.
 
@@ -89,7 +75,10 @@ def pretrain(recipe: str, data: Pathlike | Mapping[str, Pathlike], out: Pathlike
     Returns the weights and figures; writes recipe.yaml, metrics.jsonl, metrics.json, quarantine.csv and checkpoints.
     Under torchrun every process calls it alike. Raises MeristemError.
     """
-    quiet, start = quiet or not first_rank(), tuning.origin(init)
+    from meristem.platform.training.loop import first_rank
+    from meristem.platform.training.pretrain import pretrain as _pretrain
+
+    quiet, start = quiet or not first_rank(), origin(init)
     if isinstance(data, Mapping):
         if start is not None:
             raise RecipeError("a joint run starts from random weights", "Leave --init out.")
@@ -110,6 +99,9 @@ def pretrain(recipe: str, data: Pathlike | Mapping[str, Pathlike], out: Pathlike
 
 def _pretrain_jointly(recipe: str, data: Mapping[str, Pathlike], out: Pathlike, overrides: Sequence[str], split: str,
                       cache: Path | None, resume: bool, quiet: bool) -> Outcome:
+    from meristem.platform import joint
+    from meristem.platform.training.joint import pretrain as _pretrain
+
     plain = recipes.override(recipes.read(recipe), overrides)
     if "members" not in plain:
         raise RecipeError(f"'{recipe}' is a recipe of one kind of data, and data of {len(data)} were named",
@@ -119,12 +111,12 @@ def _pretrain_jointly(recipe: str, data: Mapping[str, Pathlike], out: Pathlike, 
              for name, place in data.items()}
     members = {name: m.model_copy(update={"recipe": m.recipe.of(found[name].modality)}) for name, m in settings.members.items()}
     settings = settings.model_copy(update={"members": members})
-    return _pretrain_joint(settings, found, Path(out), resume=resume, quiet=quiet)
+    return _pretrain(settings, found, Path(out), resume=resume, quiet=quiet)
 
 
-def finetune(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] = (), *, init: str = tuning.SCRATCH,
+def finetune(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] = (), *, init: str = SCRATCH,
              labels: str = "all", train_on: Sequence[str] = ("train",), split: str = "auto", cache: Path | None = None,
-             resume: bool = False, quiet: bool = False) -> tuning.Tuned:
+             resume: bool = False, quiet: bool = False) -> Tuned:
     """Grow a task head on an encoder, and score it on the labelled samples of the test split.
 
     task: `segmentation`, `classification` or `detection`, or a recipe name or YAML file: these say of which
@@ -134,8 +126,11 @@ def finetune(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
     `pretrain`. Writes metrics.json (key `test`) and cases.json beside the checkpoints; a run that was asked to stop is saved
     and not scored, and resume=True goes on with it. Raises MeristemError.
     """
+    from meristem.platform.training.loop import first_rank
+    from meristem.tasks import finetune as tuning
+
     quiet = quiet or not first_rank()
-    start = tuning.origin(init)
+    start = origin(init)
     settings = tuning.resolve(task, _modality(task, data, overrides, start), overrides, start)
     found = open_data(Path(data), settings.modality, split, cache, quiet)
     return tuning.finetune(settings.of(found.modality), found, Path(out), init=start, labels=labels, train_on=train_on,
@@ -155,6 +150,12 @@ def evaluate(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
     share the grid; None: one for each GPU. Finished cells stay in `out`/cells: the same call goes on where one was stopped.
     Raises MeristemError, before any training where it can.
     """
+    import torch
+
+    from meristem.platform.training.loop import first_rank
+    from meristem.tasks import pages, transfer
+    from meristem.tasks.parallel import in_parallel
+
     quiet = quiet or not first_rank()
     jobs = jobs or max(torch.cuda.device_count(), 1)
     entrants = _entrants(task, data, overrides, inits, split, cache, quiet)
@@ -171,12 +172,15 @@ def evaluate(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
 def _entrants(task: str, data: Pathlike, overrides: Sequence[str], inits: Sequence[str], split: str, cache: Path | None,
               quiet: bool) -> list[transfer.Entrant]:
     """Every arm's recipe and data. Those without a run are like the first run."""
-    runs = [init for init in inits if init not in (tuning.SCRATCH, METADATA)]
+    from meristem.tasks import finetune as tuning
+    from meristem.tasks import transfer
+
+    runs = [init for init in inits if init not in (SCRATCH, METADATA)]
     kind = _modality(task, data, overrides, Path(runs[0]) if runs else None)
     opened: dict[str, Data] = {}
     found: dict[str, transfer.Entrant] = {}
-    for init in runs or [tuning.SCRATCH]:
-        settings = tuning.resolve(task, kind, overrides, tuning.origin(init))
+    for init in runs or [SCRATCH]:
+        settings = tuning.resolve(task, kind, overrides, origin(init))
         options = settings.modality.options.model_dump_json()
         if options not in opened:
             opened[options] = open_data(Path(data), settings.modality, split, cache, quiet)
@@ -187,6 +191,8 @@ def _entrants(task: str, data: Pathlike, overrides: Sequence[str], inits: Sequen
 
 def _share(share: transfer.Share, task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str], inits: Sequence[str],
            labels: Sequence[str], seeds: int, protocols: Sequence[str], split: str, cache: Path | None, quiet: bool) -> None:
+    from meristem.tasks import transfer
+
     entrants = _entrants(task, data, overrides, inits, split, cache, True)
     transfer.evaluate(entrants, Path(out), labels, seeds, protocols, quiet, share)
 
@@ -200,6 +206,8 @@ def report(directories: Sequence[Pathlike], out: Pathlike | None = None, *, fold
     directory, which holds results.json, pictures and logs like any evaluation. against: an earlier report; `directories` then
     is the later one, and difference.html tells what changed. Raises MeristemError.
     """
+    from meristem.tasks import pages
+
     paths = [Path(d) for d in directories]
     if against is not None:
         if len(paths) > 1 or folds:
@@ -218,6 +226,8 @@ def adopt(weights: Pathlike, modality: str, out: Pathlike, overrides: Sequence[s
     `modality.image={patch: 14, normalise: imagenet}`), and `name=`, for reports. Tells the fate of every tensor.
     What the weights have met is unknown, and reports say so. Raises MeristemError.
     """
+    from meristem.platform.training.adopt import adopt as _adopt
+
     plain = recipes.override(recipes.read(f"{modality}/base"), ["name=adopted", *overrides])
     return _adopt(recipes.build(plain, recipes.Recipe), Path(weights), Path(out))
 
@@ -230,6 +240,11 @@ def predict(checkpoint_: Pathlike, data: Pathlike, out: Pathlike, *, quiet: bool
     of such data are (COCO of images). Labels in `data` are not looked at.
     Returns the files written. Raises MeristemError.
     """
+    import torch
+
+    from meristem.tasks import transfer
+    from meristem.tasks.base import objective
+
     assembly, settings, scope = transfer.reload(Path(checkpoint_))
     if torch.cuda.is_available():
         assembly = assembly.cuda()
@@ -251,6 +266,12 @@ def embed(checkpoint_: Pathlike, data: Pathlike, out: Pathlike, *, quiet: bool =
     Writes and returns `out`/embeddings.npz: embedding (n, D) float32, case and subject (pseudonyms) in the order of the files.
     Labels in `data` are not looked at. Raises MeristemError.
     """
+    import numpy as np
+    import torch
+
+    from meristem.platform.training.restore import restored
+    from meristem.tasks.embedding import embed as _embed
+
     assembly = restored(Path(checkpoint_))
     if torch.cuda.is_available():
         assembly = assembly.cuda()
@@ -272,6 +293,8 @@ def export(checkpoint_: Pathlike, out: Pathlike, form: str = "torch", size: Sequ
     `monai` (a bundle). size: of the arrays that it will be given; None: of the recipe's first view. about.json says how arrays
     are normalised and what comes out. Raises MeristemError.
     """
+    from meristem.platform.export import export as _export
+
     return _export(Path(checkpoint_), Path(out), form, size)
 
 
@@ -281,6 +304,10 @@ def check_data(path: Pathlike, modality: str | None = None, out: Pathlike | None
     modality: None to guess it, as a bare task name does. out: a directory for check.html and check.json, which hold
     pseudonyms only. Raises DataError where there is no data.
     """
+    from meristem.platform.data import check as checking
+    from meristem.platform.data.bar import counting
+    from meristem.platform.report import intake
+
     kind = modality_class(modality or guess_modality(path))
     with counting("reading files", quiet) as progress:
         found = checking.check(path, kind(kind.Options()), progress=progress)
@@ -291,4 +318,6 @@ def check_data(path: Pathlike, modality: str | None = None, out: Pathlike | None
 
 def show_recipe(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A recipe with every key, its hash, its size, and the passes of one step, made on noise."""
+    from meristem.tasks.inspection import inspect
+
     return inspect(name, overrides)

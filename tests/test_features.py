@@ -13,7 +13,7 @@ from made_skeletons import mocap
 from scipy.spatial import cKDTree
 
 from meristem.platform.data.source import Data, open_data
-from meristem.platform.evaluation.results import METADATA
+from meristem.platform.origin import METADATA
 from meristem.platform.report import figures
 from meristem.platform.report.pictures import Embedding, FeatureMap, Pictures
 from meristem.tasks import features

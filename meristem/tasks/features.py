@@ -15,8 +15,8 @@ from meristem.platform.assembly import Assembly
 from meristem.platform.data.loader import whole
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.source import Data
-from meristem.platform.evaluation.results import METADATA
 from meristem.platform.objectives import Encoded
+from meristem.platform.origin import METADATA
 from meristem.platform.report.pictures import Embedding, FeatureMap, pick_slice
 from meristem.tasks.embedding import embed, plain
 from meristem.tasks.looks import POINTS, picture, spread, thin, timed, varied

@@ -22,15 +22,14 @@ from meristem.platform.data.splits import NAMES, budget
 from meristem.platform.encoders.lora import adapt
 from meristem.platform.evaluation import detection
 from meristem.platform.evaluation.metrics import means, set_metrics
-from meristem.platform.evaluation.results import METADATA, QUERIES, SHAPES, Case
+from meristem.platform.evaluation.results import QUERIES, SHAPES, Case
+from meristem.platform.origin import SCRATCH
 from meristem.platform.recipe import build, override, read
 from meristem.platform.training import checkpoint
 from meristem.platform.training.loop import Outcome, first_rank, launch, train
 from meristem.platform.training.pretrain import card, close_run, met, open_run, reference
 from meristem.platform.training.progress import Reporter
 from meristem.tasks.base import Keep, Scope, TaskRecipe, TaskSettings, objective
-
-SCRATCH = "scratch"
 
 
 @dataclass
@@ -60,14 +59,6 @@ def resolve(task: str, modality: str, assignments: Sequence[str], like: Path | N
             checkpoint.load_encoder(like, Assembly(recipe).encoder, recipe.modality, recipe.encoder.sees)
         return recipe
     return build(override(data, assignments), TaskRecipe)
-
-
-def origin(init: str) -> Path | None:
-    """The run whose weights a training starts from; None: from random ones. Raises RecipeError for `METADATA`."""
-    if init == METADATA:
-        raise RecipeError(f"{METADATA} is what files say before any pixel: there are no weights to fine-tune",
-                          "Compare it with encoders: `meristem evaluate --init metadata --protocol knn`.")
-    return None if init == SCRATCH else Path(init)
 
 
 def choose(rows: Sequence[Row], labels: str | int | float, seed: int, data: Data) -> list[Row]:

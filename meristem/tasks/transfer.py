@@ -29,14 +29,15 @@ from meristem.platform.data.traits import traits
 from meristem.platform.encoders.lora import adapt
 from meristem.platform.evaluation.leakage import audit, copies
 from meristem.platform.evaluation.metrics import LABELS
-from meristem.platform.evaluation.results import FEW, METADATA, QUERIES, Budget, Cell, Counts, Dataset, Results, Spent
+from meristem.platform.evaluation.results import FEW, QUERIES, Budget, Cell, Counts, Dataset, Results, Spent
+from meristem.platform.origin import METADATA, SCRATCH
 from meristem.platform.recipe import build
 from meristem.platform.training import checkpoint
 from meristem.platform.training.energy import Meter
 from meristem.platform.training.loop import first_rank
 from meristem.tasks.base import Scope, TaskRecipe, TaskSettings
 from meristem.tasks.classification import Classifying
-from meristem.tasks.finetune import SCRATCH, choose, mean_scores, score, tune
+from meristem.tasks.finetune import choose, mean_scores, score, tune
 from meristem.tasks.probing import Frozen, Headers, probe, untrained
 from meristem.tasks.propagation import Carrying
 from meristem.tasks.ways import WAYS, kept

@@ -9,7 +9,6 @@ from pathlib import Path
 from meristem.errors import DataError
 from meristem.modalities.facts import Doubt, Facts, intensities
 from meristem.modalities.image.files import decode
-from meristem.modalities.image.lettering import lettering
 
 SAID = ("BurnedInAnnotation", "RecognizableVisualFeatures", "RescaleType", "Modality")  # each holds one of a few fixed words
 BURNED = Doubt("text", "its header says that text is burned into it (BurnedInAnnotation)",
@@ -20,6 +19,8 @@ FACES = Doubt("face", "its header says that a person can be recognised in it (Re
 
 def facts(paths: Sequence[Path], want: int, max_pixels: int) -> Facts:
     """Of the files of one image. want: channels that the recipe asks for."""
+    from meristem.modalities.image.lettering import lettering  # scipy's, which training need not wait for
+
     rasters = [decode(path, want, max_pixels) for path in paths]
     first = rasters[0]
     plain = first.slope == 1 and first.intercept == 0

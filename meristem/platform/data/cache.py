@@ -27,7 +27,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import blosc2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -259,6 +258,8 @@ class Cache:
         if handle is None:
             path = self.directory / block.file
             if block.offset is None:  # one thread: a pool does not survive a fork, and loaders have many processes
+                import blosc2  # which small samples need not wait for
+
                 handle = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
             else:
                 handle = np.memmap(path, np.uint8, "r")
@@ -456,6 +457,8 @@ def _write_index(path: Path, entries: Sequence[Entry]) -> None:
 
 def _write_chunked(path: Path, x: np.ndarray, dims: int) -> None:
     """LZ4: measured, a crop comes twice as fast as with ZSTD, for a sixth more space."""
+    import blosc2
+
     lead = (1,) * (x.ndim - dims)  # the channel axis, where there is one
 
     def tile(elements: int) -> tuple[int, ...]:

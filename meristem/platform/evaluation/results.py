@@ -36,6 +36,7 @@ from meristem.platform.evaluation.statistics import (
     standardised,
     superiority,
 )
+from meristem.platform.origin import METADATA
 
 Array = NDArray[Any]
 Labels = int | Literal["all"]
@@ -519,7 +520,6 @@ PROTOCOLS = {"finetune": "fine-tuned", "attentive": "attentive probe", "linear":
              "retrieval": "retrieval", "propagate": "label propagation", "frozen": "training on a frozen encoder",
              "warmup": "fine-tuning after a warm-up", "sawtooth": "fine-tuning after the head", "lora": "LoRA fine-tuning"}
 TRAINED = ("finetune", "frozen", "warmup", "sawtooth", "lora")  # protocols whose seeds are trainings
-METADATA = "metadata"  # the arm that knows what a file's header says and no pixel
 MANY = 30  # classes, beyond which the areas under their curves take minutes to resample
 QUERIES = "queries"  # the one class of retrieval: all of them
 FEW = "few-shot"  # the metric of that protocol

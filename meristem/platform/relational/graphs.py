@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
 from torch import Tensor
 
 from meristem.modalities.rng import Rng
@@ -79,6 +78,8 @@ def degree(edges: Edges) -> Tensor:
 
 def clustering(edges: Edges) -> Tensor:
     """(rows, size) float: the share of a node's pairs of neighbours that are linked (Watts and Strogatz 1998); 0 below two."""
+    from scipy.sparse import coo_array  # a second that runs without this property need not wait for
+
     a, b = linked(edges).cpu().numpy()
     n = edges.rows * edges.size
     table = coo_array((np.ones(2 * len(a)), (np.concatenate([a, b]), np.concatenate([b, a]))), (n, n)).tocsr()

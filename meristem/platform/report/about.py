@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import ConfigDict, Field
 
 from meristem.platform.evaluation import metrics
-from meristem.platform.evaluation.results import METADATA, PROTOCOLS, Labels, Model, Results, Summary, groups
+from meristem.platform.evaluation.results import PROTOCOLS, Labels, Model, Results, Summary, groups
+from meristem.platform.origin import METADATA
 from meristem.platform.report.figures import Curve
 
 MISSING = "not measured"  # a figure that no counter told; never estimated

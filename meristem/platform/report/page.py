@@ -18,7 +18,6 @@ from markupsafe import Markup, escape
 from meristem.platform.evaluation.detection import SCORINGS, SHOWN, SPLITS, USUAL
 from meristem.platform.evaluation.metrics import BY_CATEGORY, LABELS
 from meristem.platform.evaluation.results import (
-    METADATA,
     PROTOCOLS,
     SMALL,
     Comparison,
@@ -33,6 +32,7 @@ from meristem.platform.evaluation.results import (
     summarise,
 )
 from meristem.platform.evaluation.statistics import Estimate, Spread
+from meristem.platform.origin import METADATA
 from meristem.platform.report import about, figures
 from meristem.platform.report.figures import PANELS, Curve, Plot, interval, metric_label, summary_metric
 from meristem.platform.report.pictures import Pictures

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meristem.errors import MeristemError
-from meristem.platform.evaluation.results import METADATA, Group, Labels, Results, groups
+from meristem.platform.evaluation.results import Group, Labels, Results, groups
+from meristem.platform.origin import METADATA
 
 Array = NDArray[Any]
 Rank = Literal["worst", "median", "best"]

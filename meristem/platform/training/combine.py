@@ -7,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
 from torch import Tensor, nn
 
 Combination = Literal["sum", "pareto"]
@@ -19,6 +18,8 @@ def min_norm(gram: np.ndarray) -> np.ndarray:
     The problem of MGDA (Désidéri 2012; Sener and Koltun 2018, equation 3), which they solve by Frank and Wolfe's steps; exact
     here: x ≥ 0 that minimises |Gx|² + (Σ x − 1)² is a multiple of w (Lawson and Hanson 1974, chapter 23).
     """
+    from scipy.optimize import nnls  # a second that runs of one loss need not wait for
+
     scale = np.abs(gram).max()
     if scale == 0:
         return np.full(len(gram), 1 / len(gram))
