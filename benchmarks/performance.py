@@ -24,6 +24,7 @@ from typing import Any
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
 BENCHMARKS: dict[str, list[str]] = {  # name -> what makes it short
+    "images": ["--repeats", "1", "--images", "512"],
     "cache": ["--crops", "10"],
     "visible_only": ["--repeats", "1"],
     "video": ["--repeats", "1", "--films", "4"],
@@ -31,6 +32,8 @@ BENCHMARKS: dict[str, list[str]] = {  # name -> what makes it short
     "detection": ["--repeats", "1", "--steps", "60"],
 }
 ABOUT = {
+    "images": "Whole programs from a folder of photographs to optimiser steps, each in a process of its own; the work is in "
+              "`benchmarks/peers/work.py`",
     "cache": "A random 64³ crop from the cache beside decoding the file",
     "visible_only": "A masked encoder's forward and backward beside the same without masking",
     "video": "Clips from files, and VideoMAE's step beside one that embeds all tubelets",

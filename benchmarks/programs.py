@@ -2,7 +2,7 @@
 
 The measured program calls `marks.watch()` first; the steps between `settled` and `last` give the cost per sample, whatever the
 start cost. Memory is the greatest sum, over the program and all its processes, of their proportional set sizes (PSS: a page
-that n processes share counts 1/n in each), read every 0.2 s. Linux.
+that n processes share counts 1/n in each), read twice a second. Linux.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from marks import FILE, STEPS, descendants
 
-EVERY = 0.2  # seconds between looks at memory
+EVERY = 0.5  # seconds between looks at memory, each of which takes milliseconds of the kernel
 
 
 class Failed(Exception):
