@@ -111,11 +111,15 @@ class Lattice:
         if not interpolate:
             return torch.from_numpy(np.ascontiguousarray(nearest(window, draw.shape)))
         x = torch.from_numpy(np.ascontiguousarray(window, np.float32))
-        for axis, (n, m) in enumerate(zip(draw.size, draw.shape, strict=True), window.ndim - len(draw.size)):
-            if n != m:  # torch averages in 2D only, and wrongly in columns one element wide: axis by axis, along rows
-                rows = x.movedim(axis, -1)
-                flat = F.interpolate(rows.reshape(1, 1, -1, n), (rows.numel() // n, m), mode="bilinear", antialias=True)
-                x = flat.reshape(*rows.shape[:-1], m).movedim(-1, axis)
+        if len(draw.size) == 2 and draw.size[1] > 1:
+            flat = F.interpolate(x.reshape(1, -1, *draw.size), draw.shape, mode="bilinear", antialias=True)
+            x = flat.reshape(*x.shape[:-2], *draw.shape)
+        else:  # torch averages in 2D only, and wrongly in columns one element wide: axis by axis, along rows
+            for axis, (n, m) in enumerate(zip(draw.size, draw.shape, strict=True), window.ndim - len(draw.size)):
+                if n != m:
+                    rows = x.movedim(axis, -1)
+                    flat = F.interpolate(rows.reshape(1, 1, -1, n), (rows.numel() // n, m), mode="bilinear", antialias=True)
+                    x = flat.reshape(*rows.shape[:-1], m).movedim(-1, axis)
         x = x.contiguous()
         if np.issubdtype(window.dtype, np.integer):
             x = x.round_().to(torch.from_numpy(np.empty(0, window.dtype)).dtype)
