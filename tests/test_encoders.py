@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.torch import save_file
-from timm.layers import apply_rot_embed_cat
 from torch import Tensor
 
 from meristem.errors import CheckpointError, MeristemError, RecipeError
@@ -25,6 +24,7 @@ from meristem.modalities.frame import Frame
 from meristem.modalities.lattice import LatticeTokenizer
 from meristem.modalities.stream import LatticeStream, TokenStream
 from meristem.platform.encoders import ENCODERS, Encoder
+from meristem.platform.encoders.block import Block, rotated
 from meristem.platform.encoders.rotary import Rotary
 from meristem.platform.encoders.transformer import Blocks
 from meristem.platform.objectives import Encoded, Plan
@@ -192,14 +192,39 @@ def test_rotary_table_turns_pairs_as_complex_numbers() -> None:
     scale = torch.tensor([2.0, 6.0, 18.0, 54.0])
     turned = torch.view_as_complex(q.reshape(2, 3, 5, 4, 2)) * torch.exp(1j * position[:, None] / scale)
     expected = torch.view_as_real(turned).flatten(-2)
-    torch.testing.assert_close(apply_rot_embed_cat(q, rotary(position)), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rotated(q, rotary(position)), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_a_block_reads_timms_weights_and_does_what_timm_does(drop_path: float) -> None:
+    from timm.models.eva import EvaBlock
+
+    theirs = EvaBlock(24, 2, num_prefix_tokens=0, attn_type="rope", drop_path=drop_path)
+    block = Block(24, 2, drop_path=drop_path)
+    block.load_state_dict(theirs.state_dict())
+    x, rope = torch.randn(4, 5, 24), Rotary(12, axes(2))(torch.rand(4, 5, 2) * 40)
+    mask = torch.rand(4, 1, 5, 5) > 0.3
+    mask |= torch.eye(5, dtype=torch.bool)
+    outputs = []
+    for one in (theirs, block):
+        torch.manual_seed(1)
+        outputs.append(one(x, rope=rope, attn_mask=mask))
+    torch.testing.assert_close(outputs[1], outputs[0])
+
+
+def test_rotation_is_the_same_on_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, rope = torch.randn(2, 3, 5, 8), Rotary(8, axes(2))(torch.rand(2, 5, 2) * 40)
+    on_processor = rotated(x, rope)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(rotated(x, rope), on_processor)
+    assert rotated(x.bfloat16(), rope).dtype == torch.bfloat16
 
 
 def test_prefix_and_leftover_channels_are_not_rotated() -> None:
     table = Rotary(16, axes(3))(torch.randn(2, 5, 3), prefix=2)  # 8 pairs: 2 per axis, 2 left over
     assert table.shape == (2, 1, 7, 32)
     x = torch.randn(2, 1, 7, 16)
-    y = apply_rot_embed_cat(x, table)
+    y = rotated(x, table)
     assert torch.equal(y[:, :, :2], x[:, :, :2]) and torch.equal(y[..., 12:], x[..., 12:])
     assert not torch.isclose(y[:, :, 2:, :12], x[:, :, 2:, :12]).all(-1).any()
 

@@ -46,7 +46,7 @@ class Adapted(nn.Module):
         return _modulated(block.norm1(x), shift, scale)
 
     def forward(self, block: Any, x: Tensor, vector: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
-        """The block (timm's EvaBlock) on x (B, N, D), told vector (B, told)."""
+        """The block on x (B, N, D), told vector (B, told)."""
         enter_shift, enter_scale, gate, shift, scale, last = self.linear(vector)[:, None].chunk(6, -1)
         entered = _modulated(block.norm1(x), enter_shift, enter_scale)
         x = x + block.drop_path1(gate * block.attn(entered, rope=rope, attn_mask=mask))

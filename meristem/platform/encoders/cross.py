@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meristem.modalities.base import Axis
+from meristem.platform.encoders.block import Block, rotated
 from meristem.platform.encoders.rotary import Rotary
 from meristem.platform.encoders.transformer import start_linear
 
@@ -23,12 +24,10 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, memory: Tensor, rope: Tensor | None = None, memory_rope: Tensor | None = None,
                 mask: Tensor | None = None) -> Tensor:
         """mask: (B, 1, 1 or n, m) bool, False where nothing may look; None: everywhere."""
-        from timm.layers import apply_rot_embed_cat
-
         q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q = q if rope is None else apply_rot_embed_cat(q, rope).type_as(v)
-        k = k if memory_rope is None else apply_rot_embed_cat(k, memory_rope).type_as(v)
+        q = q if rope is None else rotated(q, rope)
+        k = k if memory_rope is None else rotated(k, memory_rope)
         seen: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
         return seen
 
@@ -37,10 +36,8 @@ class CrossBlock(nn.Module):
     """Self-attention, cross-attention to a memory, perceptron, each after a norm."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
-        from timm.models.eva import EvaBlock  # see Blocks
-
         super().__init__()
-        self.own = EvaBlock(width, heads, mlp_ratio=mlp_ratio, num_prefix_tokens=0, attn_type="rope")
+        self.own = Block(width, heads, mlp_ratio)
         self.cross = CrossAttention(width, heads)
         self.norm, self.memory_norm = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from meristem.modalities.base import Axis, Tokenizer
 from meristem.modalities.stream import Edges, LatticeStream, TokenStream, gather
 from meristem.platform.encoders.base import Encoder, EncoderSettings, replaced
+from meristem.platform.encoders.block import Block, rotated
 from meristem.platform.encoders.conditioning import Adapted, Told
 from meristem.platform.encoders.rotary import Rotary
 from meristem.platform.objectives import Encoded, Plan
@@ -46,8 +47,6 @@ class Blocks(nn.Module):
 
     def __init__(self, width: int, depth: int, heads: int, axes: Sequence[Axis], drop_path: float = 0.0,
                  mlp_ratio: float = 4.0, tokenizer: Tokenizer | None = None, told: int = 0) -> None:
-        from timm.models.eva import EvaBlock  # timm brings torchvision: seconds that reading a recipe need not wait for
-
         super().__init__()
         self.rotary = Rotary(width // heads, axes) if axes else None
         self.places = tokenizer.places(width) if tokenizer is not None else None
@@ -55,9 +54,7 @@ class Blocks(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1 + kinds, heads)) if kinds else None  # first: no edge
         values = tokenizer.edge_values if tokenizer is not None else 0
         self.slope = nn.Parameter(torch.zeros(values, heads)) if values else None
-        self.blocks = nn.ModuleList(
-            EvaBlock(width, heads, mlp_ratio=mlp_ratio, num_prefix_tokens=0, attn_type="rope",
-                     drop_path=drop_path * i / max(depth - 1, 1)) for i in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, drop_path * i / max(depth - 1, 1)) for i in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         start_linear(self.modules())
         self.adapted = nn.ModuleList(Adapted(told, width) for _ in range(depth)) if told else None
@@ -114,12 +111,10 @@ class Blocks(nn.Module):
 
 def _logits(block: Any, normed: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
     """Attention before its softmax (B, H, N, N) of a block, of what it is given; its fused attention does not return it."""
-    from timm.layers import apply_rot_embed_cat
-
     attn = block.attn
     q, k, _ = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     if rope is not None:
-        q, k = apply_rot_embed_cat(q, rope), apply_rot_embed_cat(k, rope)
+        q, k = rotated(q, rope), rotated(k, rope)
     logits: Tensor = (q * attn.scale) @ k.transpose(-2, -1)
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
