@@ -113,6 +113,8 @@ def _geometry(view: LatticeViewOptions, rng: Rng) -> dict[str, Any]:
 
 def _intensity(view: LatticeViewOptions, rng: Rng) -> dict[str, Any]:
     params: dict[str, Any] = {}
+    if not any(getattr(view, name) for name in NEUTRAL):
+        return params
     draws = rng.uniform("intensity", len(NEUTRAL), 2)[0].tolist()
     for (name, neutral), (on, at) in zip(NEUTRAL.items(), draws, strict=True):
         chance = getattr(view, name)

@@ -100,16 +100,22 @@ class Content(TargetSettings):
         if self.normalise == "none":
             return torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1])
         groups = channels if self.normalise == "channel" else 1
-        x, w = (y.unflatten(-1, (groups, -1)) for y in (x, (element_weight(stream) > 0).to(x)))
-        n = w.sum(-1, keepdim=True)
-        mean = (w * x).sum(-1, keepdim=True) / n.clamp_min(1)
-        var = (w * (x - mean).square()).sum(-1, keepdim=True) / (n - 1).clamp_min(1)
+        x = x.unflatten(-1, (groups, -1))
+        if stream.weight is None:
+            var, mean = torch.var_mean(x, -1, correction=min(x.shape[-1] - 1, 1), keepdim=True)
+        else:
+            w = (element_weight(stream) > 0).to(x).unflatten(-1, (groups, -1))
+            n = w.sum(-1, keepdim=True)
+            mean = (w * x).sum(-1, keepdim=True) / n.clamp_min(1)
+            var = (w * (x - mean).square()).sum(-1, keepdim=True) / (n - 1).clamp_min(1)
         return mean.expand_as(x).flatten(2), (var + self.eps).sqrt().expand_as(x).flatten(2)
 
     def compare(self, step: Step, view: str, index: Tensor | None, prediction: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         stream = step.stream(view) if index is None else step.stream(view).take(index)
         mean, std = self.statistics(stream, step.assembly.recipe.modality.channels)
         error = _error(self.loss, prediction.float(), (stream.content.float() - mean) / std, self.beta)
+        if stream.weight is None:
+            return (weight * error.sum(-1)).sum(), weight.sum() * error.shape[-1]
         w = weight[..., None] * element_weight(stream)
         return (w * error).sum(), w.sum()
 
