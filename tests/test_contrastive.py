@@ -170,13 +170,13 @@ def test_two_ranks_sum_to_one(method: str, monkeypatch: pytest.MonkeyPatch) -> N
     assembly = assemble(method, more=layer)
     batch, gathered = draw(assembly, n=8), []
 
-    def gather(step: Step, units: Units) -> Units:
+    def gather(step: Step, units: Units, even: bool = False) -> Units:
         gathered.append(units)
         return units
 
     monkeypatch.setattr(Step, "gather", gather)
     whole = assembly(batch, 0.0)
-    monkeypatch.setattr(Step, "gather", lambda step, units: gathered[0])
+    monkeypatch.setattr(Step, "gather", lambda step, units, even: gathered[0])
     halves = [assembly(half, 0.0) for half in batch.split(2)]
     for name, loss in whole.items():
         assert sum(float(h[name].total.detach()) for h in halves) == pytest.approx(float(loss.total.detach()), rel=1e-4)

@@ -16,7 +16,6 @@ import meristem
 from meristem.errors import RecipeError
 from meristem.modalities.base import View
 from meristem.modalities.frame import Frame
-from meristem.modalities.rng import Rng
 from meristem.modalities.stream import Edges
 from meristem.platform.assembly import Assembly, total
 from meristem.platform.contrastive.losses import decorrelation
@@ -197,8 +196,3 @@ def test_a_predictor_that_does_not_meet_its_keys_is_refused() -> None:
 def test_what_does_not_fit_is_refused(name: str, more: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load(name, more)
-
-
-def test_the_sample_is_of_the_first_rows_counter() -> None:
-    keys = Rng.of(0, torch.arange(3))
-    assert torch.equal(Rng(keys.key[:1]).permutation("queries", 7), keys.permutation("queries", 7)[:1])

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meristem.platform import heads
-from meristem.platform.heads import BatchNorm, Mlp, Prototypes
+from meristem.platform import norms
+from meristem.platform.heads import Mlp, Prototypes
+from meristem.platform.norms import BatchNorm
 
 VIEW = torch.tensor([0, 1, 2]).repeat(6)
 
@@ -20,7 +21,7 @@ def test_a_perceptron_has_the_layers_and_norms_it_was_told(layers: int, norm: st
     linear = [m for m in head.modules() if isinstance(m, nn.Linear)]
     assert [(m.in_features, m.out_features) for m in linear] == [(5, 7)] if layers == 1 else (
         [(5, 10), *[(10, 10)] * (layers - 2), (10, 7)])
-    assert sum(isinstance(m, nn.BatchNorm1d | nn.LayerNorm) for m in head.modules()) == (0 if norm == "none" else layers)
+    assert sum(isinstance(m, BatchNorm | nn.LayerNorm) for m in head.modules()) == (0 if norm == "none" else layers)
     assert head(torch.randn(18, 5), VIEW).shape == (18, 7) and head.width == 7
 
 
@@ -71,14 +72,15 @@ def test_batch_norm_over_ranks_is_batch_norm_of_the_whole(monkeypatch: pytest.Mo
     x = torch.randn(12, 4) * 5 + 100  # far from 0: the variance must not be a difference of squares
     whole, ours = nn.BatchNorm1d(4), BatchNorm(4)
     expected = whole(x)
-    parts = x[:6], x[6:]
-    queue = iter([parts[1].mean(0, keepdim=True), parts[1].var(0, correction=0, keepdim=True)])
+    parts = x[:8], x[8:]
+    mean = parts[1].mean(0)
+    queue = iter([torch.tensor([4.0]), mean[None], (parts[1] - mean).square().sum(0)[None]])
 
     def gathered(mine: Tensor) -> Tensor:
         return torch.cat([mine, next(queue)])
 
-    monkeypatch.setattr(heads, "all_ranks", gathered)
-    assert torch.allclose(ours(parts[0]), expected[:6], atol=1e-5)
+    monkeypatch.setattr(norms, "all_ranks", gathered)
+    assert torch.allclose(ours(parts[0]), expected[:8], atol=1e-5)
     for name, buffer in whole.named_buffers():
         assert torch.allclose(ours.get_buffer(name), buffer, rtol=1e-5)
     ours.eval()

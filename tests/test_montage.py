@@ -169,7 +169,7 @@ def test_keys_of_every_rank_are_searched(monkeypatch: pytest.MonkeyPatch) -> Non
     batch = draw(assembly)
     other = Step(assembly, draw(assembly, first=50), 0.0, 1).units("m", level="tiles", head="projector")
     alone = mean(assembly(batch, 0.0)["clusters"])
-    monkeypatch.setattr(Step, "gather", lambda step, units: type(units).cat([units, other]))
+    monkeypatch.setattr(Step, "gather", lambda step, units, even: type(units).cat([units, other]))
     assert mean(assembly(batch, 0.0)["clusters"]) > alone + 0.1
 
 

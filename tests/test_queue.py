@@ -124,7 +124,7 @@ def test_it_is_filled_once_per_optimiser_step_from_all_micro_batches() -> None:
 def test_keys_of_every_rank_enter_every_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     assembly = assemble(*MOCO)
     other = keys(assembly, draw(assembly, 4))
-    monkeypatch.setattr(Step, "gather", lambda step, k: Units.cat([k, other]))
+    monkeypatch.setattr(Step, "gather", lambda step, k, even: Units.cat([k, other]))
     run(assembly, [draw(assembly)], 0.0)
     assert sorted(set(assembly.objectives["contrast"].queue.units().key["item"].tolist())) == [-1, *range(8)]
 

@@ -152,24 +152,6 @@ def test_log_lines_carry_pace_wait_and_lights(volume_folder: Path, tmp_path: Pat
     assert list((tmp_path / "a" / "tensorboard").glob("events*"))
 
 
-def test_two_processes_give_the_weights_of_one(volume_folder: Path, tmp_path: Path) -> None:
-    """torchrun, gloo, the same global batch: MAE + SimCLR, so that counts and gathered keys are both reduced."""
-    tiny = [t for t in TINY if "size" not in t] + ["views.x={count: 2, size: [16,16,16]}",
-                                                 "heads.projector.mlp={layers: 2, hidden: 32, out: 16, norm: layer}"]
-    run(volume_folder, tmp_path / "one", steps=3, recipe="volume/mae+simclr", tiny=tiny)
-    script = tmp_path / "two.py"
-    script.write_text("import meristem, pathlib\n"
-                      f"meristem.pretrain('volume/mae+simclr', {str(volume_folder)!r}, {str(tmp_path / 'two')!r}, "
-                      f"{[*tiny, 'train.steps=3']!r}, quiet=True, "
-                      f"cache=pathlib.Path({str(volume_folder.parent / 'cache')!r}))\n")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
-                   check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300)
-    losses = [json.loads((tmp_path / name / "metrics.json").read_text())["loss"] for name in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1], abs=2e-5)
-    one, two = (checkpoint.read_weights(tmp_path / name) for name in ("one", "two"))
-    assert all(torch.allclose(one[k], two[k], atol=1e-4) for k in one)
-
-
 def settings(**more: object) -> recipes.TrainSettings:
     return recipes.TrainSettings.model_validate({"steps": 100, "warmup": 0.1, "floor": 0.0, **more})
 

@@ -127,7 +127,7 @@ def test_a_transform_may_move_keys_and_read_the_queue_of_all_ranks_under_a_loss_
         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TRANSFORMS, "towards", Towards)
     assembly = assemble(f"{LINE}.transform=towards", f"{LINE}.loss={{cosine: {{}}}}", f"{LINE}.negatives=null")
-    monkeypatch.setattr(Step, "gather", lambda step, k: Units.cat([k, k.with_z(-k.z)]))
+    monkeypatch.setattr(Step, "gather", lambda step, k, even: Units.cat([k, k.with_z(-k.z)]))
     run(assembly, [draw(assembly)], 0.0)
     queue = assembly.objectives["contrast"].queue
     assert int(queue.place) == 16  # the other rank's keys too

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meristem.modalities.base import Settings
-from meristem.platform.step import all_ranks
+from meristem.platform.norms import BatchNorm
 
 
 class Head(nn.Module):
@@ -31,29 +31,6 @@ class HeadSettings(Settings):
     def build(self, width: int) -> Head:
         """width: of the vectors that come in."""
         raise NotImplementedError
-
-
-class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation with the statistics of all ranks, which must hold as many rows each.
-
-    nn.SyncBatchNorm does the same on GPUs only. Vectors (M, D); one rank: nn.BatchNorm1d.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        means = all_ranks(x.float().mean(0, keepdim=True)) if self.training else x.new_empty(1)
-        if len(means) == 1:
-            return super().forward(x)
-        mean = means.mean(0)
-        variance = (all_ranks(x.float().var(0, correction=0, keepdim=True)) + (means - mean).square()).mean(0)
-        with torch.no_grad():
-            assert self.num_batches_tracked is not None and self.running_mean is not None and self.running_var is not None
-            assert self.momentum is not None
-            rows = len(x) * len(means)
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * rows / (rows - 1), self.momentum)
-        x = (x.float() - mean) * (variance + self.eps).rsqrt()
-        return x * self.weight + self.bias if self.affine else x
 
 
 NORMS: dict[str, Callable[[int, bool], nn.Module]] = {

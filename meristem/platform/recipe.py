@@ -68,7 +68,8 @@ class TrainSettings(Settings):
     alone for the first `head_first` fraction, then everything, each with its own warm-up and decay. layer_decay: factor on lr
     per layer from the output down. freeze: module path prefix -> fraction of the run for which it stays frozen. ema: weights
     averaged over steps with this decay are the ones saved for use. combine: several objectives by their weighted `sum`, or by
-    `pareto`, a direction that lowers all of them whatever their scale (on one process, in fp32).
+    `pareto`, a direction that lowers all of them whatever their scale (on one process, in fp32). fsdp: several processes share
+    out weights, gradients and optimiser states, where each would hold all of them.
     """
 
     steps: Count = 1000
@@ -89,6 +90,7 @@ class TrainSettings(Settings):
     combine: Literal["sum", "pareto"] = "sum"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
+    fsdp: bool = False
     seed: int = 0
     log_every: Count = 20
     checkpoint_every: Count = 500

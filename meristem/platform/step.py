@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from meristem.modalities.base import LOOKS, View
 from meristem.modalities.rng import Rng
@@ -222,8 +223,15 @@ class Step:
         return keys | {"item": self.batch.items.cursor[looks.item], "row": self.batch.items.row[looks.item],
                        "look": looks.look, "view": looks.look + self.assembly.look_offset[view]}
 
-    def gather(self, units: Units) -> Units:
-        """The same units of every rank, in rank order; every rank must hold as many."""
-        return Units(all_ranks(units.z), {k: all_ranks(v) for k, v in units.key.items()}, all_ranks(units.weight),
-                     None if units.point is None else all_ranks(units.point),
-                     None if units.cube is None else all_ranks(units.cube))
+    def gather(self, units: Units, even: bool = False) -> Units:
+        """The same units of every rank, in rank order. even: every rank holds as many, which need not be asked then."""
+        sizes = [len(units)] if even else all_ranks(torch.tensor([len(units)], device=units.z.device)).tolist()
+        most = max(sizes)
+
+        def gathered(x: Tensor) -> Tensor:
+            x = all_ranks(F.pad(x, (0, 0) * (x.ndim - 1) + (0, most - len(x))))
+            return torch.cat([part[:n] for part, n in zip(x.split(most), sizes, strict=True)]) if min(sizes) < most else x
+
+        return Units(gathered(units.z), {k: gathered(v) for k, v in units.key.items()}, gathered(units.weight),
+                     None if units.point is None else gathered(units.point),
+                     None if units.cube is None else gathered(units.cube))

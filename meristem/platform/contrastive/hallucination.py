@@ -69,10 +69,11 @@ class Hallucination(Transform):
     @torch.no_grad()
     def forward(self, q: Units, k: Units, relation: Relation, step: Step) -> tuple[Units, Units]:
         s, match = self.settings, relation.matches(q, k)
-        past = ~torch.isin(k.key["item"], q.key["item"])
+        everyone = step.gather(Units(q.weight, {name: q.key[name] for name in ("item", "view")}, q.weight))
+        past = ~torch.isin(k.key["item"], everyone.key["item"])
         z = F.normalize(k.z.float(), dim=1)
         rng = step.rng("hallucinate", q)
-        prototype = clusters(z[past], s.prototypes, s.iterations, Rng(rng.key[:1]))
+        prototype = clusters(z[past], s.prototypes, s.iterations, Rng(step.rng("hallucinate", everyone).key[:1]))
         own, full = z[match.k], (k.weight[past] > 0).all()
         order = (own @ prototype.T).argsort(1, descending=True)
         draw = rng.uniform("towards", s.count)[match.q]

@@ -110,20 +110,26 @@ def decorrelation(q: Units, k: Units, matches: Matches, weight: float) -> Loss:
 
     Zq, Zk: (n, D) matched units, every dimension with mean 0 and a sum of squares of 1 over the matches.
     L = |Zq − Zk|² + λ (|ZqᵀZq − I|² + |ZkᵀZk − I|²) (Zhang et al. 2021, CCA-SSG, equations 5 and 6), λ = `weight`; count = Σ_n
-    weight_n, total = L · count, over the matches of one rank.
+    weight_n, total = L · count, over the matches of all ranks: each has its own part of the first term, and an equal one of the
+    second.
     """
     with torch.autocast(q.z.device.type, enabled=False):
-        count = matches.weight.sum()
+        own = matches.weight.sum()
+        counts = all_ranks(own[None])
+        count = counts.sum()
         share = (matches.weight / count.clamp_min(1e-12))[:, None]
 
+        def over(x: Tensor) -> Tensor:
+            return all_ranks(x[None]).sum(0)
+
         def whitened(z: Tensor) -> Tensor:
-            z = z - (share * z).sum(0)
-            return share.sqrt() * z * ((share * z.square()).sum(0) + 1e-12).rsqrt()
+            z = z - over((share * z).sum(0))
+            return share.sqrt() * z * (over((share * z.square()).sum(0)) + 1e-12).rsqrt()
 
         a, b = whitened(q.z.float()[matches.q]), whitened(k.z.float()[matches.k])
         unit = torch.eye(a.shape[1], device=a.device)
-        apart = sum((z.T @ z - unit).square().sum() for z in (a, b))
-        return Loss(count * ((a - b).square().sum() + weight * apart), count)
+        apart = sum((over(z.T @ z) - unit).square().sum() for z in (a, b)) / len(counts)
+        return Loss(count * ((a - b).square().sum() + weight * apart), own)
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from meristem.errors import RecipeError
 from meristem.modalities.base import Settings
-from meristem.modalities.rng import Rng
 from meristem.platform.contrastive.levels import LevelSettings
 from meristem.platform.contrastive.losses import LossSettings
 from meristem.platform.contrastive.overlap import boxes
@@ -203,14 +202,14 @@ class ContrastiveObjective(Objective):
     def forward(self, step: Step) -> dict[str, Loss]:
         s = self.settings
         q = Units.cat(self._units(step, x, "encoder", s.predictor) for x in s.queries)
-        k = Units.cat(self._units(step, x, s.by, None) for x in s.keys)
-        if s.sample is not None and len(q) > s.sample:
-            rng = step.rng("sample", s.queries[0].view)
-            q = q.select(Rng(rng.key[:1]).permutation("queries", len(q))[0, :s.sample])
+        each = [self._units(step, x, s.by, None) for x in s.keys]
+        if s.sample is not None:
+            q = self._sample(step, q, s.sample)
         if s.stop_gradient:
-            k = k.with_z(k.z.detach())
-        if s.loss.repels or self.queue is not None:
-            k = step.gather(k)
+            each = [k.with_z(k.z.detach()) for k in each]
+        if s.loss.repels or self.queue is not None:  # source by source, in the order in which one process has them
+            each = [step.gather(k, even=not s.extra) for k in each]
+        k = Units.cat(each)
         keys = k if self.queue is None else Units.cat([k, self.queue.units()])
         if self.transform is not None:
             q, keys = self.transform(q, keys, self.relation, step)
@@ -219,6 +218,14 @@ class ContrastiveObjective(Objective):
             self.queue.note(k, step.progress)
         # looks may have nothing in common: no loss then, not 0/0
         return {"": Loss(loss.total, torch.as_tensor(loss.count).clamp_min(1e-12), s.weight)}
+
+    def _sample(self, step: Step, q: Units, count: int) -> Units:
+        """This rank's of the `count` units with the lowest lots, of those of all ranks. A lot is a unit's own."""
+        lot = step.rng("sample", q).bits("queries", 1)
+        every = step.gather(Units(lot, {}, q.weight)).z[:, 0]
+        if len(every) <= count:
+            return q
+        return q.select(torch.nonzero(lot[:, 0] <= every.kthvalue(count).values).squeeze(1))
 
     def _units(self, step: Step, source: Source, by: str, predictor: str | None) -> Units:
         s, view, masked = self.settings, source.view, source.masked

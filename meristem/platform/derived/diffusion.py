@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Part(Derivation):
-    """The rows of a batch from one share to another, as they are: [0, 0.5] is its first half."""
+    """The rows of a process's share of the batch from one share to another, as they are: [0, 0.5] is its first half."""
 
     share: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]]
 

@@ -24,7 +24,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Montage(Derivation):
-    """A tile of look i of `of` shows part i of it; the tiles of the whole batch are shuffled and fill as many montages.
+    """A tile of look i of `of` shows part i of it; the tiles of a process's share of the batch are shuffled and fill as many
+    montages.
 
     JigClu (Chen et al. 2021, section 3.1). grid: parts along each axis, and tiles of a montage, which is as large as a look.
     overlap: by so much of the look a part reaches beyond its share on each side. Of a part a tile shows a random window of a

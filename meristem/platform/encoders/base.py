@@ -21,7 +21,15 @@ def replaced(x: Tensor, plan: Plan, token: Tensor) -> Tensor:
     return torch.where(plan.hidden[..., None], shown, x)
 
 
-class Encoder(nn.Module):
+class Parted(nn.Module):
+    """A net that is computed part after part."""
+
+    def units(self) -> list[nn.Module]:
+        """The parts, each of which is only ever called as a whole: it is recomputed, compiled and sharded on its own."""
+        return []
+
+
+class Encoder(Parted):
     """Tokens or arrays in, `Encoded` out.
 
     width: D of its tokens. takes: how it can be masked, of {drop, replace, swap, unlocated, order, mix}: `drop` encodes the

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from meristem.platform.encoders.conditioning import Adapted
+
 
 def rotated(x: Tensor, rope: Tensor) -> Tensor:
     """x (…, N, D) turned by what `Rotary` gives, (…, N, 2·D): sines, then cosines. Each pair of channels (a, b) becomes
@@ -32,10 +34,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
         """x (B, N, D). rope: (B, 1, N, 2·D / heads). attn_mask: as `scaled_dot_product_attention` takes it."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0) if rope is None else (*rotated(qkv[:2], rope).unbind(0), qkv[2])
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        x = F.scaled_dot_product_attention(*self.projected(x, rope), attn_mask=attn_mask)
         return self.proj(x.transpose(1, 2).flatten(2))
+
+    def projected(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, N, D / heads)."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = qkv[:2] if rope is None else rotated(qkv[:2], rope)
+        return q, k, qkv[2]
 
 
 class Mlp(nn.Module):
@@ -73,6 +79,40 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.drop_path2 = DropPath(drop_path)
 
-    def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
-        x = x + self.drop_path1(self.attn(self.norm1(x), rope=rope, attn_mask=attn_mask))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, rope: Tensor | None = None, mask: Tensor | None = None, told: Tensor | None = None,
+                adapted: Adapted | None = None, attend: float | None = None, prefix: int = 0,
+                weigh: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, N, D), and the attention weights (B, H, N, N) if `weigh`. adapted: what adapts it to `told` (B, told).
+
+        All that is asked of a block is asked in one call: whoever shards or compiles it does so by its calls.
+        """
+        attention: Tensor | None = None
+        if attend is not None or weigh:
+            entered = self.norm1(x) if adapted is None or told is None else adapted.entered(self, x, told)
+            logits, mask = _nearest(_logits(self.attn, entered, rope, mask), mask, attend, prefix)
+            attention = logits.softmax(-1) if weigh else None
+        if adapted is not None and told is not None:
+            return adapted(self, x, told, rope, mask), attention
+        x = x + self.drop_path1(self.attn(self.norm1(x), rope=rope, attn_mask=mask))
+        return x + self.drop_path2(self.mlp(self.norm2(x))), attention
+
+
+def _logits(attn: Attention, normed: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Attention before its softmax (B, H, N, N) of what it is given; fused attention does not return it."""
+    q, k, _ = attn.projected(normed, rope)
+    logits: Tensor = (q * attn.scale) @ k.transpose(-2, -1)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+    return logits
+
+
+def _nearest(logits: Tensor, mask: Tensor | None, attend: float | None, prefix: int) -> tuple[Tensor, Tensor | None]:
+    """Logits (B, H, N, N) and mask of an attention that lets each token attend to its best share of those that it may, and to
+    the prefix, which attends to all. attend None: both as they are.
+    """
+    if attend is None:
+        return logits, mask
+    best = logits[..., prefix:].topk(max(round(attend * (logits.shape[-1] - prefix)), 1), dim=-1).values[..., -1:]
+    chosen = F.pad((logits >= best)[..., prefix:, prefix:], (prefix, 0, prefix, 0), value=True) & (logits > float("-inf"))
+    sees = chosen if mask is None or mask.dtype == torch.bool else mask.masked_fill(~chosen, float("-inf"))
+    return logits.masked_fill(~chosen, float("-inf")), sees

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meristem.modalities.base import Axis
+from meristem.platform.encoders.base import Parted
 from meristem.platform.encoders.block import Block, rotated
 from meristem.platform.encoders.rotary import Rotary
 from meristem.platform.encoders.transformer import start_linear
@@ -49,7 +50,7 @@ class CrossBlock(nn.Module):
         return mixed
 
 
-class CrossBlocks(nn.Module):
+class CrossBlocks(Parted):
     """`depth` blocks whose tokens look at each other and at a memory, which stays as it is; then a norm.
 
     Source: the decoder of CroCo (Weinzaepfel et al. 2022, section 3.2); every block norms the memory anew, as their code.
@@ -73,6 +74,9 @@ class CrossBlocks(nn.Module):
             x = block(x, rope, mask, *other)
         normed: Tensor = self.norm(x)
         return normed
+
+    def units(self) -> list[nn.Module]:
+        return list(self.blocks)
 
     def _ready(self, x: Tensor, position: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Tokens without what padding holds, their rotary table, and the mask of whom others may attend to."""

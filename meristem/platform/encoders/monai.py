@@ -55,6 +55,9 @@ class SegResNetEncoder(MapEncoder):
         x, pyramid = self.net.encode(x)
         return pyramid, self.net.decode(x, pyramid[::-1]) if dense else None
 
+    def units(self) -> list[nn.Module]:
+        return [*self.net.down_layers, *self.net.up_layers]
+
     def layer_groups(self) -> list[list[nn.Parameter]]:
         down = [list(stage.parameters()) for stage in self.net.down_layers]
         up = [[*a.parameters(), *b.parameters()] for a, b in zip(self.net.up_samples, self.net.up_layers, strict=True)]
@@ -103,6 +106,9 @@ class SwinEncoder(MapEncoder):
 
     def maps(self, x: Tensor, dense: bool) -> tuple[Sequence[Tensor], Tensor | None]:
         return self.net(x), None
+
+    def units(self) -> list[nn.Module]:
+        return [layers[0] for layers in (self.net.layers1, self.net.layers2, self.net.layers3, self.net.layers4)]
 
     def layer_groups(self) -> list[list[nn.Parameter]]:
         parts = (self.net.patch_embed, self.net.layers1, self.net.layers2, self.net.layers3, self.net.layers4)

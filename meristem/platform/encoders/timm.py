@@ -161,6 +161,9 @@ class TimmViT(Encoder):
         return Encoded(tokens, summary, torch.ones(tokens.shape[:2], dtype=torch.bool, device=x.device), index=keep,
                        lattice=stream.lattice, layers=layers if "layers" in want else None, attention=attention)
 
+    def units(self) -> list[nn.Module]:
+        return list(self.net.blocks[:-1])  # the last one's weights are also read for its attention
+
     def layer_groups(self) -> list[list[nn.Parameter]]:
         blocks = [list(block.parameters()) for block in self.net.blocks]
         blocks[-1] += [*self.net.norm.parameters(), *self.net.fc_norm.parameters()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import model_validator
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from meristem.modalities.base import Axis, Tokenizer
 from meristem.modalities.stream import Edges, LatticeStream, TokenStream, gather
-from meristem.platform.encoders.base import Encoder, EncoderSettings, replaced
-from meristem.platform.encoders.block import Block, rotated
+from meristem.platform.encoders.base import Encoder, EncoderSettings, Parted, replaced
+from meristem.platform.encoders.block import Block
 from meristem.platform.encoders.conditioning import Adapted, Told
 from meristem.platform.encoders.rotary import Rotary
 from meristem.platform.objectives import Encoded, Plan
@@ -36,7 +36,7 @@ def even_heads(width: int, heads: int) -> None:
         raise ValueError(f"width {width} in {heads} heads: each head needs a whole, even number of channels")
 
 
-class Blocks(nn.Module):
+class Blocks(Parted):
     """`depth` blocks of attention and perceptron with a final norm; encoders and decoders are built of it.
 
     axes: of the positions it will be given. drop_path: stochastic depth of the last block, rising linearly from 0. tokenizer:
@@ -95,42 +95,15 @@ class Blocks(nn.Module):
         rope = self.rotary(position, prefix) if position is not None and self.rotary is not None else None
         layers: list[Tensor] = []
         attention: Tensor | None = None
-        block: Any
         for i, block in enumerate(self.blocks):
-            adapted: Any = None if self.adapted is None else self.adapted[i]
-            sees = mask
-            if attend is not None or ("attention" in want and i == len(self.blocks) - 1):
-                logits = _logits(block, block.norm1(x) if adapted is None else adapted.entered(block, x, told), rope, mask)
-                logits, sees = _nearest(logits, mask, attend, prefix)
-                attention = logits.softmax(-1) if "attention" in want else None
-            x = block(x, rope=rope, attn_mask=sees) if adapted is None else adapted(block, x, told, rope, sees)
+            weigh = "attention" in want and i == len(self.blocks) - 1
+            x, attention = block(x, rope, mask, told, None if self.adapted is None else self.adapted[i], attend, prefix, weigh)
             if "layers" in want:
                 layers.append(x)
         return self.norm(x), layers if "layers" in want else None, attention
 
-
-def _logits(block: Any, normed: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Attention before its softmax (B, H, N, N) of a block, of what it is given; its fused attention does not return it."""
-    attn = block.attn
-    q, k, _ = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    if rope is not None:
-        q, k = rotated(q, rope), rotated(k, rope)
-    logits: Tensor = (q * attn.scale) @ k.transpose(-2, -1)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
-    return logits
-
-
-def _nearest(logits: Tensor, mask: Tensor | None, attend: float | None, prefix: int) -> tuple[Tensor, Tensor | None]:
-    """Logits (B, H, N, N) and mask of an attention that lets each token attend to its best share of those that it may, and to
-    the prefix, which attends to all. attend None: both as they are.
-    """
-    if attend is None:
-        return logits, mask
-    best = logits[..., prefix:].topk(max(round(attend * (logits.shape[-1] - prefix)), 1), dim=-1).values[..., -1:]
-    chosen = F.pad((logits >= best)[..., prefix:, prefix:], (prefix, 0, prefix, 0), value=True) & (logits > float("-inf"))
-    sees = chosen if mask is None or mask.dtype == torch.bool else mask.masked_fill(~chosen, float("-inf"))
-    return logits.masked_fill(~chosen, float("-inf")), sees
+    def units(self) -> list[nn.Module]:
+        return list(self.blocks)
 
 
 def _together(x: Tensor, group: int) -> Tensor:

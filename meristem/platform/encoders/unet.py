@@ -125,6 +125,9 @@ class ResidualUNet(MapEncoder):
             x = self.merges[level](torch.cat([pyramid[level], self.ups[level](x)], 1))
         return pyramid, x
 
+    def units(self) -> list[nn.Module]:
+        return [*self.stages, *self.merges]
+
     def layer_groups(self) -> list[list[nn.Parameter]]:
         down = [list(stage.parameters()) for stage in self.stages]
         up = [[*a.parameters(), *b.parameters()] for a, b in zip(self.ups, self.merges, strict=True)]

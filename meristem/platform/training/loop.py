@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
@@ -10,22 +11,25 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
+from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from meristem.errors import MeristemError
+from meristem.platform import norms
 from meristem.platform.assembly import Assembly, Teacher
 from meristem.platform.contrastive.lights import feature_lights
 from meristem.platform.objectives import Loss
 from meristem.platform.recipe import TrainSettings
 from meristem.platform.step import Batch
-from meristem.platform.training import checkpoint, optim, precision
+from meristem.platform.training import checkpoint, optim, precision, sharding
 from meristem.platform.training.combine import combined
 from meristem.platform.training.energy import Meter
 from meristem.platform.training.progress import Reporter
@@ -68,10 +72,20 @@ def launch(settings: TrainSettings, accelerator: str = "auto") -> Fabric:
         accelerator = "cpu"
     if settings.precision == "fp16" and accelerator == "cpu":
         raise MeristemError("fp16 needs a GPU: gradients are scaled on the device", "Set train.precision=bf16 or fp32.")
+    if settings.precision == "fp16" and settings.fsdp:
+        raise MeristemError("fp16 scales gradients by what one process sees of them, and train.fsdp leaves each a slice",
+                            "Set train.precision=bf16 or fp32.")
     world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    strategy: Any = DDPStrategy(find_unused_parameters=True) if world > 1 else "auto"  # a mask token may go unused
+    strategy: Any = "auto"
+    if world > 1 and settings.fsdp:
+        strategy = ModelParallelStrategy(sharding.shard, data_parallel_size=world, tensor_parallel_size=1)
+    elif world > 1:  # gradients are reduced bucket by bucket while the backward pass goes on
+        # a mask token may go unused; buffers, queues among them, are the same everywhere already
+        alike = "forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters \
+            else "broadcast_buffers"  # as torch < 2.15 calls it
+        strategy = DDPStrategy(find_unused_parameters=True, **{alike: False})
     fabric = Fabric(accelerator=accelerator, devices=local, num_nodes=world // local, strategy=strategy,
                     precision=kind)
     fabric.launch()
@@ -137,16 +151,27 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
     if fabric.world_size > 1 and settings.combine == "pareto":
         raise MeristemError("train.combine=pareto compares gradients on one process, and there are "
                             f"{fabric.world_size}", "Train on one device, or set train.combine=sum.")
-    if fabric.world_size > 1 and fabric.device.type == "cuda":
-        raw = torch.nn.SyncBatchNorm.convert_sync_batchnorm(raw)
-    assembly = raw.to(fabric.device)
+    if fabric.world_size > 1:
+        raw = norms.synchronised(raw, fabric.device)  # type: ignore[assignment]
+    raw = raw.to(fabric.device)
     if settings.precision == "bf16" and fabric.device.type == "cpu":
-        precision.sound(assembly)
+        precision.sound(raw)
     if settings.compile:
-        assembly.encoder.compile()
-    optimiser = optim.optimiser(assembly, settings)
-    module, optimizer = fabric.setup(assembly, optimiser)
+        raw.encoder.compile()
     average = Teacher({"assembly": raw}) if settings.ema is not None else None
+    state = None if resume is None else checkpoint.read_state(resume)
+    if resume is not None and state is not None:  # before the weights are sharded
+        raw.load_state_dict(state["raw"] if state["raw"] else checkpoint.read_weights(resume))
+        if average is not None:
+            average.copies["assembly"].load_state_dict(checkpoint.read_weights(resume))
+    sharded = isinstance(fabric.strategy, ModelParallelStrategy)
+    spare = copy.deepcopy(raw).cpu() if sharded else None  # a net of whole weights, for what is said and done with them
+    optim.freeze(raw, settings)
+    module = fabric.setup_module(raw)
+    if average is not None and isinstance(fabric.strategy, ModelParallelStrategy):
+        sharding.shard(average, fabric.strategy.device_mesh)
+    optimiser = optim.optimiser(raw, settings)
+    optimizer = fabric.setup_optimizers(optimiser)
 
     start = skipped = in_a_row = 0
     told = False
@@ -155,29 +180,36 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
     meter = Meter(fabric.device.index if fabric.device.type == "cuda" else None, fabric.local_rank == 0)
     last: dict[str, float] = {}
     shown: dict[str, Tensor] = {}  # the newest value of each loss: in a joint run not every step has all
-    if resume is not None:
-        state = checkpoint.read_state(resume)
-        raw.load_state_dict(state["raw"] if state["raw"] else checkpoint.read_weights(resume))
-        optimiser.load_state_dict(state["optimiser"])
+    if state is not None:
+        optimiser.load_state_dict(sharding.sliced(state["optimiser"], (p for g in optimiser.param_groups for p in g["params"])))
         fabric.strategy.precision.load_state_dict(state["precision"])
         start, skipped, before, last = state["step"], state["skipped"], state["seconds"], state["last"]
         earlier = state["joules"]
-        if average is not None:
-            average.copies["assembly"].load_state_dict(checkpoint.read_weights(resume))
         if str(fabric.global_rank) in state["generators"]:
             _restore(state["generators"][str(fabric.global_rank)], fabric)
 
+    def usable(keep: bool) -> Assembly:
+        """The net with the weights to use, whole. Every process must ask; only where they are kept is it more than a shape."""
+        final = average.copies["assembly"] if average is not None else raw
+        assert isinstance(final, Assembly)
+        if spare is None:
+            return final
+        weights = sharding.whole(final.state_dict(), keep)
+        if keep:
+            spare.load_state_dict(weights)
+        return spare
+
     def save(step: int) -> None:
-        generators, joules = _generators(fabric), _spent(fabric, meter, earlier)
-        if directory is None or fabric.global_rank != 0:
+        generators, joules, first = _generators(fabric), _spent(fabric, meter, earlier), fabric.global_rank == 0
+        if directory is None:
             return
-        usable = average.copies["assembly"] if average is not None else raw
-        state = {"step": step, "skipped": skipped, "optimiser": optimiser.state_dict(), "generators": generators,
-                 "precision": fabric.strategy.precision.state_dict(), "last": last,
-                 "joules": joules,
-                 "seconds": before + time.perf_counter() - began, "raw": raw.state_dict() if average is not None else {}}
-        assert isinstance(usable, Assembly)
-        checkpoint.save(directory, step, usable.state_dict(), card(usable) if card is not None else {}, state, settings.keep)
+        final = usable(first)
+        state = {"step": step, "skipped": skipped, "optimiser": sharding.whole(optimiser.state_dict(), first),
+                 "generators": generators, "precision": fabric.strategy.precision.state_dict(), "last": last,
+                 "joules": joules, "seconds": before + time.perf_counter() - began,
+                 "raw": sharding.whole(raw.state_dict(), first) if average is not None else {}}
+        if first:
+            checkpoint.save(directory, step, final.state_dict(), card(final) if card is not None else {}, state, settings.keep)
 
     began = time.perf_counter()
     step = start
@@ -214,7 +246,8 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
             if sound:
                 optim.thaw(raw, settings, step)
                 norm = fabric.clip_gradients(module, optimizer, max_norm=settings.clip or math.inf, error_if_nonfinite=False)
-                sound = settings.precision == "fp16" or bool(torch.as_tensor(norm).isfinite())  # fp16: its scaler sees to it
+                norm = sharding.whole(torch.as_tensor(norm), True)
+                sound = settings.precision == "fp16" or bool(norm.isfinite())  # fp16: its scaler sees to it
             if sound:
                 in_a_row = 0
                 optimizer.step()
@@ -250,9 +283,7 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
                 saved = step
         if step != saved:
             save(step)
-    final = average.copies["assembly"] if average is not None else raw
-    assert isinstance(final, Assembly)
-    return Outcome(final, step, before + time.perf_counter() - began, step * settings.batch, skipped,
+    return Outcome(usable(True).to(fabric.device), step, before + time.perf_counter() - began, step * settings.batch, skipped,
                    step < settings.steps, fabric.world_size, _spent(fabric, meter, earlier), meter.of, last)
 
 

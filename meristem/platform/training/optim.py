@@ -44,11 +44,14 @@ def groups(assembly: Assembly, settings: TrainSettings) -> list[dict[str, object
             for (s, decays, part), params in table.items()]
 
 
-def optimiser(assembly: Assembly, settings: TrainSettings) -> torch.optim.Optimizer:
+def freeze(assembly: Assembly, settings: TrainSettings) -> None:
     """What is frozen for the whole run gets no gradient, which spares its computation."""
     for name, p in assembly.named_parameters():
         if _under(name, [module for module, until in settings.freeze.items() if until == 1]):
             p.requires_grad_(False)
+
+
+def optimiser(assembly: Assembly, settings: TrainSettings) -> torch.optim.Optimizer:
     kind = torch.optim.Adam if settings.optimiser == "adam" else torch.optim.AdamW
     fused = next(assembly.parameters()).is_cuda and settings.precision != "fp16"  # fused, it would unscale before the clipping
     return kind(groups(assembly, settings), lr=settings.lr, betas=settings.betas, fused=fused or None)
