@@ -208,7 +208,7 @@ def test_a_block_reads_timms_weights_and_does_what_timm_does(drop_path: float) -
     torch.manual_seed(1)
     expected = theirs(x, rope=rope, attn_mask=mask)
     torch.manual_seed(1)
-    torch.testing.assert_close(block(x, rope, mask)[0], expected)
+    torch.testing.assert_close(block(x, rope, mask, kept=block.drawn(x, None))[0], expected)
 
 
 def test_rotation_is_the_same_on_every_way(monkeypatch: pytest.MonkeyPatch) -> None:

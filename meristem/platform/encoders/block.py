@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meristem.platform.encoders.conditioning import Adapted
+from meristem.platform.encoders.packing import Packing
 
 
 def rotated(x: Tensor, rope: Tensor) -> Tensor:
@@ -32,9 +33,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
-        """x (B, N, D). rope: (B, 1, N, 2·D / heads). attn_mask: as `scaled_dot_product_attention` takes it."""
-        x = F.scaled_dot_product_attention(*self.projected(x, rope), attn_mask=attn_mask)
+    def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None,
+                packing: Packing | None = None) -> Tensor:
+        """x (B, N, D), or packed (1, T, D). rope: (B, 1, N, 2·D / heads). attn_mask: as `scaled_dot_product_attention` takes
+        it."""
+        q, k, v = self.projected(x, rope)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask) if packing is None else packing.attend(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def projected(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,10 +83,11 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.drop_path2 = DropPath(drop_path)
 
-    def forward(self, x: Tensor, rope: Tensor | None = None, mask: Tensor | None = None, told: Tensor | None = None,
-                adapted: Adapted | None = None, attend: float | None = None, prefix: int = 0,
-                weigh: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, N, D), and the attention weights (B, H, N, N) if `weigh`. adapted: what adapts it to `told` (B, told).
+    def forward(self, x: Tensor, rope: Tensor | None = None, mask: Tensor | None = None, packing: Packing | None = None,
+                kept: tuple[Tensor, Tensor] | None = None, told: Tensor | None = None, adapted: Adapted | None = None,
+                attend: float | None = None, prefix: int = 0, weigh: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, N, D), and the attention weights (B, H, N, N) if `weigh`. packing: how the tokens (1, T, D) are packed.
+        kept: what stochastic depth multiplies attention and perceptron by. adapted: what adapts it to `told` (B, told).
 
         All that is asked of a block is asked in one call: whoever shards or compiles it does so by its calls.
         """
@@ -93,8 +98,18 @@ class Block(nn.Module):
             attention = logits.softmax(-1) if weigh else None
         if adapted is not None and told is not None:
             return adapted(self, x, told, rope, mask), attention
-        x = x + self.drop_path1(self.attn(self.norm1(x), rope=rope, attn_mask=mask))
-        return x + self.drop_path2(self.mlp(self.norm2(x))), attention
+        y = self.attn(self.norm1(x), rope, mask, packing)
+        x = x + (y if kept is None else y * kept[0])
+        y = self.mlp(self.norm2(x))
+        return x + (y if kept is None else y * kept[1]), attention
+
+    def drawn(self, x: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor] | None:
+        """`kept` for tokens x: all of a row go or stay, packed or not. Drawn out here, it is no part of what is compiled."""
+        if self.drop_path1.keep == 1 or not self.training:
+            return None
+        ones = x.new_ones(len(x) if packing is None else packing.rows, 1, 1)
+        first, second = self.drop_path1(ones), self.drop_path2(ones)
+        return (first, second) if packing is None else (packing.each(first), packing.each(second))
 
 
 def _logits(attn: Attention, normed: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import model_validator
@@ -15,6 +15,7 @@ from meristem.modalities.stream import Edges, LatticeStream, TokenStream, gather
 from meristem.platform.encoders.base import Encoder, EncoderSettings, Parted, replaced
 from meristem.platform.encoders.block import Block
 from meristem.platform.encoders.conditioning import Adapted, Told
+from meristem.platform.encoders.packing import Packing
 from meristem.platform.encoders.rotary import Rotary
 from meristem.platform.objectives import Encoded, Plan
 
@@ -42,8 +43,10 @@ class Blocks(Parted):
     axes: of the positions it will be given. drop_path: stochastic depth of the last block, rising linearly from 0. tokenizer:
     of tokens that have edges or `structure`: an edge of each type, and its weight, add to each head's attention (Ying et
     al. 2021, Graphormer, section 3.1.2, for edges instead of distances), and what `structure` says is added to the tokens.
-    told: numbers of a vector that adapts every block, where there is one.
+    told: numbers of a vector that adapts every block, where there is one. packs: may leave padding out.
     """
+
+    packs = True
 
     def __init__(self, width: int, depth: int, heads: int, axes: Sequence[Axis], drop_path: float = 0.0,
                  mlp_ratio: float = 4.0, tokenizer: Tokenizer | None = None, told: int = 0) -> None:
@@ -70,37 +73,56 @@ class Blocks(Parted):
         order: (B, n) ranks: a token attends to itself, to those before it and to the prefix, and the prefix to itself.
         attend: the share of the n tokens, those whose keys suit its query best, that a token attends to beside the prefix.
         told: (B, told) the vector that each block goes by.
-        Returns the normed tokens (B, prefix + n, D); if `layers` is wanted the tokens after each block, before the norm; if
-        `attention` is wanted the weights (B, H, prefix + n, prefix + n) of the last block.
+        Returns the normed tokens (B, prefix + n, D), 0 for padding; if `layers` is wanted the tokens after each block, before
+        the norm; if `attention` is wanted the weights (B, H, prefix + n, prefix + n) of the last block.
         """
-        mask = None
-        if valid is not None and not bool(valid.all()):
+        if self.places is not None and structure is not None:
+            x = x + F.pad(self.places(structure).to(x.dtype), (0, 0, prefix, 0))
+        mask = packing = padding = None
+        if valid is not None:
             valid = F.pad(valid, (prefix, 0), value=True)
-            x = x.masked_fill(~valid[..., None], 0)  # 0 · NaN is NaN: what padding holds must not pass through the values
+            lengths = tuple(valid.sum(1).tolist())
+            pairs = order is not None or attend is not None or "attention" in want or (
+                self.bias is not None and edges is not None)  # a table of them is made
+            if self.packs and not pairs and told is None:
+                packing = Packing.of(valid, lengths)
+            if packing is None and sum(lengths) < valid.numel():
+                padding = ~valid[..., None]
+        if packing is not None:
+            x, position = packing.pack(x), None if position is None else packing.pack(F.pad(position, (0, 0, prefix, 0)))
+        elif padding is not None and valid is not None:
+            x = x.masked_fill(padding, 0)  # 0 · NaN is NaN: what padding holds must not pass through the values
             mask = (valid | ~valid.any(1, keepdim=True))[:, None, None]  # an empty row attends to itself rather than to nothing
-            if position is not None:
-                position = position.masked_fill(~valid[:, prefix:, None], 0)
+            position = None if position is None else position.masked_fill(padding[:, prefix:], 0)
         if order is not None:
             before = F.pad(order[:, :, None] >= order[:, None], (0, 0, prefix, 0))
             before = F.pad(before, (prefix, 0), value=True)[:, None]
             mask = before if mask is None else before & mask | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-        if self.places is not None and structure is not None:
-            x = x + F.pad(self.places(structure).to(x.dtype), (0, 0, prefix, 0))
         if self.bias is not None and edges is not None:
             bias = self.bias[edges.dense()]
             if self.slope is not None and edges.value is not None:
                 bias = bias + edges.dense_value() @ self.slope
             bias = F.pad(bias.permute(0, 3, 1, 2), (prefix, 0, prefix, 0)).to(x.dtype)
             mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
-        rope = self.rotary(position, prefix) if position is not None and self.rotary is not None else None
+        rope = None
+        if position is not None and self.rotary is not None:
+            rope = self.rotary(position, prefix if packing is None else 0)
+
+        def placed(x: Tensor) -> Tensor:
+            """Tokens at their places (B, prefix + n, D), 0 where padding is."""
+            return packing.unpack(x) if packing is not None else x if padding is None else x.masked_fill(padding, 0)
+
         layers: list[Tensor] = []
         attention: Tensor | None = None
+        block: Any
         for i, block in enumerate(self.blocks):
             weigh = "attention" in want and i == len(self.blocks) - 1
-            x, attention = block(x, rope, mask, told, None if self.adapted is None else self.adapted[i], attend, prefix, weigh)
+            adapted = None if self.adapted is None else self.adapted[i]
+            kept = block.drawn(x, packing) if adapted is None else None
+            x, attention = block(x, rope, mask, packing, kept, told, adapted, attend, prefix, weigh)
             if "layers" in want:
-                layers.append(x)
-        return self.norm(x), layers if "layers" in want else None, attention
+                layers.append(placed(x))
+        return placed(self.norm(x)), layers if "layers" in want else None, attention
 
     def units(self) -> list[nn.Module]:
         return list(self.blocks)
