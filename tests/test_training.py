@@ -228,23 +228,6 @@ def test_a_sawtooth_run_moves_the_head_alone_first(volume_folder: Path, tmp_path
     assert moved == [{"objectives"}, {"objectives", "encoder"}]
 
 
-def test_a_compiled_encoder_gives_the_weights_of_a_plain_one(volume_folder: Path, tmp_path: Path,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile captures the encoder; no machine code is made of it, which takes minutes and a C++ compiler."""
-    traced = []
-
-    def compile_(self: torch.nn.Module) -> None:
-        traced.append(self)
-        self._compiled_call_impl = torch.compile(self._call_impl, backend="eager")
-
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
-    small = ("train.ema=0.5", "encoder.transformer.depth=1")
-    plain = run(volume_folder, tmp_path / "a", *small, steps=1)
-    compiled = run(volume_folder, tmp_path / "b", *small, "train.compile=true", steps=1)
-    assert traced and plain.keys() == compiled.keys()
-    assert all(torch.allclose(plain[k], compiled[k], atol=1e-4) for k in plain)
-
-
 def test_a_checkpoint_stands_without_the_file_its_weights_began_from(tmp_path: Path) -> None:
     import timm
     from safetensors.torch import save_file

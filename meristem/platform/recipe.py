@@ -68,7 +68,9 @@ class TrainSettings(Settings):
     alone for the first `head_first` fraction, then everything, each with its own warm-up and decay. layer_decay: factor on lr
     per layer from the output down. freeze: module path prefix -> fraction of the run for which it stays frozen. ema: weights
     averaged over steps with this decay are the ones saved for use. combine: several objectives by their weighted `sum`, or by
-    `pareto`, a direction that lowers all of them whatever their scale (on one process, in fp32). fsdp: several processes share
+    `pareto`, a direction that lowers all of them whatever their scale (on one process, in fp32). compile: the
+    parts of nets by torch.compile, which takes minutes once. checkpointing: of activations, which are computed again part by
+    part in the backward pass instead of being kept. fsdp: several processes share
     out weights, gradients and optimiser states, where each would hold all of them.
     """
 
@@ -90,6 +92,7 @@ class TrainSettings(Settings):
     combine: Literal["sum", "pareto"] = "sum"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
+    checkpointing: bool = False
     fsdp: bool = False
     seed: int = 0
     log_every: Count = 20

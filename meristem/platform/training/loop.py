@@ -29,7 +29,7 @@ from meristem.platform.contrastive.lights import feature_lights
 from meristem.platform.objectives import Loss
 from meristem.platform.recipe import TrainSettings
 from meristem.platform.step import Batch
-from meristem.platform.training import checkpoint, optim, precision, sharding
+from meristem.platform.training import checkpoint, optim, parts, precision, sharding
 from meristem.platform.training.combine import combined
 from meristem.platform.training.energy import Meter
 from meristem.platform.training.progress import Reporter
@@ -156,8 +156,6 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
     raw = raw.to(fabric.device)
     if settings.precision == "bf16" and fabric.device.type == "cpu":
         precision.sound(raw)
-    if settings.compile:
-        raw.encoder.compile()
     average = Teacher({"assembly": raw}) if settings.ema is not None else None
     state = None if resume is None else checkpoint.read_state(resume)
     if resume is not None and state is not None:  # before the weights are sharded
@@ -167,6 +165,10 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
     sharded = isinstance(fabric.strategy, ModelParallelStrategy)
     spare = copy.deepcopy(raw).cpu() if sharded else None  # a net of whole weights, for what is said and done with them
     optim.freeze(raw, settings)
+    if settings.compile:
+        parts.compiled(raw)
+    if settings.checkpointing:
+        parts.recomputed(raw)
     module = fabric.setup_module(raw)
     if average is not None and isinstance(fabric.strategy, ModelParallelStrategy):
         sharding.shard(average, fabric.strategy.device_mesh)
@@ -230,15 +232,15 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
             optim.rest(raw, settings, step)
 
             values: dict[str, Tensor] = {}
-            parts = batch.split(settings.accumulate) if settings.accumulate > 1 else [batch]
-            for i, part in enumerate(parts):
+            micro = batch.split(settings.accumulate) if settings.accumulate > 1 else [batch]
+            for i, part in enumerate(micro):
                 part = raw.prepare(part.to(fabric.device))
-                with fabric.no_backward_sync(module, enabled=i < len(parts) - 1):
+                with fabric.no_backward_sync(module, enabled=i < len(micro) - 1):
                     losses = module(part, progress)
                     shares, named = reduce(fabric, losses)
-                    fabric.backward(combined(settings.combine, shares, raw.encoder) / len(parts))
+                    fabric.backward(combined(settings.combine, shares, raw.encoder) / len(micro))
                 for name, value in named.items():
-                    values[name] = values.get(name, torch.zeros_like(value)) + value / len(parts)
+                    values[name] = values.get(name, torch.zeros_like(value)) + value / len(micro)
             shown |= values
             loss = sum(float(v) * losses[n].weight for n, v in values.items())  # one synchronisation a step
 
@@ -283,6 +285,7 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
                 saved = step
         if step != saved:
             save(step)
+    parts.plain(raw)
     return Outcome(usable(True).to(fabric.device), step, before + time.perf_counter() - began, step * settings.batch, skipped,
                    step < settings.steps, fabric.world_size, _spent(fabric, meter, earlier), meter.of, last)
 

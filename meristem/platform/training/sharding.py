@@ -18,13 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
-from meristem.platform.encoders.base import Parted
-
-
-def units(module: nn.Module) -> list[nn.Module]:
-    """Every part of every net inside a module, once."""
-    found = (unit for net in module.modules() if isinstance(net, Parted) for unit in net.units())
-    return list({id(unit): unit for unit in found}.values())
+from meristem.platform.training.parts import units
 
 
 def shard(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
