@@ -53,7 +53,7 @@ def freeze(assembly: Assembly, settings: TrainSettings) -> None:
 
 def optimiser(assembly: Assembly, settings: TrainSettings) -> torch.optim.Optimizer:
     kind = torch.optim.Adam if settings.optimiser == "adam" else torch.optim.AdamW
-    fused = next(assembly.parameters()).is_cuda and settings.precision != "fp16"  # fused, it would unscale before the clipping
+    fused = settings.precision != "fp16"  # fused, it would unscale before the clipping
     return kind(groups(assembly, settings), lr=settings.lr, betas=settings.betas, fused=fused or None)
 
 
