@@ -37,8 +37,8 @@ OVERRIDES = {
 sys.argv = ["meristem", "pretrain", f"image/{told.method}", "--data", str(told.data), "--out", str(told.out / "run"),
             "--cache", str(told.out / "cache"), "--split", "1,0,0", "--quiet",
             "modality.image.patch=16", "modality.image.normalise=imagenet", f"train.batch={work.BATCH}",
-            f"train.workers={work.WORKERS}", f"train.steps={told.steps}", f"train.lr={work.LR}",
-            f"train.weight_decay={work.DECAY}", *OVERRIDES[told.method]]
+            f"train.workers={work.WORKERS}", f"train.steps={told.steps + 8}",  # so that it loads ahead up to the last mark
+            f"train.lr={work.LR}", f"train.weight_decay={work.DECAY}", *OVERRIDES[told.method]]
 
 from meristem.cli import main  # noqa: E402  (after the marks: its imports count)
 
