@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -276,3 +277,16 @@ def test_a_request_to_stop_saves_first(name: signal.Signals, volume_folder: Path
     process.send_signal(name)
     assert process.wait(timeout=60) == 0
     assert checkpoint.read_card(tmp_path / "run")["step"] >= 2
+
+
+def _full_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("ask", [lambda: torch.empty(1 << 55), _full_gpu])
+def test_running_out_of_memory_says_what_to_change(ask: Callable[[], object], volume_folder: Path, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Assembly, "prepare", lambda self, part: ask())
+    with pytest.raises(MeristemError, match="memory ran out with 4 samples") as told:
+        run(volume_folder, tmp_path / "run", "train.batch=8", "train.accumulate=2", steps=2)
+    assert "train.accumulate" in told.value.remedy and "checkpointing" in told.value.remedy

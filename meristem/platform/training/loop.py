@@ -8,8 +8,8 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -121,6 +121,20 @@ class _StopSignal:
             signal.signal(name, old)
 
 
+@contextmanager
+def _memory(settings: TrainSettings) -> Iterator[None]:
+    """Running out of memory, of a GPU or of the machine, told with what to change."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch raises its own kind for a GPU, a plain RuntimeError for a processor
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        part = settings.batch // settings.accumulate
+        raise MeristemError(f"memory ran out with {part} samples at a time", "Set train.accumulate higher, "
+                            "train.checkpointing=true or train.precision=bf16, or take a smaller view or encoder. The last "
+                            "checkpoint is intact: `--init` starts a run from its weights.") from None
+
+
 def reduce(fabric: Fabric, losses: Mapping[str, Loss]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """What of each loss to back-propagate on this rank, weighted, and each one's value over all ranks.
 
@@ -220,7 +234,7 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
     seen_since = 0
     reporter.start(start)
     stream = batches(start, fabric.global_rank, fabric.world_size)
-    with _StopSignal() as stop, closing(stream):  # its processes would outlive an error, and be waited for
+    with _StopSignal() as stop, _memory(settings), closing(stream):  # its processes would outlive an error, and be waited for
         module.train()
         window_began = time.perf_counter()
         while step < settings.steps and not _any(fabric, stop.asked):
