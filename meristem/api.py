@@ -22,12 +22,13 @@ from meristem.platform.origin import METADATA, SCRATCH, origin
 from meristem.platform.training import checkpoint
 
 if TYPE_CHECKING:
+    from meristem.platform.benching.results import Bench
     from meristem.platform.data.findings import Intake
     from meristem.platform.training.loop import Outcome
     from meristem.tasks import transfer
     from meristem.tasks.finetune import Tuned
 
-__all__ = ["adopt", "check_data", "embed", "evaluate", "export", "finetune", "guess_modality", "predict", "pretrain",
+__all__ = ["adopt", "bench", "check_data", "embed", "evaluate", "export", "finetune", "guess_modality", "predict", "pretrain",
            "recipe_names", "report", "show_recipe"]
 
 Pathlike = str | Path
@@ -112,6 +113,50 @@ def _pretrain_jointly(recipe: str, data: Mapping[str, Pathlike], out: Pathlike, 
     members = {name: m.model_copy(update={"recipe": m.recipe.of(found[name].modality)}) for name, m in settings.members.items()}
     settings = settings.model_copy(update={"members": members})
     return _pretrain(settings, found, Path(out), resume=resume, quiet=quiet)
+
+
+def bench(recipe: str, data: Pathlike | None = None, overrides: Sequence[str] = (), *, steps: int = 20,
+          sweep: Sequence[str] = (), out: Pathlike | None = None, split: str = "auto", cache: Path | None = None,
+          quiet: bool = False) -> Bench:
+    """What a pretraining recipe costs on this machine and data, what bounds it, and what to set before a long run.
+
+    recipe, data, overrides, split, cache: as in `pretrain`. steps: that each measurement takes, fewer where they are slow.
+    sweep: what to grow made input by (size, frames, points, nodes, batch, as the modality has them; `all`), which needs no
+    data: without `data` nothing else is measured. `train.compile=true` compares compiled and uncompiled. out: a directory for
+    bench.json, bench.html and the figures; nothing else is written. Raises MeristemError.
+    """
+    from meristem.platform.benching import bench as benching
+    from meristem.platform.benching.results import Bench
+    from meristem.platform.benching.sweep import chosen
+    from meristem.platform.benching.sweep import sweep as grow
+    from meristem.platform.benching.voice import telling
+    from meristem.platform.report import bench as pages
+
+    if data is None and not sweep:
+        raise RecipeError("there is nothing to measure", "Give --data, or --sweep, which makes its own input.")
+    if not _is_recipe(recipe):
+        if data is None:
+            raise RecipeError(f"'{recipe}' is a method of several kinds of data", f"Name one, e.g. volume/{recipe}.")
+        recipe = f"{_modality(recipe, data, overrides)}/{recipe}"
+    plain = recipes.override(recipes.read(recipe), overrides)
+    if "members" in plain or not plain.get("objectives"):
+        raise RecipeError(f"'{recipe}' {'is a joint recipe' if 'members' in plain else 'has no objective to pretrain by'}",
+                          "Bench measures recipes of one kind of data; choose one of `meristem recipes list`.")
+    settings = recipes.build(plain, recipes.Recipe)
+    grown = chosen(settings, sweep)
+    training = None
+    if data is not None:
+        found = open_data(Path(data), settings.modality, split, cache, quiet)
+        settings = settings.of(found.modality)
+    with telling(quiet) as say:
+        if data is not None:
+            training = benching.bench(settings, found, steps, say)
+        sweeps = tuple(grow(settings, axis, steps, say) for axis in grown)
+    made = Bench({"name": settings.name, "modality": settings.modality.name, "hash": settings.hash}, benching.machine(),
+                 training, sweeps)
+    if out is not None:
+        pages.write(made, Path(out))
+    return made
 
 
 def finetune(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] = (), *, init: str = SCRATCH,

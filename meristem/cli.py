@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -122,6 +122,38 @@ def embed(checkpoint: Run, data: DataOption, out: OutOption, quiet: Quiet = Fals
     path = api.embed(checkpoint, data, out, quiet=quiet)
     if not quiet:
         print(path)
+
+
+class _Bare(typer.core.TyperCommand):
+    """`--sweep` alone means all that can be swept."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words: list[str] = []
+        for word, after in zip(args, [*args[1:], ""], strict=True):
+            words += [word, "all"] if word == "--sweep" and not re.fullmatch("[a-z]+", after) else [word]
+        return super().parse_args(ctx, words)
+
+
+@app.command(cls=_Bare)
+def bench(recipe: Annotated[str, typer.Argument(help="A recipe name (volume/mae) or a YAML file.")],
+          data: Annotated[Path | None, typer.Option("--data", help=DATA, show_default="only what is swept is measured")] = None,
+          overrides: Overrides = None,
+          steps: Annotated[int, typer.Option("--steps", min=3, help="Of each measurement; fewer where they are slow.")] = 20,
+          sweep: Annotated[list[str] | None, typer.Option(
+              "--sweep", help="Grow made input by size, frames, points, nodes or batch, as the data has them; repeatable; "
+                              "alone: by all.", show_default=False)] = None,
+          out: Annotated[Path | None, typer.Option("--out", help="Directory for bench.html, bench.json and the figures.",
+                                                   show_default="none is written")] = None,
+          split: SplitOption = "auto", cache: CacheOption = None, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Measure what a recipe costs on this machine and data, what bounds it, and what to set before a long run."""
+    from meristem import api
+    made = api.bench(recipe, data, overrides or (), steps=steps, sweep=sweep or (), out=out, split=split, cache=cache,
+                     quiet=quiet or as_json)
+    if as_json:
+        print(json.dumps(made.dump(), indent=1))
+    elif not quiet:
+        from meristem.platform.report.bench import show
+        show(made, Console())
 
 
 @data_app.command("check")

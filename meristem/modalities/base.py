@@ -252,8 +252,9 @@ class Modality(Protocol):
     Everything but `read`, `fetch` and `write` is pure. suffixes: of its files. members: of files of which a whole folder is one
     sample. `Options` and `ViewOptions` are pydantic models: recipes are validated by them.
     A class may add `version` (a number; another one makes cached samples stale), `beside(path)` (the other files that one is
-    read with), a static `recognised(path) -> bool` (whether a file of a suffix that others have too is its own) and `likeness`
-    (how the fingerprints that its `read` gives to samples are compared; without, copies are known by their bytes alone).
+    read with), a static `recognised(path) -> bool` (whether a file of a suffix that others have too is its own), `likeness`
+    (how the fingerprints that its `read` gives to samples are compared; without, copies are known by their bytes alone) and
+    `grows` (see `Growing`).
     """
 
     name: str
@@ -335,6 +336,24 @@ class Placing(Protocol):
 
     def annotated(self, box: np.ndarray, header: Header) -> np.ndarray:
         """The inverse, of boxes: (K, n) in source coordinates, as files have them."""
+        ...
+
+
+@runtime_checkable
+class Growing(Protocol):
+    """A modality that says how its views can be made larger, so that the growth of cost can be measured.
+
+    grows: what there can be more of, by name (frames, points) -> which numbers of a view's `size` count it.
+    """
+
+    grows: Mapping[str, tuple[int, ...]]
+
+    def grown(self, times: float) -> Modality:
+        """With the options for views of so many times the elements; itself where tokens follow from a view alone."""
+        ...
+
+    def noise(self, size: tuple[int, ...], rng: Rng) -> View:
+        """As `example`, of any size; nothing depends on what it holds."""
         ...
 
 

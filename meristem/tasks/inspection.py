@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from meristem.modalities.rng import Rng
 from meristem.platform import joint
 from meristem.platform.assembly import Assembly
-from meristem.platform.objectives import Items
+from meristem.platform.made import CLASSES, noise
 from meristem.platform.recipe import Recipe, build, override, read
-from meristem.platform.step import Batch
 from meristem.tasks.base import TaskRecipe
-
-SAMPLES, CLASSES = 2, 2  # of the made batch: enough for contrast and for batch norm
-
-
-def noise(recipe: Recipe) -> Batch:
-    """A batch of noise in the shape of a recipe's views, with labels and companions of two classes."""
-    items = Items(torch.arange(SAMPLES), torch.arange(SAMPLES), {"class": torch.arange(SAMPLES) % CLASSES})
-    views = {}
-    for name, options in recipe.views.items():
-        size: tuple[int, ...] = tuple(options.size)  # type: ignore[attr-defined]
-        rng = Rng.of(0, torch.arange(SAMPLES * options.count), name)
-        view = recipe.modality.example(size, rng)
-        companions = {field: rng.integers(field, CLASSES, *view.array.shape[2:]) for field in recipe.reads}
-        views[name] = replace(view, name=name, item=torch.arange(SAMPLES).repeat_interleave(options.count),
-                              look=torch.arange(options.count).repeat(SAMPLES), fields=view.fields | companions)
-    return Batch(items, views)
 
 
 def inspect(name: str, assignments: Sequence[str] = ()) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class Graph:
     Options: type[Settings] = GraphOptions
     ViewOptions: type[ViewSettings] = GraphViewOptions
     axes: tuple[Axis, ...] = ()
+    grows: Mapping[str, tuple[int, ...]] = {"nodes": (0,)}
     options: GraphOptions
 
     def __init__(self, options: GraphOptions) -> None:
@@ -262,15 +263,20 @@ class Graph:
 
     def example(self, size: tuple[int, ...], rng: Rng) -> View:
         """Random graphs of up to 64 nodes, two edges each, with normal features and structure."""
-        rows, n, device = len(rng.key), min(size[0], 64), rng.key.device
+        return self.noise((min(size[0], 64),), rng)
+
+    def grown(self, times: float) -> Self:
+        return self
+
+    def noise(self, size: tuple[int, ...], rng: Rng) -> View:
+        rows, n, device = len(rng.key), size[0], rng.key.device
         extra = self.options.walk + 2 * self.options.laplacian
         array = rng.normal("nodes", self.channels + extra, n)
         a = torch.arange(n, device=device).expand(2, -1)[None].expand(rows, -1, -1).flatten(1)
         b = (a + 1 + rng.integers("edges", max(n - 1, 1), 2 * n)) % n
-        table = torch.zeros(rows, n, n, dtype=torch.bool, device=device)
-        row = torch.arange(rows, device=device)[:, None]
-        table[row, a, b] = table[row, b, a] = n > 1
-        at, source, target = table.nonzero(as_tuple=True)
+        place = torch.arange(rows, device=device)[:, None] * n
+        pairs = torch.cat([(place + a) * n + b, (place + b) * n + a], 1) if n > 1 else a[:, :0]
+        at, source, target = torch.unravel_index(pairs.unique(), (rows, n, n))
         kind = torch.zeros_like(at)
         value = torch.ones(len(at), 1, device=device) if self.edge_values else None
         frame = Frame(torch.ones(rows, 1, 1), (n,), torch.ones(rows, 0), ())

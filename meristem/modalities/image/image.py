@@ -93,6 +93,7 @@ class Image(Lattice):
     suffixes = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm")
     Options = ImageOptions
     ViewOptions = ImageViewOptions
+    grows: Mapping[str, tuple[int, ...]] = {"size": (0, 1)}
     options: ImageOptions
 
     def __init__(self, options: ImageOptions) -> None:

@@ -49,6 +49,7 @@ class Lattice:
     Options: type[Settings] = LatticeOptions
     ViewOptions: type[ViewSettings] = LatticeViewOptions
     axes: tuple[Axis, ...]
+    grows: Mapping[str, tuple[int, ...]]
     options: LatticeOptions
     operations = SPANNED
 
@@ -91,6 +92,12 @@ class Lattice:
         frame = Frame(torch.eye(dims + 1).expand(rows, -1, -1), size, torch.ones(rows, dims), tuple(a.unit for a in self.axes))
         return View("example", array, frame.to(device), torch.arange(rows, device=device), torch.zeros_like(rng.key),
                     fields={"mask": rng.integers("mask", 2, *size)})
+
+    def grown(self, times: float) -> Self:
+        return self
+
+    def noise(self, size: tuple[int, ...], rng: Rng) -> View:
+        return self.example(size, rng)
 
     def draw(self, view: ViewSettings, header: Header, look: Look) -> Draw:
         """See `LatticeViewOptions`."""

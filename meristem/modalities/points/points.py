@@ -43,6 +43,7 @@ class Points:
     members: tuple[str, ...] = ()
     Options: type[Settings] = PointsOptions
     ViewOptions: type[ViewSettings] = PointsViewOptions
+    grows: Mapping[str, tuple[int, ...]] = {"points": (0,)}
     options: PointsOptions
 
     def __init__(self, options: PointsOptions) -> None:
@@ -167,6 +168,13 @@ class Points:
         frame = Frame(torch.eye(4).expand(rows, -1, -1), (n,), torch.ones(rows, 3), tuple(a.unit for a in self.axes))
         return View("example", array, frame.to(device), torch.arange(rows, device=device), torch.zeros_like(rng.key),
                     fields={"mask": rng.integers("mask", 2, n)}, index=torch.arange(n, device=device).expand(rows, -1))
+
+    def grown(self, times: float) -> Self:
+        """With as many times the groups, so that each point is in as many of them as before."""
+        return type(self)(self.options.model_copy(update={"count": max(round(self.options.count * times), 1)}))
+
+    def noise(self, size: tuple[int, ...], rng: Rng) -> View:
+        return self.example(size, rng)
 
     def placed(self, objects: Objects, header: Header) -> Objects:
         """Upright boxes in the file's unit to metres from the sample's origin. Raises DataError."""

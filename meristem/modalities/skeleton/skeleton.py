@@ -48,6 +48,7 @@ class Skeleton:
     members: tuple[str, ...] = ()
     Options: type[Settings] = SkeletonOptions
     ViewOptions: type[ViewSettings] = SkeletonViewOptions
+    grows: Mapping[str, tuple[int, ...]] = {"frames": (0,)}
     options: SkeletonOptions
 
     def __init__(self, options: SkeletonOptions) -> None:
@@ -168,6 +169,12 @@ class Skeleton:
                       torch.tensor([[period, 1.0]]).expand(rows, -1), ("s",))
         return View("example", array, frame.to(device), torch.arange(rows, device=device), torch.zeros_like(rng.key),
                     fields={"mask": rng.integers("mask", 2, *shape)}, weight=torch.ones(rows, 1, *shape, device=device))
+
+    def grown(self, times: float) -> Self:
+        return self
+
+    def noise(self, size: tuple[int, ...], rng: Rng) -> View:
+        return self.example(size, rng)
 
     def facts(self, paths: Sequence[Path], sample: Sample) -> Facts:
         """See `Telling`."""

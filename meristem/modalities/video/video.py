@@ -49,6 +49,7 @@ class Video(Lattice):
     members = SUFFIXES
     Options = VideoOptions
     ViewOptions = VideoViewOptions
+    grows: Mapping[str, tuple[int, ...]] = {"frames": (0,), "size": (1, 2)}
     options: VideoOptions
     operations = {**SPANNED, "blur": lambda x, sigma: _each_frame(x, sigma)}
 

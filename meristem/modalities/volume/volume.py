@@ -89,6 +89,7 @@ class Volume(Lattice):
     Options = VolumeOptions
     ViewOptions = VolumeViewOptions
     axes = tuple(Axis(name, "mm", 0.5, 512.0) for name in "xyz")
+    grows: Mapping[str, tuple[int, ...]] = {"size": (0, 1, 2)}
     likeness = ALIKE
     options: VolumeOptions
 
