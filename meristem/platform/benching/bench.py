@@ -123,7 +123,7 @@ class _Bench:
 
     def feeds(self, assembly: Assembly, whole: Timing) -> list[Feed]:
         """By number of workers, until the device does not wait: none, one, and doubling up to the processors' cores."""
-        now, cores = self.train.workers, len(psutil.Process().cpu_affinity())
+        now, cores = self.train.workers, _cores()
         counts = sorted({0, 1, *(2**k for k in range(1, cores.bit_length()) if 2**k <= cores), cores, now})
         found: list[Feed] = []
         for workers in counts:
@@ -244,6 +244,11 @@ class _Bench:
             return (), 0.0
         steps = math.ceil(self.train.steps * self.train.batch / best.samples)
         return (f"train.batch={best.samples}", f"train.steps={steps}"), after * now.rate / best.rate
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _busy() -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from meristem.errors import RecipeError
+from meristem.errors import MeristemError, RecipeError
 from meristem.modalities.base import Growing
 from meristem.platform.assembly import Assembly
 from meristem.platform.benching.clock import clocked, held
@@ -50,33 +50,35 @@ def sweep(recipe: Recipe, axis: str, steps: int, say: Callable[[str], None]) -> 
     join, until there are LEAST. Raises RecipeError where none works.
     """
     points: list[Point] = []
-    ended, failed = "", ""
-    for times in (2.0**k for k in range(MOST)):
-        larger = _grown(recipe, axis, times)
-        if isinstance(larger, str):
-            ended = failed = larger
+    ended = ""
+    for k in range(2 * MOST):  # some are no whole number of tokens larger than the one before
+        larger = _grown(recipe, axis, 2.0**k)
+        if isinstance(larger, str) or len(points) == MOST:
+            ended = larger if isinstance(larger, str) else ""
             break
-        if points and (ended := _too_much(points, times)):
+        if points and _elements(larger) == _elements_of(points[-1]):
+            continue
+        if points and (ended := _too_much(points, _elements(larger) / _elements_of(points[-1]))):
             break
         say(f"{axis} {_told(larger, axis)}")
         point = _measured(larger, steps)
         if isinstance(point, str):
-            ended = failed = point
+            ended = point
             break
         points.append(point)
-    for times in (2.0**-k for k in range(1, MOST)):
-        if not points or len(points) >= LEAST:
+    for k in range(1, 2 * MOST):
+        smaller = _grown(recipe, axis, 2.0**-k)
+        if not 0 < len(points) < LEAST or isinstance(smaller, str):
             break
-        smaller = _grown(recipe, axis, times)
-        if isinstance(smaller, str) or _size(smaller, axis) == _size_of(points[0], axis):
-            break
+        if _elements(smaller) == _elements_of(points[0]):
+            continue
         say(f"{axis} {_told(smaller, axis)}")
         point = _measured(smaller, steps)
         if isinstance(point, str):
             break
         points.insert(0, point)
     if not points:
-        raise RecipeError(f"nothing of {axis} can be swept: {failed}", "Sweep something else, or start from another size.")
+        raise RecipeError(f"nothing of {axis} can be swept: {ended}", "Sweep something else, or start from another size.")
     tokens = [p.tokens for p in points]
     return Sweep(axis, tuple(points), exponent(tokens, [p.seconds for p in points]),
                  exponent(tokens, [p.bytes for p in points]), ended)
@@ -132,37 +134,42 @@ def _measured(recipe: Recipe, steps: int) -> Point | str:
         source = held([batch])
         timing = clocked(recipe, assembly, source, steps, SECONDS, warm=1, prepared=True)
         taken = work(recipe, assembly, source, prepared=True).bytes
+    except MeristemError as error:  # a view too small for its masks
+        return error.what
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return "out of memory"
-    size = tuple(batch.views[next(iter(batch.views))].array.shape[2:])
-    return Point(size, recipe.train.batch, tokens, timing.median, taken)
+    return Point(_size(recipe), recipe.train.batch, tokens, timing.median, taken)
 
 
 def _too_much(points: Sequence[Point], times: float) -> str:
-    """Why the next size is not tried; '' where it can be. It is expected to cost as the last two sizes let one expect."""
-    last = points[-1]
-    growth, fatter = HARDER, HARDER
+    """Why a size of so many times the elements is not tried; '' where it can be. It is expected to cost as the last two sizes
+    tell, and at least in proportion.
+    """
+    last, growth, fatter = points[-1], HARDER, HARDER
     if len(points) > 1:
-        before = points[-2]
-        ratio = math.log(last.tokens / before.tokens)
-        growth = max(math.log(last.seconds / before.seconds) / ratio, 1.0)
-        fatter = max(math.log(last.bytes / before.bytes) / ratio, 1.0)
-    if (seconds := last.seconds * 2**growth) > SECONDS:
+        ratio = math.log(last.tokens / points[-2].tokens)
+        growth = max(math.log(last.seconds / points[-2].seconds) / ratio, 1.0)
+        fatter = max(math.log(last.bytes / points[-2].bytes) / ratio, 1.0)
+    if (seconds := last.seconds * times**growth) > SECONDS:
         return f"the next size would take about {seconds:.0f} s a step"
-    if (taken := last.bytes * 2**fatter) > SHARE * left():
+    if (taken := last.bytes * times**fatter) > SHARE * left():
         return f"the next size would take about {taken / 2**30:.1f} GiB"
     return ""
 
 
-def _size(recipe: Recipe, axis: str) -> tuple[int, ...]:
-    view = next(iter(recipe.views.values()))
-    return (recipe.train.batch,) if axis == BATCH else tuple(view.size)  # type: ignore[attr-defined]
+def _size(recipe: Recipe) -> tuple[int, ...]:
+    return tuple(next(iter(recipe.views.values())).size)  # type: ignore[attr-defined]
 
 
-def _size_of(point: Point, axis: str) -> tuple[int, ...]:
-    return (point.batch,) if axis == BATCH else point.size
+def _elements(recipe: Recipe) -> int:
+    """Of the first view of a batch, as its recipe sizes it."""
+    return recipe.train.batch * math.prod(_size(recipe))
+
+
+def _elements_of(point: Point) -> int:
+    return point.batch * math.prod(point.size)
 
 
 def _told(recipe: Recipe, axis: str) -> str:
-    return " × ".join(map(str, _size(recipe, axis)))
+    return str(recipe.train.batch) if axis == BATCH else " × ".join(map(str, _size(recipe)))
