@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from meristem.api import (
         adopt,
+        bench,
         check_data,
         embed,
         evaluate,
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
         show_recipe,
     )
 
-__all__ = ["adopt", "check_data", "embed", "evaluate", "export", "finetune", "predict", "pretrain", "recipe_names", "report",
-           "show_recipe"]
+__all__ = ["adopt", "bench", "check_data", "embed", "evaluate", "export", "finetune", "predict", "pretrain", "recipe_names",
+           "report", "show_recipe"]
 
 
 def __getattr__(name: str) -> Any:

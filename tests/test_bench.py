@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from meristem.platform.benching.memory import Tensors
 from meristem.platform.benching.results import Feed, Size, Training, Variant
 from meristem.platform.data.source import Data, open_data
 from meristem.platform.made import noise
+from meristem.platform.step import Batch
 
 TINY = ["encoder.transformer={size: tiny, width: 24, depth: 1, heads: 2}",
         "objectives.pixels.masked.predictor.decoder={depth: 1, width: 12, heads: 1}", "train.batch=4", "train.steps=50"]
@@ -131,6 +134,18 @@ def test_a_timed_run_trains_as_the_loop_does_and_leaves_the_assembly_as_it_was()
     assert any(not torch.equal(v, before[1][k]) for k, v in assembly.state_dict().items())  # it has learnt
     assert "prepare" not in vars(assembly) and not assembly._forward_hooks and not assembly._forward_pre_hooks
     assert not optimizer._global_optimizer_post_hooks
+
+
+def test_a_request_to_stop_ends_the_measurement() -> None:
+    recipe = recipes.load("image/mae", TINY)
+
+    def stopping() -> Iterator[Batch]:
+        yield noise(recipe, 4)
+        signal.raise_signal(signal.SIGINT)
+        yield noise(recipe, 4)
+
+    with pytest.raises(KeyboardInterrupt):
+        clocked(recipe, Assembly(recipe), stopping, 4, 60, prepared=True)
 
 
 # ---- growth

@@ -145,7 +145,8 @@ def clocked(recipe: Recipe, assembly: Assembly, source: Callable[[], Iterator[Ba
 
     The schedule is that of the recipe's own beginning. warm: steps before, that do not count. parted: see `Timing.phases`.
     prepared: batches are augmented already.
-    Nothing is written. Raises what the loop raises: MeristemError, torch.OutOfMemoryError.
+    Nothing is written. Raises what the loop raises, MeristemError and torch.OutOfMemoryError; KeyboardInterrupt where it was
+    asked to stop.
     """
     began = time.perf_counter()
     settings: TrainSettings = recipe.train.model_copy(update={
@@ -165,6 +166,7 @@ def clocked(recipe: Recipe, assembly: Assembly, source: Callable[[], Iterator[Ba
 
     with _cut(assembly, fabric, clock, prepared), suppress(_Enough):
         train(settings, assembly, batches, fabric, clock)
+        raise KeyboardInterrupt  # the loop leaves by itself only where it was asked to stop
     counted = clock.done[warm:]
     seconds = tuple(sum(step.values()) for step in counted)
     phases = {phase: statistics.fmean(step.get(phase, 0.0) for step in counted) for phase in PHASES}
