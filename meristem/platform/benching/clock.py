@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from meristem.platform.assembly import Assembly, total
 from meristem.platform.recipe import Recipe, TrainSettings
 from meristem.platform.step import Batch
+from meristem.platform.training import parts
 from meristem.platform.training.loop import launch, train
 from meristem.platform.training.progress import Reporter
 
@@ -203,6 +204,7 @@ def _cut(assembly: Assembly, fabric: Fabric, clock: _Clock, prepared: bool) -> G
     try:
         yield
     finally:
+        parts.plain(assembly)  # so that it can be timed again
         for name, (owner, _) in replaced.items():
             delattr(owner, name)  # the class's own is behind it
         for hook in hooks:

@@ -46,30 +46,41 @@ _product._get_raw = True  # type: ignore[attr-defined]  # the counter hands over
 
 
 def work(recipe: Recipe, assembly: Assembly, source: Callable[[], Iterator[Batch]], *, prepared: bool = False) -> Work:
-    """Counted over the second step of a loop, whose optimiser has its state already. compile: counted as if it were off, since
-    fused kernels have no formulas.
+    """Counted over the second step of a loop, whose optimiser has its state already; uncompiled, since fused kernels have no
+    formulas. What checkpointing computes again does not count, and what it spares in memory does.
     """
-    plain = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": False})})
+    plain = _second(recipe, assembly, source, prepared, checkpointing=False)
+    if not recipe.train.checkpointing:
+        return plain
+    return Work(plain.flops, _second(recipe, assembly, source, prepared, checkpointing=True).bytes)
+
+
+def _second(recipe: Recipe, assembly: Assembly, source: Callable[[], Iterator[Batch]], prepared: bool, checkpointing: bool
+            ) -> Work:
+    train = recipe.train.model_copy(update={"compile": False, "checkpointing": checkpointing})
     counter, tensors = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mm: _product}), Tensors()
-    peak = 0
+    gpu = torch.cuda.is_available()
+    taken = 0
 
     def watched() -> Iterator[Batch]:
-        nonlocal peak
+        nonlocal taken
         stream = source()
         yield next(stream)
-        before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-        if before:
+        before = torch.cuda.memory_allocated() if gpu else 0
+        if gpu:
             torch.cuda.reset_peak_memory_stats()
         with counter, tensors:  # until the loop asks for a third
-            yield next(stream)
-        peak = torch.cuda.max_memory_allocated() - before if before else tensors.most
+            try:
+                yield next(stream)
+            finally:
+                taken = torch.cuda.max_memory_allocated() - before if gpu else tensors.most
 
-    clocked(plain, assembly, watched, 1, 0, warm=1, prepared=prepared)
+    clocked(recipe.model_copy(update={"train": train}), assembly, watched, 1, 0, warm=1, prepared=prepared)
     flops = 0.0
     for op, count in counter.get_flop_counts()["Global"].items():
         again = "attention" in str(op) and "backward" in str(op)
         flops += count * (4 / 5 if again else 1)
-    return Work(flops, peak or tensors.most)
+    return Work(flops, taken)
 
 
 def matrix_rate(precision: str) -> float:
