@@ -2,7 +2,7 @@
 
 The transformer `tiny` (depth 4) on 16 rows of up to 64 tokens, as clouds of patches are, and on 64 of up to 24, as molecules
 are. The longest row is full; the others' lengths are drawn evenly around the share. Both arms give one result, to rounding.
-Prints one JSON line for each share; `ratio` is packed / padded. Packing starts where it first falls below 1: `PAYS`.
+A line for each share (compare.py); packing starts where the ratio first falls below 1, at `PAYS`.
 
     python benchmarks/packing.py [--repeats 7]
 """
@@ -10,10 +10,10 @@ Prints one JSON line for each share; `ratio` is packed / padded. Packing starts 
 from __future__ import annotations
 
 import argparse
-import json
 
 import torch
-from timing import seconds
+from compare import compare
+from timing import turns
 
 from meristem.modalities.base import Axis
 from meristem.platform.encoders import packing
@@ -49,10 +49,10 @@ def main() -> None:
                 with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
                     net(x, position, valid=valid)[0].float().square().mean().backward()
 
-            padded, packed = seconds([lambda: arm(2.0), lambda: arm(0.0)], options.repeats)
-            print(json.dumps({"benchmark": "packing", "device": device, "rows": rows, "most": most,
-                              "padding": round(1 - float(valid.float().mean()), 3), "padded_ms": round(1e3 * padded, 1),
-                              "packed_ms": round(1e3 * packed, 1), "ratio": round(packed / padded, 2)}), flush=True)
+            packed, padded = ([1e3 * t for t in taken] for taken in
+                              turns([lambda: arm(0.0), lambda: arm(2.0)], options.repeats))
+            compare(f"{rows} rows of up to {most} tokens, {1 - float(valid.float().mean()):.0%} padding", "padded", "ms",
+                    packed, padded, device=device)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from meristem.platform.masked.masking import Random
 SIZE, PATCH = (64, 64, 64), (8, 8, 8)
 
 
-def _peak() -> float:
+def peak() -> float:
     """MiB held at most so far: of the GPU where there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
@@ -58,9 +58,9 @@ def arm(ratio: float, batch: int, repeats: int) -> dict[str, list[float]]:
         encoder.zero_grad()
         encoder(stream.with_array(stream.array), plan).tokens.square().mean().backward()
 
-    before = _peak()
+    before = peak()
     embedding, step = ([1e3 * t for t in turns([job], repeats)[0]] for job in (embed, whole))
-    return {"tokens": [float(embedded[0])], "embedding, ms": embedding, "pass, ms": step, "peak, MiB": [_peak() - before]}
+    return {"tokens": [float(embedded[0])], "embedding, ms": embedding, "pass, ms": step, "peak, MiB": [peak() - before]}
 
 
 def main() -> None:

@@ -74,18 +74,20 @@ def test_runs_go_on_sharded_or_not_with_other_numbers_of_processes(volume_folder
     run("one", True)
     cut("one", "one-then-two")
     script = tmp_path / "two.py"
-    script.write_text("import meristem, pathlib\n"
-                      "for out, fsdp, resume in (('ddp', 'false', False), ('fsdp', 'true', False),\n"
-                      "                          ('one-then-two', 'true', True)):\n"
+    script.write_text("import functools, meristem, pathlib, torch\n"
+                      "torch.compile = functools.partial(torch.compile, backend='eager', fullgraph=True)\n"
+                      "parts = ['train.compile=true', 'train.checkpointing=true', 'train.fsdp=true']\n"
+                      "for out, more, resume in (('ddp', ['train.fsdp=false'], False), ('fsdp', ['train.fsdp=true'], False),\n"
+                      "                          ('one-then-two', ['train.fsdp=true'], True), ('parts', parts, False)):\n"
                       f"    meristem.pretrain('volume/mae+simclr', {str(volume_folder)!r}, {str(tmp_path)!r} + '/' + out, \n"
-                      f"                      [*{TINY!r}, 'train.fsdp=' + fsdp], quiet=True, resume=resume,\n"
+                      f"                      [*{TINY!r}, *more], quiet=True, resume=resume,\n"
                       f"                      cache=pathlib.Path({str(cache)!r}))\n")
     torchrun(str(script))
     cut("fsdp", "two-then-one")
     run("two-then-one", True, resume=True)
     loss = json.loads((tmp_path / "one" / "metrics.json").read_text())["loss"]
     weights, state = checkpoint.read_weights(tmp_path / "one"), checkpoint.read_state(tmp_path / "one")
-    for out in ("ddp", "fsdp", "one-then-two", "two-then-one"):
+    for out in ("ddp", "fsdp", "parts", "one-then-two", "two-then-one"):
         assert json.loads((tmp_path / out / "metrics.json").read_text())["loss"] == pytest.approx(loss, abs=2e-5)
         other = checkpoint.read_state(tmp_path / out)
         assert other["optimiser"]["param_groups"] == state["optimiser"]["param_groups"]

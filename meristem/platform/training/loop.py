@@ -82,7 +82,7 @@ def launch(settings: TrainSettings, accelerator: str = "auto") -> Fabric:
     if world > 1 and settings.fsdp:
         strategy = ModelParallelStrategy(sharding.shard, data_parallel_size=world, tensor_parallel_size=1)
     elif world > 1:  # gradients are reduced bucket by bucket while the backward pass goes on
-        # a mask token may go unused; buffers, queues among them, are the same everywhere already
+        # a mask token may go unused, which a walk over the graph tells; buffers, queues among them, are alike everywhere
         alike = "forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters \
             else "broadcast_buffers"  # as torch < 2.15 calls it
         strategy = DDPStrategy(find_unused_parameters=True, **{alike: False})
