@@ -27,11 +27,11 @@ from meristem.platform.data.manifest import Manifest, Row
 SHAPE, CROP, VOLUMES = (256, 256, 160), 64, 3
 
 
-def volumes(root: Path) -> Path:
+def volumes(root: Path, count: int = VOLUMES) -> Path:
     """NIfTI files whose contents compress like a scan's."""
     (root / "images").mkdir()
     rng = np.random.default_rng(0)
-    for i in range(VOLUMES):
+    for i in range(count):
         coarse = gaussian_filter(rng.normal(size=[n // 8 for n in SHAPE]), 2)
         body = zoom(coarse / coarse.std(), 8, order=1)
         x = np.where(body > 0, 500 + 200 * body + rng.normal(0, 20, SHAPE), 0).astype(np.int16)

@@ -28,7 +28,8 @@ class Failed(Exception):
 @dataclass(frozen=True)
 class Figures:
     """cpu, wall: seconds per 1,000 samples once settled. first: seconds from the program's start to the end of the first
-    optimiser step; first_cpu: those of processors by then. peak: MiB.
+    optimiser step; first_cpu: those of processors by then. begun, begun_cpu: the same by the step from which it counts as
+    settled. peak: MiB.
     """
 
     cpu: float
@@ -36,6 +37,8 @@ class Figures:
     first: float
     first_cpu: float
     peak: float
+    begun: float
+    begun_cpu: float
 
 
 def run(command: Sequence[str], batch: int, settled: int, last: int, environment: Mapping[str, str] = {},
@@ -65,7 +68,8 @@ def run(command: Sequence[str], batch: int, settled: int, last: int, environment
             raise Failed(f"exit {process.returncode}: {' | '.join(said[-3:])[-500:]}")
         first, a, b = (noted[n] for n in (1, settled, last))
         samples = (last - settled) * batch / 1000
-        return Figures((b["cpu"] - a["cpu"]) / samples, (b["at"] - a["at"]) / samples, first["at"] - began, first["cpu"], peak)
+        return Figures((b["cpu"] - a["cpu"]) / samples, (b["at"] - a["at"]) / samples, first["at"] - began, first["cpu"], peak,
+                       a["at"] - began, a["cpu"])
 
 
 def memory(pid: int) -> float:
