@@ -109,10 +109,10 @@ def thinned(x: np.ndarray, most: int) -> np.ndarray:
 
 def ranks(x: np.ndarray) -> np.ndarray:
     """Of integers, the share of elements below each, minus a half, float32: the same after any rising change of values."""
-    low = int(x.min())
-    counts = np.bincount(x.ravel() - np.int64(low))
+    above = x - np.int64(x.min())
+    counts = np.bincount(above.ravel())
     table = ((np.cumsum(counts) - counts / 2) / x.size - 0.5).astype(np.float32)
-    return table[x - np.int64(low)]
+    return table[above]
 
 
 def scores(x: np.ndarray) -> np.ndarray:

@@ -14,8 +14,11 @@ from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
+from isal import igzip_lib, isal_zlib
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from nibabel.volumeutils import apply_read_scaling
 
 from meristem.errors import DataError
 
@@ -85,13 +88,34 @@ def _affine(image: Any, what: str, assume: Literal["identity"] | None) -> np.nda
 def decode(image: Any, what: str) -> np.ndarray:
     """All voxels as float32, (X, Y, Z) or (X, Y, Z, C). Raises DataError: truncated."""
     try:
-        array = np.asarray(image.dataobj, np.float32)
+        array = _unpacked(image.dataobj)
+        if array is None:
+            array = np.asarray(image.dataobj, np.float32)
     except (EOFError, OSError, ValueError, zlib.error):
         raise DataError("truncated", f"the voxels of {what} cannot be decoded to their end",
                         "Copy or download it again.") from None
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
     return array
+
+
+def _unpacked(proxy: Any) -> np.ndarray | None:
+    """The voxels of a gzip file in one go, which nibabel reads in pieces of 8 KiB: 3 to 4 times as fast.
+
+    None of what is left to nibabel: other files, gzip of several members, what is damaged.
+    """
+    if not isinstance(proxy, ArrayProxy) or Path(proxy.file_like).suffix != ".gz":
+        return None
+    count = math.prod(proxy.shape)
+    needed = proxy.offset + count * proxy.dtype.itemsize
+    try:
+        held = isal_zlib.decompressobj(isal_zlib.MAX_WBITS | 16).decompress(Path(proxy.file_like).read_bytes(), needed)
+    except igzip_lib.IsalError:  # type: ignore[misc]  # its stubs call the class an instance
+        return None
+    if len(held) < needed:
+        return None
+    raw = np.frombuffer(held, proxy.dtype, count, proxy.offset).reshape(proxy.shape, order=proxy.order)
+    return apply_read_scaling(raw, proxy.slope, proxy.inter).astype(np.float32, copy=False)
 
 
 def as_labels(values: np.ndarray, what: str, classes: Mapping[int, int]) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Literal, Self
 
 import numpy as np
 import torch
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from pydantic import model_validator
 from scipy.ndimage import affine_transform
 
@@ -19,6 +20,7 @@ from meristem.modalities.likeness import Likeness, cosines, ranks, thinned, turn
 from meristem.modalities.objects import Objects
 from meristem.modalities.volume import intake
 from meristem.modalities.volume.nifti import as_labels, decode, open_nifti, placement, same_grid, save
+from meristem.modalities.volume.values import moments, percentiles, quantised
 
 WAVES = 8  # cosines along each axis in a fingerprint
 SHOWN = 96  # voxels along an axis that are enough for them
@@ -106,7 +108,8 @@ class Volume(Lattice):
         for (image, other), name in zip(opened[1:], names[1:], strict=True):
             same_grid(tuple(image.shape[:3]), other, grid, affine, name, names[0])
         decoded = [decode(image, name) for (image, _), name in zip(opened, names, strict=True)]
-        array = np.concatenate([np.moveaxis(a, 3, 0) if a.ndim == 4 else a[None] for a in decoded])
+        several = [np.moveaxis(a, 3, 0) if a.ndim == 4 else a[None] for a in decoded]
+        array = several[0] if len(several) == 1 else np.concatenate(several)
         if len(array) != self.channels:
             raise DataError("dimensions", f"the case has {len(array)} channels, not {self.channels}",
                             f"Set modality.volume.channels={len(array)} or give other files.")
@@ -137,8 +140,8 @@ class Volume(Lattice):
 
     def _sound(self, array: np.ndarray) -> np.ndarray:
         """Finite and not constant, or DataError."""
-        bad = ~np.isfinite(array)
-        if bad.any():
+        if not np.isfinite([array.min(), array.max()]).all():
+            bad = ~np.isfinite(array)
             if bad.all():
                 raise DataError("nan", "every voxel is NaN or infinite", "Export it again.")
             if self.options.nonfinite == "refuse":
@@ -151,24 +154,26 @@ class Volume(Lattice):
         return array
 
     def _place(self, array: np.ndarray, affine: np.ndarray, mode: str) -> tuple[np.ndarray, np.ndarray, bool]:
-        """(C, *S) to the wanted orientation and spacing; its affine there; whether it was resampled."""
-        from monai.data import MetaTensor  # takes seconds, and is needed only where files are decoded
-        from monai.transforms import Orientation, Spacing
-
-        tensor = Orientation(axcodes=self.options.orientation, labels=None)(
-            MetaTensor(torch.from_numpy(np.ascontiguousarray(array)), affine=torch.from_numpy(affine)))
+        """(C, *S) to the wanted orientation and spacing; its affine there; whether it was resampled, else it is a view."""
+        turn = ornt_transform(io_orientation(affine), axcodes2ornt(self.options.orientation))
+        stored = affine @ inv_ornt_aff(turn, array.shape[1:])
+        array = np.moveaxis(apply_orientation(np.moveaxis(array, 0, 3), turn), 3, 0)
         wanted = self.options.spacing
-        resample = wanted is not None and not np.allclose(np.linalg.norm(tensor.affine[:3, :3], axis=0), wanted, rtol=1e-3)
-        if resample:
-            tensor = Spacing(pixdim=wanted, mode=mode, padding_mode="border", dtype=np.float32)(tensor)
-        return np.asarray(tensor.as_tensor()), np.asarray(tensor.affine, np.float64).copy(), resample
+        if wanted is None or np.allclose(np.linalg.norm(stored[:3, :3], axis=0), wanted, rtol=1e-3):
+            return array, stored, False
+        from monai.data import MetaTensor  # takes seconds, and is needed only where files are resampled
+        from monai.transforms import Spacing
+
+        tensor = MetaTensor(torch.from_numpy(np.ascontiguousarray(array)), affine=torch.from_numpy(stored))
+        tensor = Spacing(pixdim=wanted, mode=mode, padding_mode="border", dtype=np.float32)(tensor)
+        return np.asarray(tensor.as_tensor()), np.asarray(tensor.affine, np.float64).copy(), True
 
     def _foreground(self, array: np.ndarray) -> tuple[slice, ...]:
         from monai.transforms.utils import generate_spatial_bounding_box
 
         threshold = self.options.foreground or 0.0
-        start, stop = generate_spatial_bounding_box(array, lambda x: x > threshold, margin=self.options.crop_margin,
-                                                    allow_smaller=True)
+        start, stop = generate_spatial_bounding_box(np.ascontiguousarray(array), lambda x: x > threshold, allow_smaller=True,
+                                                    margin=self.options.crop_margin)
         box = tuple(slice(max(a, 0), min(b, n)) for a, b, n in zip(start, stop, array.shape[1:], strict=True))
         if any(side.stop <= side.start for side in box):
             raise DataError("empty", f"no voxel lies above the foreground threshold {threshold:g}",
@@ -178,19 +183,20 @@ class Volume(Lattice):
     def _normal(self, channel: np.ndarray) -> tuple[float, float, float, float]:
         """(low, high, scale, offset): clip raw values to [low, high], then times scale plus offset is normal."""
         options = self.options
-        counted = channel if options.foreground is None else channel[channel > options.foreground]
-        if counted.size == 0 or counted.min() == counted.max():
-            counted = channel
+        counted = channel
+        if options.foreground is not None:
+            counted = channel[channel > options.foreground]
+            if counted.size == 0 or counted.min() == counted.max():
+                counted = channel
         if options.window is not None:
             low, high = options.window
         else:
-            low, high = (float(p) for p in np.percentile(counted, options.clip))
+            low, high = percentiles(counted, options.clip)
             if low == high:
                 low, high = float(counted.min()), float(counted.max())
         if options.normalise == "zscore":
-            clipped = np.clip(counted, low, high)
-            scale = 1 / float(clipped.std(dtype=np.float64))
-            return low, high, scale, -float(clipped.mean(dtype=np.float64)) * scale
+            mean, std = moments(counted, low, high)
+            return low, high, 1 / std, -mean / std
         return low, high, 2 / (high - low), -(high + low) / (high - low)
 
     def statistics(self, array: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -212,7 +218,7 @@ class Volume(Lattice):
         stored, scales, offsets = np.empty(array.shape, np.int16), [], []
         for i, (low, high, scale, offset) in enumerate(normal):
             step = (high - low) / 65535
-            stored[i] = np.round((np.clip(array[i], low, high) - low) / step - 32768)
+            quantised(array[i], low, high, stored[i])
             scales.append(step * scale)
             offsets.append((low + 32768 * step) * scale + offset)
         return stored, tuple(scales), tuple(offsets), pad, [-32768, 32767]
