@@ -113,10 +113,10 @@ class _Bench:
         per_sample = plain.flops / self.train.batch
         precision = self.precisions(free, per_sample, peaks)
         compiled = self.compiled(free) if self.train.compile else ()
-        sizes = self.sizes(plain.bytes, free.median, per_sample, peaks[self.train.precision])
+        sizes = self.sizes(plain.bytes, free.least, per_sample, peaks[self.train.precision])
         return Training(
             samples=self.train.batch, steps=self.train.steps, feed=feed, feeds=tuple(feeds),
-            phases={**alone.phases, "load": feed.seconds - feed.step}, alone=free.median, first=made + whole.first,
+            phases={**alone.phases, "load": feed.seconds - feed.step}, alone=free.least, first=made + whole.first,
             cpu=1000 * whole.cpu, host=host, workers=whole.workers_bytes, gpu=gpu, flops=plain.flops,
             peak=peaks[self.train.precision], precision=precision, compile=compiled, sizes=sizes,
             advice=self.advised(feed, feeds, precision, compiled, sizes))
@@ -149,15 +149,15 @@ class _Bench:
             except (MeristemError, ValidationError) as error:
                 found.append(Variant(name, note=_reason(error)))
                 continue
-            rate = self.train.batch / timing.median
-            found.append(Variant(name, timing.median, timing.first, _loss(timing), rate, per_sample * rate / peaks[name]))
+            rate = self.train.batch / timing.least
+            found.append(Variant(name, timing.least, timing.first, _loss(timing), rate, per_sample * rate / peaks[name]))
         return tuple(found)
 
     def compiled(self, now: Timing) -> tuple[Variant, ...]:
         """Uncompiled beside the recipe as it is."""
         self.say("uncompiled")
         without = self.timed(_changed(self.recipe, compile=False), self.held(self.recipe))
-        return tuple(Variant(name, t.median, t.first, _loss(t), self.train.batch / t.median)
+        return tuple(Variant(name, t.least, t.first, _loss(t), self.train.batch / t.least)
                      for name, t in (("true", now), ("false", without)))
 
     def sizes(self, taken: int, seconds: float, per_sample: float, peak: float) -> tuple[Size, ...]:
@@ -181,8 +181,8 @@ class _Bench:
                 torch.cuda.empty_cache()
                 return Size(samples, note="out of memory")
             gpu = memory.gpu_peak()
-            rate = samples / timing.median
-            return Size(samples, timing.median, round(expected) if gpu is None else gpu, per_sample * rate / peak)
+            rate = samples / timing.least
+            return Size(samples, timing.least, round(expected) if gpu is None else gpu, per_sample * rate / peak)
 
         for samples in [micro, *down]:
             found.append(tried(samples))

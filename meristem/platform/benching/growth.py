@@ -10,6 +10,7 @@ from scipy.stats import linregress
 
 ATTENTION = 2.0  # exponent of attention between all tokens
 SETTLED = 2.0  # a cost of so many times the smallest one is no longer mostly what every step costs
+UNSURE = 0.25  # a larger standard error than this says that the measurement was disturbed
 FEWEST = 3  # points that a line is fitted to
 
 
@@ -23,6 +24,10 @@ class Exponent:
     error: float
     points: int
     factor: float
+
+    @property
+    def sure(self) -> bool:
+        return self.error <= UNSURE
 
     @property
     def worse(self) -> bool:

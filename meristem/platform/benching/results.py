@@ -40,7 +40,8 @@ class Feed:
 
 @dataclass(frozen=True)
 class Variant:
-    """A precision, or compiled or not: seconds of the step alone, of the first one, and the mean loss of the same batches.
+    """A precision, or compiled or not: seconds of the least disturbed step alone, of the first one, and the mean loss of the
+    same batches.
 
     mfu: share of the rate at which this device multiplies matrices in that precision. note: why there is no figure.
     """
@@ -56,7 +57,9 @@ class Variant:
 
 @dataclass(frozen=True)
 class Size:
-    """A micro-batch: seconds of its step alone, bytes that its tensors take at most. note: why there is no figure."""
+    """A micro-batch: seconds of its least disturbed step alone, bytes that its tensors take at most. note: why there is no
+    figure.
+    """
 
     samples: int
     seconds: float = 0.0
@@ -89,10 +92,10 @@ class Training:
     """A recipe on a machine and data.
 
     samples: of an optimiser step. feed: as the recipe is. feeds: by number of workers. phases: mean seconds of the parts of a
-    step (`clock.Timing`). alone: seconds of a step whose batch is held in memory. first: seconds from nothing to the end of the
-    first step. cpu: processor seconds per 1,000 samples. host, workers, gpu: bytes held at most by this process, by its loaders
-    of their own, by tensors on the GPU. flops: of one optimiser step. peak: floating-point operations per second of a large
-    matrix product in the recipe's precision, measured in the same run. steps: of the recipe.
+    step (`clock.Timing`). alone: seconds of the least disturbed step whose batch is held in memory. first: seconds from nothing
+    to the end of the first step. cpu: processor seconds per 1,000 samples. host, workers, gpu: bytes held at most by this
+    process, by its loaders of their own, by tensors on the GPU. flops: of one optimiser step. peak: floating-point operations
+    per second of a large matrix product in the recipe's precision, measured in the same run. steps: of the recipe.
     """
 
     samples: int
@@ -141,8 +144,8 @@ class Training:
 
 @dataclass(frozen=True)
 class Point:
-    """A size that was tried. size: of the first view. tokens: of all views in a batch. seconds: of a step, the median. bytes:
-    of its tensors, at most at one time.
+    """A size that was tried. size: of the first view. tokens: of all views in a batch. seconds: of the least disturbed step.
+    bytes: of its tensors, at most at one time.
     """
 
     size: tuple[int, ...]

@@ -139,7 +139,7 @@ def _measured(recipe: Recipe, steps: int) -> Point | str:
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return "out of memory"
-    return Point(_size(recipe), recipe.train.batch, tokens, timing.median, taken)
+    return Point(_size(recipe), recipe.train.batch, tokens, timing.least, taken)
 
 
 def _too_much(points: Sequence[Point], times: float) -> str:

@@ -104,12 +104,14 @@ def sentences(bench: Bench) -> list[str]:
 
 
 def _grows(sweep: Sweep) -> str:
-    known = [f"{name} grows as tokens^{fit.value:.2f} ± {fit.error:.2f}" for name, fit in
-             (("time", sweep.time), ("memory", sweep.memory)) if fit is not None]
-    if not known:
+    fits = {name: fit for name, fit in (("time", sweep.time), ("memory", sweep.memory)) if fit is not None}
+    if not fits:
         return f"too few sizes for an exponent ({sweep.ended})"
+    said = [f"{name} grows as tokens^{fit.value:.2f} ± {fit.error:.2f}" for name, fit in fits.items()]
+    unsure = [name for name, fit in fits.items() if not fit.sure]
     worse = f"{' and '.join(sweep.worse)} worse" if sweep.worse else "nothing worse"
-    return f"{', '.join(known)}; {worse} than attention's own 2"
+    verdict = f"too uncertain a figure of {' and '.join(unsure)} to judge" if unsure else f"{worse} than attention's own 2"
+    return f"{', '.join(said)}; {verdict}"
 
 
 def parts(bench: Bench) -> list[Part]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from meristem.platform.benching.growth import ATTENTION, Exponent
 from meristem.platform.benching.results import WAIT, Feed, Size, Sweep, Training
@@ -96,8 +96,9 @@ def _growth(sweep: Sweep, what: str, label: str, tokens: np.ndarray, cost: np.nd
         ax.xaxis.set_major_locator(FixedLocator(list(tokens)))
         ax.set_xticks(list(tokens), [f"{n:,.0f}\n{size}" for n, size in zip(tokens, sizes, strict=True)], fontsize=7)
         ax.xaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter(ScalarFormatter())
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.yaxis.set_minor_locator(NullLocator())
         ax.set_xlabel(f"tokens in a batch, and {'samples' if sweep.axis == 'batch' else 'size of a view'}")
         ax.set_ylabel(label)
         if fit is not None:
