@@ -137,7 +137,7 @@ def test_a_timed_run_trains_as_the_loop_does_and_leaves_the_assembly_as_it_was()
     before = assembly.encoder.mask_token.detach().clone(), {k: v.clone() for k, v in assembly.state_dict().items()}
     timing = clocked(recipe, assembly, held([noise(recipe, 4)]), 4, 60, prepared=True)
     assert len(timing.seconds) == 4 and len(timing.losses) == 2 * 7 and timing.samples == 4
-    assert sum(timing.phases.values()) == pytest.approx(timing.mean, rel=0.05)
+    assert 0 < sum(timing.phases.values()) <= timing.mean * (1 + 1e-9) and timing.least == min(timing.seconds)
     assert all(timing.phases[name] > 0 for name in ("forward", "backward", "optimiser", "teacher"))
     assert any(not torch.equal(v, before[1][k]) for k, v in assembly.state_dict().items())  # it has learnt
     assert "prepare" not in vars(assembly) and not assembly._forward_hooks and not assembly._forward_pre_hooks
