@@ -4,8 +4,8 @@
 
 formats: the same int16 volumes as the cache keeps them (blosc2, LZ4, chunks of 64³ in blocks of 32³), as one raw array mapped
 into memory, and as zarr 3 in chunks of 64³ by Blosc's LZ4, where zarr is importable (`pip install zarr`). A crop is opened,
-read and closed, at random places. Milliseconds with the files in the page cache; `read`: KiB that one crop brings from the disk when
-they are not, read-ahead included; `stored`: bytes per voxel.
+read and closed, at random places. Milliseconds with the files in the page cache; `read`: KiB that one crop brings from the disk
+when they are not, read-ahead included; `stored`: bytes per voxel.
 loaders: processor milliseconds per 32³ crop, batches of 8 in this process, beside PersistentDataset and CacheDataset with the
 transforms of loops/monai_mae.py; `held`: bytes per voxel on disk, or in memory.
 

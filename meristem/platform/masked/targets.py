@@ -102,7 +102,8 @@ class Content(TargetSettings):
         groups = channels if self.normalise == "channel" else 1
         x = x.unflatten(-1, (groups, -1))
         if stream.weight is None:
-            var, mean = torch.var_mean(x, -1, correction=min(x.shape[-1] - 1, 1), keepdim=True)
+            mean = x.mean(-1, keepdim=True)  # torch.var_mean takes five times as long on a processor
+            var = (x - mean).square_().sum(-1, keepdim=True) / max(x.shape[-1] - 1, 1)
         else:
             w = (element_weight(stream) > 0).to(x).unflatten(-1, (groups, -1))
             n = w.sum(-1, keepdim=True)
