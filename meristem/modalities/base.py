@@ -375,9 +375,12 @@ class Identifying(Protocol):
         ...
 
 
+DIGITS = 4000  # of a number, more than which Python makes none of
+
+
 def natural(name: str) -> list[str | int]:
     """A key that sorts frame_2 before frame_10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    return [int(part[:DIGITS]) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def member_files(folder: Path, members: Iterable[str]) -> list[Path]:

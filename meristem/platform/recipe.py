@@ -288,7 +288,7 @@ def read(name: str | Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path.name} is not YAML: {error}") from None
+        raise RecipeError(f"{path.name} is not YAML: {error}", "Correct the line, or quote the value.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}",
                           "Give a readable YAML file.") from None

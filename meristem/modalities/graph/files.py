@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from meristem.errors import DataError
+from meristem.modalities import npy
+from meristem.modalities.documents import MISSHAPEN
 from meristem.modalities.graph import molecules, planetoid, tables, tu
 from meristem.modalities.graph.raw import Contents
 
@@ -42,11 +44,12 @@ def recognised(path: Path) -> bool:
         return is_data(path)
     try:
         if path.suffix == ".npy":
-            shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+            with path.open("rb") as array:
+                shape, _ = npy.shape(array)
             return len(shape) == 2 and shape[0] == shape[1] > 3
         with path.open(encoding="utf-8-sig") as file:
             lines = [line for line in (file.readline() for _ in range(20)) if line.strip()]
-    except (OSError, ValueError):
+    except npy.DAMAGED:
         return False
     return tu.is_tudataset(path) or tu.is_collection(lines) or tables.recognised(lines) or (
         bool(lines) and molecules.is_table(tables.cells(lines)[0]))
@@ -59,6 +62,9 @@ def contents(path: Path, label: str | None) -> Contents:
         return _contents(path, place, label)
     except OSError as error:
         raise DataError("unreadable", f"the file cannot be read ({error.strerror})", "Check it and its permissions.") from None
+    except MISSHAPEN as error:
+        raise DataError("unreadable", f"the file is not as its format has it ({type(error).__name__})",
+                        "Export it again.") from None
 
 
 @lru_cache(maxsize=4)
@@ -84,11 +90,10 @@ def _contents(path: Path, place: tuple[tuple[str, int, int], ...], label: str | 
 
 
 def _array(path: Path) -> np.ndarray:
-    try:
-        array: np.ndarray = np.load(path, allow_pickle=False)
-        return array
-    except (OSError, ValueError, EOFError):
-        raise DataError("unreadable", "the file is no readable .npy of numbers", "Save it with numpy.save.") from None
+    array = npy.read(path)
+    if array.dtype.kind not in "fiub":
+        raise DataError("unreadable", "the file holds no numbers", "Save it with numpy.save.")
+    return array
 
 
 def _lines(path: Path) -> list[str]:

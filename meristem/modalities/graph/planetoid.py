@@ -11,6 +11,7 @@ import numpy as np
 from scipy.sparse import csr_matrix, vstack
 
 from meristem.errors import DataError
+from meristem.modalities.documents import MISSHAPEN
 from meristem.modalities.graph.raw import Contents, Raw
 
 PARTS = ("x", "y", "tx", "ty", "allx", "ally", "test.index")
@@ -88,7 +89,7 @@ def read_planetoid(path: Path) -> Contents:
     *_, index_file = parts(path)
     try:
         test = np.array(index_file.read_text().split(), np.int64)
-    except (ValueError, OSError):
+    except (ValueError, OSError, OverflowError):
         raise DataError("unreadable", "test.index is not a list of numbers", "Copy it again.") from None
     loaded = {part: _load(file) for part, file in zip(PARTS[:-1], parts(path), strict=False)}
     links = _load(path)
@@ -97,6 +98,8 @@ def read_planetoid(path: Path) -> Contents:
         classes, of_test = np.asarray(loaded["ally"], float), np.asarray(loaded["ty"], float)
         known, labelled = words.shape[0], len(loaded["y"])
         n = max(known, int(test.max()) + 1) if len(test) else known
+        if n > max(len(links), known + len(test)):
+            raise ValueError("test.index numbers nodes that the graph does not have")
         if len(test) != tested.shape[0] or (len(test) and test.min() < known) or len(classes) != known:
             raise ValueError("counts differ")
         given = vstack([words, csr_matrix((n - known, words.shape[1]), dtype=np.float32)]).tolil()
@@ -104,7 +107,7 @@ def read_planetoid(path: Path) -> Contents:
         one_hot = np.zeros((n, classes.shape[1]))
         one_hot[:known], one_hot[test] = classes, of_test
         pairs = np.array([(int(a), int(b)) for a, near in links.items() for b in near], np.int64).reshape(-1, 2).T
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except MISSHAPEN as error:
         raise DataError("unreadable", f"the parts do not fit each other ({error})", "Copy all eight files again.") from None
     given = given.tocsr()
     total = np.asarray(given.sum(1)).ravel()

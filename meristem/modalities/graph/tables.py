@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from meristem.errors import DataError
 from meristem.modalities.base import natural
+from meristem.modalities.documents import read_json
 from meristem.modalities.graph.raw import Contents, Raw
 
 SOURCE = ("source", "from", "src", "node1", "u")  # names of a column, likeliest first
@@ -184,8 +184,8 @@ def read_graphml(path: Path) -> Contents:
 def is_node_link(path: Path) -> bool:
     """Whether a JSON file looks like a graph; others beside the data are no data."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
+        data = read_json(path, path.name)
+    except DataError:
         return False
     parts = (data.get("nodes"), data.get("links", data.get("edges"))) if isinstance(data, dict) else (None,)
     return all(isinstance(part, list) for part in parts)
@@ -193,7 +193,7 @@ def is_node_link(path: Path) -> bool:
 
 def read_node_link(path: Path) -> Contents:
     """`{"nodes": [{"id": …}], "links": [{"source": …, "target": …}]}`, as networkx and D3 write it."""
-    data = json.loads(path.read_text(encoding="utf-8-sig"))
+    data = read_json(path, "the file")
     return _records(data["nodes"], data.get("links", data.get("edges")))
 
 

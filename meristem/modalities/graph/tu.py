@@ -130,6 +130,9 @@ def read_tudataset(path: Path) -> Contents:
         return table
 
     graphs = int(indicator.max(initial=0))
+    if graphs > len(indicator):
+        raise DataError("unreadable", f"DS_graph_indicator.txt numbers graphs up to {graphs} for {len(indicator)} nodes",
+                        "Number the graphs from 1, each of one node at least.")
     labels, tag = optional("graph_labels", graphs), optional("node_labels", len(indicator))
     given, kind = optional("node_attributes", len(indicator)), optional("edge_labels", pairs.shape[1])
     weight = optional("edge_attributes", pairs.shape[1])

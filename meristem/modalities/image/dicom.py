@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import pydicom
 from pydicom.pixels import apply_color_lut, apply_modality_lut
 
 from meristem.errors import DataError
+from meristem.modalities.documents import MISSHAPEN
 from meristem.modalities.image.raster import Raster, check_size
 
 TAGS = ("SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns",
@@ -37,8 +39,8 @@ def dataset(path: Path, tags: Sequence[str], pixels: bool = True) -> pydicom.Dat
     try:
         return pydicom.dcmread(path, specific_tags=list(tags), stop_before_pixels=not pixels)
     except pydicom.errors.InvalidDicomError:
-        raise DataError("unreadable", "not a DICOM file: the 'DICM' mark is missing") from None
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, NotImplementedError):
+        raise DataError("unreadable", "not a DICOM file: the 'DICM' mark is missing", "Export it again.") from None
+    except (*MISSHAPEN, OSError, EOFError, NotImplementedError, struct.error):
         raise DataError("truncated", "the DICOM header ends early or is damaged", "Export the file again.") from None
 
 
@@ -49,24 +51,29 @@ def decode(path: Path, max_pixels: int) -> Raster:
         ds = dataset(path, TAGS)
         if "PixelData" not in ds:
             raise DataError("unreadable", "the DICOM file holds no pixels (or lost them)", "Export the image again.")
-        frames = int(ds.get("NumberOfFrames") or 1)
-        if frames > 1:
-            raise DataError("multi-frame", f"the DICOM file holds {frames} frames, an image is one",
-                            "Split it into single frames, or read it as a volume.")
-        check_size(int(ds.get("Rows") or 0) * int(ds.get("Columns") or 0), max_pixels)
-        photometric = str(ds.get("PhotometricInterpretation", ""))
         try:
-            array = ds.pixel_array
-            if photometric == "PALETTE COLOR":
-                array = apply_color_lut(array, ds)
-            elif "ModalityLUTSequence" in ds:
-                array = apply_modality_lut(array, ds)
+            return _raster(ds, max_pixels)
         except (RuntimeError, NotImplementedError):
             syntax = ds.file_meta.get("TransferSyntaxUID")
             raise DataError("unreadable", f"no decoder for the transfer syntax '{getattr(syntax, 'name', 'unknown')}'",
                             "Export it uncompressed, or install pydicom's decoder for it.") from None
-        except (ValueError, AttributeError, OSError, EOFError, KeyError, TypeError):
-            raise DataError("truncated", "the DICOM pixel data ends early or is damaged", "Export the file again.") from None
+        except (*MISSHAPEN, OSError, EOFError, ArithmeticError, struct.error):
+            raise DataError("truncated", "the DICOM header or its pixels are damaged, or end early",
+                            "Export the file again.") from None
+
+
+def _raster(ds: pydicom.Dataset, max_pixels: int) -> Raster:
+    frames = int(ds.get("NumberOfFrames") or 1)
+    if frames > 1:
+        raise DataError("multi-frame", f"the DICOM file holds {frames} frames, an image is one",
+                        "Split it into single frames, or read it as a volume.")
+    check_size(int(ds.get("Rows") or 0) * int(ds.get("Columns") or 0), max_pixels)
+    photometric = str(ds.get("PhotometricInterpretation", ""))
+    array = ds.pixel_array
+    if photometric == "PALETTE COLOR":
+        array = apply_color_lut(array, ds)
+    elif "ModalityLUTSequence" in ds:
+        array = apply_modality_lut(array, ds)
     array = np.moveaxis(array, -1, 0) if array.ndim == 3 else array[None]
     if len(array) == 3 or "ModalityLUTSequence" in ds:
         return Raster(array, colour=len(array) == 3, spacing=pixel_spacing(ds), inverted=photometric == "MONOCHROME1",

@@ -19,12 +19,15 @@ from PIL import Image as Pillow
 from PIL import TiffImagePlugin, UnidentifiedImageError
 
 from meristem.errors import DataError
-from meristem.modalities.image import packed
+from meristem.modalities.documents import MISSHAPEN
+from meristem.modalities.image import packed, png
 from meristem.modalities.image.raster import Raster, check_size, dtype_limits
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", TiffImagePlugin.TiffImageFile.format)  # Pillow's other plugins stay shut
 PNG, JPEG, TIFF = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAGIC = (PNG, JPEG, b"BM", b"GIF8", *TIFF)
+DAMAGED = (*MISSHAPEN, OSError, EOFError, SyntaxError, ArithmeticError, NotImplementedError, RuntimeError, struct.error,
+           zlib.error)
 MILLIMETRE = {"mm": 1.0, "cm": 10.0, "um": 1e-3, "µm": 1e-3, "μm": 1e-3, "\\u00b5m": 1e-3, "micron": 1e-3, "microns": 1e-3,
               "nm": 1e-6}
 AGAIN = "Copy or export the file again."
@@ -71,7 +74,7 @@ def _head(path: Path) -> bytes:
         with path.open("rb") as file:
             head = file.read(132)
     except OSError:
-        raise DataError("missing", "the file does not exist or cannot be opened") from None
+        raise DataError("missing", "the file does not exist or cannot be opened", "Check it and its permissions.") from None
     if not head:
         raise DataError("empty", "the file is empty (0 bytes)", AGAIN)
     return head
@@ -86,7 +89,7 @@ def _from_array(array: np.ndarray, want: int) -> Raster:
         if sizes and array.shape[-1] == sizes[0]:
             array = np.moveaxis(array, -1, 0)
     else:
-        raise DataError("shape", f"a row of the array has {array.ndim} axes, a picture has 2 or 3")
+        raise DataError("shape", f"a row of the array has {array.ndim} axes, a picture has 2 or 3", AGAIN)
     array = array.astype(np.uint8) if array.dtype == bool else array
     array = np.ascontiguousarray(array)
     return Raster(array, limits=dtype_limits(array.dtype), colour=len(array) in (3, 4), alpha=len(array) == 4)
@@ -105,21 +108,21 @@ def _pillow(path: Path, head: bytes, max_pixels: int, indices: bool) -> Raster:
         try:
             opened = Pillow.open(handle, formats=FORMATS)
         except Pillow.DecompressionBombError:
-            raise DataError("bomb", "the image claims more pixels than Pillow's own limit") from None
+            raise DataError("bomb", "the image claims more pixels than Pillow's own limit", AGAIN) from None
         except UnidentifiedImageError:
             known = head.startswith(MAGIC)
             raise DataError("truncated" if known else "unreadable", "the header is cut off or damaged" if known else
                             "not a PNG, JPEG, TIFF, BMP or DICOM file", AGAIN) from None
-        except (OSError, ValueError, SyntaxError):
+        except DAMAGED:
             raise DataError("truncated", "the header is cut off or damaged", AGAIN) from None
         with opened as image:
             check_size(image.width * image.height, max_pixels)
             try:
                 image.load()
-            except (OSError, ValueError, SyntaxError, zlib.error, struct.error, EOFError):
+                orientation = _orientation(image)
+                array, mode = _array(image, indices)
+            except DAMAGED:
                 raise DataError("truncated", "the image data end early or are damaged", AGAIN) from None
-            orientation = _orientation(image)
-            array, mode = _array(image, indices)
     array = np.moveaxis(array, -1, 0) if array.ndim == 3 else array[None]
     raster = Raster(array, limits=dtype_limits(array.dtype), colour=mode in ("RGB", "RGBA"), alpha=mode in ("LA", "RGBA"))
     return raster.upright(orientation)
@@ -128,7 +131,7 @@ def _pillow(path: Path, head: bytes, max_pixels: int, indices: bool) -> Raster:
 def _orientation(image: Pillow.Image) -> object:
     try:
         return image.getexif().get(0x0112)
-    except (SyntaxError, ValueError, struct.error, OSError):
+    except DAMAGED:
         return None  # damaged EXIF says nothing of how the camera was held
 
 
@@ -156,11 +159,11 @@ def _deep_png(path: Path, max_pixels: int) -> Raster:
     width, height = struct.unpack(">II", data[16:24])
     check_size(width * height, max_pixels)
     try:
-        array = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED).numpy()
-    except RuntimeError:
+        array = decode_png(torch.frombuffer(bytearray(png.sound(data)), dtype=torch.uint8), ImageReadMode.UNCHANGED).numpy()
+        with _quiet(), Pillow.open(path, formats=FORMATS) as image:
+            orientation = _orientation(image)
+    except (*DAMAGED, Pillow.DecompressionBombError):
         raise DataError("truncated", "the image data end early or are damaged", AGAIN) from None
-    with _quiet(), Pillow.open(path, formats=FORMATS) as image:
-        orientation = _orientation(image)
     return Raster(array, limits=(0, 65535), colour=len(array) >= 3, alpha=len(array) in (2, 4)).upright(orientation)
 
 
@@ -169,7 +172,8 @@ def _tiff(path: Path, want: int, max_pixels: int, indices: bool) -> Raster:
     try:
         with _quiet(), path.open("rb") as handle, tifffile.TiffFile(handle, name="image") as file:  # it logs its name
             if len(file.series) != 1:
-                raise DataError("frames", f"the TIFF holds {len(file.series)} pictures of different sizes, an image is one")
+                raise DataError("frames", f"the TIFF holds {len(file.series)} pictures of different sizes, an image is one",
+                                "Split it into files of one picture each.")
             series, page = file.series[0], file.pages[0]
             shape, axes = _squeeze(series.shape, series.axes)
             channel = _channel_axis(shape, axes, want)
@@ -190,7 +194,7 @@ def _tiff(path: Path, want: int, max_pixels: int, indices: bool) -> Raster:
             opaque = not page.extrasamples or photometric == "RGB"
     except DataError:
         raise
-    except (tifffile.TiffFileError, OSError, ValueError, IndexError, KeyError, TypeError, struct.error, zlib.error):
+    except (tifffile.TiffFileError, *DAMAGED):
         raise DataError("truncated", "the TIFF ends early or is damaged", AGAIN) from None
     if array is None:
         return replace(_pillow(path, TIFF[0], max_pixels, indices), spacing=spacing)  # LZW, JPEG: Pillow has libtiff

@@ -182,7 +182,8 @@ class Image(Lattice):
                 sizes = f"{_size(part.array.shape[1:])}, the first {_size(first.array.shape[1:])}"
                 raise DataError("shape", f"channel file {i} is {sizes}", "They must cover the same pixels.")
             if any(getattr(part, name) != getattr(first, name) for name in ENCODING):
-                raise DataError("channels", f"channel file {i} differs from the first in encoding, rescale or pixel size")
+                raise DataError("channels", f"channel file {i} differs from the first in encoding, rescale or pixel size",
+                                "Export the channels alike.")
         return replace(first, array=np.concatenate([part.array for part in parts]))
 
     def _mask(self, path: Path, shape: tuple[int, ...]) -> np.ndarray:
@@ -246,7 +247,8 @@ class Image(Lattice):
         labels = nearest(np.asarray(prediction), tuple(header.source["shape"]))
         labels = to_values(labels, self.options.mask_values, "modality.image.mask_values")
         if labels.min() < 0 or labels.max() > 65535:
-            raise DataError("mask", f"labels from {labels.min()} to {labels.max()} do not fit a PNG")
+            raise DataError("mask", f"labels from {labels.min()} to {labels.max()} do not fit a PNG",
+                            "Number the classes from 0.")
         path = path.with_suffix(".png") if path.suffix.lower() in self.suffixes else path.with_name(f"{path.name}.png")
         Pillow.fromarray(labels.astype(np.uint8 if labels.max() < 256 else np.uint16)).save(path)
         return path

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from meristem.errors import DataError
+from meristem.modalities import npy
 from meristem.modalities.image.raster import check_size
 
 _PACKED = re.compile(r"^(?P<file>.+\.npz)#(?P<member>[^/#]+)/(?P<row>\d+)$", re.IGNORECASE)
@@ -26,11 +27,11 @@ def split(path: Path) -> tuple[Path, str, int] | None:
 def _array(file: Path, member: str, modified: int, size: int, max_pixels: int) -> np.ndarray:
     """A whole array, read once per process and version of the file; read-only, so threads and callers may share it."""
     with zipfile.ZipFile(file) as archive, archive.open(f"{member}.npy") as stream:
-        header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, _, _ = header[np.lib.format.read_magic(stream)](stream)
+        shape, _ = npy.shape(stream)
     check_size(math.prod(shape[1:]), max_pixels)
-    with np.load(file, allow_pickle=False) as arrays:
-        array: np.ndarray = arrays[member]
+    array = npy.read(file, member)
+    if array.dtype.kind not in "fiub" or not array.ndim:
+        raise ValueError("no pictures")
     array.flags.writeable = False
     return array
 
@@ -44,13 +45,14 @@ def row(path: Path, max_pixels: int) -> np.ndarray:
         state = file.stat()
         array = _array(file, member, state.st_mtime_ns, state.st_size, max_pixels)
     except FileNotFoundError:
-        raise DataError("missing", "the archive does not exist") from None
+        raise DataError("missing", "the archive does not exist", "Put it back.") from None
     except KeyError:
-        raise DataError("missing", f"the archive has no array called '{member}'") from None
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError):
+        raise DataError("missing", f"the archive has no array called '{member}'", "Correct the list.") from None
+    except npy.DAMAGED:
         raise DataError("unreadable", f"the archive or its array '{member}' is damaged, or holds Python objects",
                         "Download or export it again.") from None
     if index >= len(array):
-        raise DataError("missing", f"'{member}' has {len(array)} rows, row {index} was asked for")
+        raise DataError("missing", f"'{member}' has {len(array)} rows, row {index} was asked for",
+                        "Correct the list.")
     picture: np.ndarray = array[index]
     return picture

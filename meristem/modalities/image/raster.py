@@ -97,7 +97,7 @@ def dtype_limits(dtype: np.dtype) -> tuple[float, float] | None:
 def check_size(pixels: int, limit: int) -> None:
     """Refuse a picture before it is decoded: nothing in it (`empty`) or more than memory is meant for (`bomb`)."""
     if pixels == 0:
-        raise DataError("empty", "the image has no pixels")
+        raise DataError("empty", "the image has no pixels", "Export it again.")
     if pixels > limit:
         raise DataError("bomb", f"the image claims {pixels:,} pixels, more than the limit of {limit:,}",
                         "If it is genuine, raise modality.image.max_pixels.")

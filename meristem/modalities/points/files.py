@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -14,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from meristem.errors import DataError
+from meristem.modalities import npy
 from meristem.modalities.base import Element, split_element
+from meristem.modalities.documents import MISSHAPEN, read_json
 from meristem.modalities.points import meshes, scans
 from meristem.modalities.points.cloud import Cloud, of_table
 from meristem.modalities.points.options import Feature, PointsOptions
@@ -84,9 +85,8 @@ def read_numbers(path: Path, count: int) -> np.ndarray:
         if kind == ".label":
             found = np.fromfile(path, "<u4") & 0xFFFF
         elif kind in ARRAYS:
-            with path.open("rb") as file:
-                loaded = np.load(file, allow_pickle=False)
-                found = loaded if isinstance(loaded, np.ndarray) else loaded[_first(loaded, NUMBERS) or loaded.files[0]]
+            there = npy.names(path)
+            found = npy.read(path, _first(there, NUMBERS) or there[0] if there else "")
         else:
             found = np.loadtxt(path, dtype=np.float64, ndmin=1)
     except (*DAMAGED, IndexError) as error:
@@ -111,7 +111,10 @@ def part_numbers(path: Path, part: np.ndarray) -> np.ndarray:
     element = split_element(path)
     assert element is not None
     file, name, first = element
-    count = len(json.loads(file.read_text())[name])
+    try:
+        count = len(read_json(file, file.name)[name])
+    except MISSHAPEN:
+        raise DataError("unreadable", f"{file.name} does not name the parts of its class", "Correct it.") from None
     if part.min() < -1 or part.max() >= count:
         raise DataError("label", f"a part is {part.max() if part.min() >= -1 else part.min()}, its class has {count}",
                         f"Correct the labels, or name all parts in {file.name}.")
@@ -132,7 +135,8 @@ def elements(path: Path) -> Sequence[Element] | None:
     if data is None or data.ndim != 3:
         raise DataError("points", "holds no array `data` of clouds (M, N, 3)", "Store clouds in the layout of ModelNet40.")
     split = next((s for s in SPLITS if s in path.stem.lower()), "")
-    classes = [None] * len(data) if label is None or label.size != len(data) else [_name(names, int(n)) for n in label.flat]
+    told = label is not None and label.size == len(data) and bool(np.isfinite(label).all())
+    classes = [_name(names, int(n)) for n in label.flat] if told and label is not None else [None] * len(data)
     return [Element(f"data/{i}", name, split=split) for i, name in enumerate(classes)]
 
 
@@ -149,14 +153,13 @@ def recognised(path: Path) -> bool:
                 return _pointlike(file)
         if kind in TEXTS:
             return _tabular(path, fractions=True)
-    except DAMAGED:
+    except npy.DAMAGED:
         return False
     return kind not in ("", *LABELS)
 
 
 def _pointlike(file: Any) -> bool:
-    version = np.lib.format.read_magic(file)
-    shape, _, dtype = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version[0]](file)
+    shape, dtype = npy.shape(file)
     return dtype.kind in "fiu" and len(shape) == 2 and 3 <= shape[1] <= 16 and shape[0] != shape[1]
 
 
@@ -184,26 +187,22 @@ def _numbers(line: str) -> list[float] | None:
 
 
 def _arrays(path: Path, columns: Sequence[str]) -> Cloud:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return of_table(loaded, columns)
-        with loaded as archive:
-            key = _first(archive, POINTS)
-            if key is None:
-                raise DataError("points", f"holds no array of points but {', '.join(archive.files) or 'nothing'}",
-                                f"Call it one of {', '.join(POINTS)}.")
-            cloud = of_table(archive[key], columns)
-            n = len(cloud)
-            for feature, names in FEATURES.items():
-                if name := _first(archive, names):
-                    cloud.features[feature] = _per_point(archive[name].reshape(len(archive[name]), -1), name, n)
-            if name := _first(archive, NUMBERS):
-                numbers = np.squeeze(archive[name])
-                cloud.label = _per_point(numbers, name, n) if numbers.size != 1 else cloud.label  # one: the class of all
-            return cloud
-    except DAMAGED as error:
-        raise DataError("unreadable", f"is damaged, or holds Python objects ({type(error).__name__})", DAMAGE) from None
+    there = npy.names(path)
+    if not there:
+        return of_table(npy.read(path), columns)
+    key = _first(there, POINTS)
+    if key is None:
+        raise DataError("points", f"holds no array of points but {', '.join(there)}", f"Call it one of {', '.join(POINTS)}.")
+    cloud = of_table(npy.read(path, key), columns)
+    n = len(cloud)
+    for feature, names in FEATURES.items():
+        if name := _first(there, names):
+            values = _per_point(np.atleast_1d(npy.read(path, name)), name, n)
+            cloud.features[feature] = values.reshape(n, -1)
+    if name := _first(there, NUMBERS):
+        numbers = np.squeeze(npy.read(path, name))
+        cloud.label = _per_point(numbers, name, n) if numbers.size != 1 else cloud.label  # one: the class of all
+    return cloud
 
 
 def _per_point(values: np.ndarray, name: str, count: int) -> np.ndarray:
@@ -212,8 +211,8 @@ def _per_point(values: np.ndarray, name: str, count: int) -> np.ndarray:
     return values
 
 
-def _first(archive: Any, names: Sequence[str]) -> str | None:
-    return next((n for n in names if n in archive.files), None)
+def _first(there: Sequence[str], names: Sequence[str]) -> str | None:
+    return next((n for n in names if n in there), None)
 
 
 def _binary(path: Path, named: Sequence[str], usual: Sequence[str]) -> Cloud:
@@ -281,8 +280,14 @@ def _dataset(path: Path, name: str, modified: int, size: int) -> np.ndarray | No
 
     try:
         with h5py.File(path, "r") as file:
-            return np.asarray(file[name]) if name in file else None
-    except (*DAMAGED, RuntimeError) as error:
+            if not isinstance(found := file.get(name, getlink=True), h5py.HardLink):
+                return None  # a link may lead to another file
+            found = file[name]
+            if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual or found.dtype.kind not in "fiub":
+                raise DataError("unreadable", f"'{name}' is no array of numbers in the file itself", DAMAGE)
+            npy.plausible(found.nbytes, size, "the HDF5 file")
+            return np.asarray(found)
+    except (*DAMAGED, RuntimeError, TypeError, AttributeError, OverflowError) as error:
         raise DataError("unreadable", f"the HDF5 file is damaged ({type(error).__name__})", DAMAGE) from None
 
 

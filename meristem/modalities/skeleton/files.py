@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import lzma
 import re
 from collections import defaultdict
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from meristem.errors import DataError
+from meristem.modalities.documents import MISSHAPEN, read_json
 from meristem.modalities.skeleton import kinematics
 from meristem.modalities.skeleton.layouts import LAYOUTS, NTU, OPENPOSE, Layout, Name
 
@@ -23,6 +23,7 @@ KINDS: dict[str, Name] = {".skeleton": "ntu", ".json": "openpose", ".txt.xz": "c
 NTU_NAME = re.compile(r"S\d{3}C\d{3}(P\d{3})R\d{3}(A\d{3})")
 CMU_NAME = re.compile(r"(.*?)_\d+\.txt(\.xz)?")
 MOST = 1_000_000  # frames: nine hours
+TEXT, LINE = 1 << 28, 1 << 16  # most characters of a recording, and of a line of mocap
 HEAD = 4096  # characters in which a JSON file shows that it is of skeletons
 
 
@@ -53,7 +54,7 @@ def recognised(path: Path) -> bool:
             return '"frame_index"' in head and '"skeleton"' in head
         if suffix(path) in (".txt", ".txt.xz"):
             with _opened(path) as file:
-                return file.readline().count(",") + 1 == kinematics.CHANNELS
+                return file.readline(LINE).count(",") + 1 == kinematics.CHANNELS
     except (OSError, ValueError, lzma.LZMAError, EOFError):
         return False
     return True
@@ -84,17 +85,18 @@ def _recording(path: Path, place: tuple[int, int]) -> Recording:
     """`place` changes when the file does."""
     try:
         if suffix(path) == ".skeleton":
-            found = _kinect(_opened(path).read().splitlines())
+            found = _kinect(_lines(path))
         elif suffix(path) == ".json":
-            found = _openpose(json.loads(path.read_text(encoding="utf-8")))
+            found = _openpose(read_json(path, "the file"))
         else:
-            found = _mocap(_opened(path).read().splitlines())
+            found = _mocap(_lines(path))
     except (lzma.LZMAError, EOFError):
         raise DataError("truncated", "the compressed file ends too early or is damaged", "Copy it again.") from None
     except UnicodeDecodeError:
         raise DataError("unreadable", "the file is not text", "Export it again.") from None
-    except ValueError as error:
-        raise DataError("unreadable", f"the file is no skeleton sequence: {error}", "Export it again.") from None
+    except MISSHAPEN as error:
+        raise DataError("unreadable", f"the file is no skeleton sequence ({type(error).__name__})",
+                        "Export it again.") from None
     if np.isnan(found.place).all():
         raise DataError("empty", "nobody is seen in any frame", "Leave the file out.")
     return found
@@ -102,6 +104,14 @@ def _recording(path: Path, place: tuple[int, int]) -> Recording:
 
 def _opened(path: Path) -> Any:
     return lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8")
+
+
+def _lines(path: Path) -> list[str]:
+    with _opened(path) as file:
+        text: str = file.read(TEXT)
+        if len(text) == TEXT:
+            raise DataError("bomb", f"the file unpacks to more than {TEXT:,} characters", "Cut the recording into pieces.")
+    return text.splitlines()
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import pydicom
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, iter_pixels
 
 from meristem.errors import DataError
+from meristem.modalities.documents import MISSHAPEN
 from meristem.modalities.image.dicom import TAGS, dataset, pixel_spacing
 
 TIMES = ("FrameTime", "FrameTimeVector", "CineRate", "RecommendedDisplayFrameRate")
@@ -38,14 +40,14 @@ class Cine:
                 self.size = int(ds.get("Rows") or 0), int(ds.get("Columns") or 0)
                 pixels = self.size[0] * self.size[1]
                 if pixels == 0:
-                    raise DataError("frames", "the DICOM file holds no pixels")
+                    raise DataError("frames", "the DICOM file holds no pixels", AGAIN)
                 if pixels > max_pixels:
                     raise DataError("bomb", f"the video claims {pixels:,} pixels a frame, more than the limit of "
                                     f"{max_pixels:,}", "If it is genuine, raise modality.video.max_pixels.")
                 self.times = _times(ds, count, fps)
                 self.spacing = pixel_spacing(ds) or _region_spacing(ds)
                 self._table = _to_bytes(ds)
-            except (ValueError, TypeError, AttributeError, KeyError, IndexError):
+            except (*MISSHAPEN, ArithmeticError, NotImplementedError, OSError, EOFError, struct.error):
                 raise DataError("unreadable", "an element of the DICOM header has no usable value", AGAIN) from None
         self.names: Sequence[str] = [str(i) for i in range(count)]
         self.read([0, count - 1])  # a missing decoder or a cut file shows here
@@ -73,7 +75,7 @@ class Cine:
                 syntax = self._ds.file_meta.get("TransferSyntaxUID")
                 raise DataError("unreadable", f"no decoder for the transfer syntax '{getattr(syntax, 'name', 'unknown')}', or "
                                 "damaged frames", "Export it uncompressed, or install pydicom's decoder for it.") from None
-            except (ValueError, AttributeError, OSError, EOFError, KeyError, TypeError, IndexError):
+            except (*MISSHAPEN, ArithmeticError, OSError, EOFError, struct.error):
                 raise DataError("truncated", "the DICOM pixel data end early or are damaged", AGAIN) from None
 
     def _rgb(self, frame: np.ndarray) -> np.ndarray:

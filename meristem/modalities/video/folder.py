@@ -23,7 +23,7 @@ class Folder:
     def __init__(self, path: Path, fps: float, max_pixels: int) -> None:
         self._files = member_files(path, SUFFIXES)
         if not self._files:
-            raise DataError("frames", f"the folder holds no picture ({', '.join(SUFFIXES)})")
+            raise DataError("frames", f"the folder holds no picture ({', '.join(SUFFIXES)})", "Leave it out.")
         self._max_pixels = max_pixels
         first = decode(self._files[0], 3, max_pixels)
         self.size: tuple[int, int] = first.array.shape[1:]

@@ -23,7 +23,8 @@ def read_masks(folder: Path, names: Sequence[str], size: tuple[int, int]) -> np.
     missing, mask, shape and those of pictures.
     """
     if not folder.is_dir():
-        raise DataError("missing", "the masks of a video are a folder of one picture per frame, and there is no such folder")
+        raise DataError("missing", "the masks of a video are a folder of one picture per frame, and there is no such folder",
+                        "Add it, or correct the list.")
     pictures = sorted(f for f in folder.iterdir() if f.suffix.lower() in KINDS and not f.name.startswith("."))
     files = {plain_number(f.stem): f for f in pictures}
     places = places_of(names)

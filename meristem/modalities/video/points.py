@@ -41,7 +41,7 @@ def read_points(file: Path, names: Sequence[str]) -> np.ndarray:
         raise DataError("shape", f"there are points of {len(points)} frames, the video has {len(names)}",
                         "They must be of the same frames.")
     if not 0 < points.shape[1] <= MOST:
-        raise DataError("shape", f"there are {points.shape[1]} points, wanted 1 to {MOST}")
+        raise DataError("shape", f"there are {points.shape[1]} points, wanted 1 to {MOST}", "Name fewer points.")
     if np.isinf(points).any():
         raise DataError("mask", "a point lies at infinity", "Write NaN for points that are absent.")
     points = points.astype(np.float64)

@@ -64,7 +64,7 @@ def open_video(path: Path, reader: str = "auto", fps: float = 25.0, max_pixels: 
         with path.open("rb") as file:
             head = file.read(132)
     except OSError:
-        raise DataError("missing", "the file does not exist or cannot be opened") from None
+        raise DataError("missing", "the file does not exist or cannot be opened", "Check it and its permissions.") from None
     if head[128:] == b"DICM" or (path.suffix.lower() == ".dcm" and head):
         from meristem.modalities.video.cine import Cine  # pydicom is slow to import
 

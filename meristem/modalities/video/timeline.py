@@ -94,12 +94,12 @@ def _refusal(path: Path) -> DataError:
         with path.open("rb") as file:
             head = file.read(192)
     except OSError:
-        return DataError("missing", "the file does not exist or cannot be opened")
+        return DataError("missing", "the file does not exist or cannot be opened", "Check it and its permissions.")
     if not head:
         return DataError("empty", "the file is empty (0 bytes)", AGAIN)
     if any(head[at:].startswith(mark) for at, mark in MAGIC):
         return DataError("truncated", "the container's header is cut off or damaged", AGAIN)
-    return DataError("unreadable", "not an MP4, Matroska, WebM, AVI, QuickTime or MPEG file")
+    return DataError("unreadable", "not an MP4, Matroska, WebM, AVI, QuickTime or MPEG file", "Convert it to H.264 in MP4.")
 
 
 def timeline(path: Path, max_pixels: int) -> Timeline:

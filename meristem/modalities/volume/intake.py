@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 
 from meristem.modalities.facts import Doubt, Facts, intensities
-from meristem.modalities.volume.nifti import decode, open_nifti
+from meristem.modalities.volume.nifti import DAMAGED, decode, open_nifti
 
 AIR = (-1100.0, -900.0)  # Hounsfield units that the darkest percentile of a CT lies in
 OBLIQUE = 1.0  # degrees between an axis of the voxels and the nearest of the world, from which a volume is called oblique
@@ -60,7 +57,7 @@ def identity(path: Path) -> list[str]:
     """Texts of a header that hold more than a program's version or `none`, and extensions; none of a damaged file."""
     try:
         header = nib.load(path).header
-    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error):
+    except DAMAGED:
         return []
     if not isinstance(header, nib.Nifti1Header):
         return []

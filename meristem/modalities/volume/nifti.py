@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import struct
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +18,15 @@ import numpy as np
 from isal import igzip_lib, isal_zlib
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
+from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 from nibabel.volumeutils import apply_read_scaling
 
 from meristem.errors import DataError
+from meristem.modalities.documents import MISSHAPEN
 
 TO_MM = {"meter": 1000.0, "micron": 0.001}
+DAMAGED = (*MISSHAPEN, ImageFileError, HeaderDataError, HeaderTypeError, EOFError, OSError, ArithmeticError,
+           RuntimeError, struct.error, zlib.error)  # what nibabel makes of a broken file
 DEFLATE = 1032  # greatest expansion of deflate (zlib's technical notes)
 
 
@@ -38,7 +42,7 @@ def open_nifti(path: Path, what: str, assume: Literal["identity"] | None, most: 
         bytes_claimed = math.prod(shape) * image.get_data_dtype().itemsize
     except FileNotFoundError:
         raise DataError("unreadable", f"{what} does not exist", "Restore the file, or remove the case.") from None
-    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error):
+    except DAMAGED:
         if _headless(path):
             raise DataError("truncated", f"{what} ends before its header does", "Copy or download it again.") from None
         raise DataError("unreadable", f"{what} is not a NIfTI file", "Export it again as .nii or .nii.gz.") from None
@@ -91,7 +95,7 @@ def decode(image: Any, what: str) -> np.ndarray:
         array = _unpacked(image.dataobj)
         if array is None:
             array = np.asarray(image.dataobj, np.float32)
-    except (EOFError, OSError, ValueError, zlib.error):
+    except DAMAGED:
         raise DataError("truncated", f"the voxels of {what} cannot be decoded to their end",
                         "Copy or download it again.") from None
     while array.ndim > 3 and array.shape[-1] == 1:

@@ -32,6 +32,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from meristem.errors import DataError, MeristemError
+from meristem.modalities import npy
 from meristem.modalities.base import Draw, Header, Modality, Sample, member_files, raw_pad, split_element
 from meristem.platform.data.manifest import Manifest, Problem, Row, pseudonym, user_key
 
@@ -287,7 +288,8 @@ def decode(row: Row, modality: Modality) -> Sample | Problem:
         sample = modality.read(row.paths, row.fields)
         shape = tuple(sample.header.shape)
         if sample.array is not None and sample.array.shape != shape:
-            raise DataError("shape", f"the reader gave shape {sample.array.shape} but announced {shape}")
+            raise DataError("shape", f"the reader gave shape {sample.array.shape} but announced {shape}",
+                            "Report it: the reader is wrong.")
         for name, companion in sample.fields.items():
             if companion.shape != shape[1:]:
                 raise DataError("shape", f"{name} has shape {companion.shape}, the image {shape[1:]}",
@@ -555,6 +557,8 @@ def contents(rows: Sequence[Row], problems: list[Problem], workers: int = 0, mem
             images = [one(p) for p in row.paths]
             content = images[0] if len(images) == 1 else hashlib.sha256("|".join(images).encode()).hexdigest()
             return content, tuple(f"{name}:{one(p)}" for name, p in sorted(row.fields.items()))
+        except DataError as error:
+            return Problem(row.case, error.reason, _anonymous(error.what, row), error.remedy, row.local)
         except (OSError, ValueError, KeyError, IndexError) as error:
             message = f"cannot be read ({type(error).__name__}: {_anonymous(getattr(error, 'strerror', None) or '', row)})"
             return Problem(row.case, "unreadable", message, "Check the file and its permissions.", row.local)
@@ -588,9 +592,7 @@ def _element_digest(place: str, file: Path, key: str, index: int) -> str:
 @lru_cache(maxsize=4)
 def _member(place: str, file: Path, key: str) -> np.ndarray:
     """A whole array of an npz; `place` changes when the file does."""
-    with np.load(file, allow_pickle=False) as archive:
-        array: np.ndarray = archive[key]
-    return array
+    return npy.read(file, key)
 
 
 def distinct(rows: Sequence[Row], digests: Mapping[int, Digest], problems: list[Problem]) -> list[Row]:

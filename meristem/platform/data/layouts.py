@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -14,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from meristem.errors import DataError
+from meristem.modalities import npy
 from meristem.modalities.base import Element, Modality, member_files, natural, split_element
+from meristem.modalities.documents import read_json
 from meristem.modalities.objects import Objects
 
 IMAGES = ("images", "jpegimages", "frames", "rgb", "velodyne", "points")
@@ -27,6 +28,7 @@ SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "
 MASK_SUFFIXES = (".png", ".gif", ".bmp", ".tif", ".tiff")  # likeliest first: a mask is stored without loss
 PAIRED = 0.8  # of a folder's stems must come as image and mask, or the second suffix is just another image
 NUMBERED = 0.8  # of a folder's members must carry a number, or the folder holds pictures of this and that
+LABELS = 1 << 15  # values that a label map of 16 bits can have
 SEQUENCE = 8  # members below which a numbered folder does not say of itself that it is one sample
 
 
@@ -117,7 +119,13 @@ class Search:
         return name[:-len(suffix)] if suffix else name
 
     def add(self, paths: tuple[Path, ...], local: str, subject: str, **more: Any) -> None:
-        self.found.append(Found(paths, local, subject, **more))
+        """A sample; one whose files are none (a pipe, a device, a link to nothing) is set aside, since reading may not end."""
+        whole = (split_element(p) or (p,) for p in (*paths, *filter(None, [more.get("mask")])))
+        if all(file.is_file() or file.is_dir() for file, *_ in whole):
+            self.found.append(Found(paths, local, subject, **more))
+        else:
+            self.lost.append(("missing", local, "is no file that can be read, but a link to nothing, a pipe or a device",
+                              "Put the file itself there, or remove it."))
 
     def refuse(self, local: str, error: DataError) -> None:
         """Set aside what an error says cannot be used."""
@@ -125,7 +133,7 @@ class Search:
 
     def elements(self, path: Path) -> Sequence[Element] | None:
         """The samples in a file; None: it is one sample itself. What cannot be looked into is one, and `read` will say why."""
-        if isinstance(self._modality, type) or not self.suffix(path.name):
+        if isinstance(self._modality, type) or not self.suffix(path.name) or not path.is_file():
             return None
         try:
             return self._modality.elements(path)
@@ -199,9 +207,9 @@ class Search:
         if not (root / PARTS).is_file():
             return {}
         try:
-            named = {str(name): [str(p) for p in parts] for name, parts in json.loads((root / PARTS).read_text()).items()}
-        except (ValueError, AttributeError, TypeError) as error:
-            raise DataError("unreadable", f"{PARTS} does not name the parts of classes: {error}",
+            named = {str(name): [str(p) for p in parts] for name, parts in read_json(root / PARTS, PARTS).items()}
+        except (AttributeError, TypeError):
+            raise DataError("unreadable", f"{PARTS} does not name the parts of classes",
                             '{"chair": ["seat", "leg"], "cup": ["body", "handle"]} is meant.') from None
         self.mask_names = tuple(f"{name}/{part}" for name, parts in named.items() for part in parts)
         first = np.cumsum([0, *map(len, named.values())])
@@ -285,14 +293,12 @@ class Search:
 
     def described(self, root: Path) -> None:
         """MSD or nnU-Net: a folder with `dataset.json`."""
-        try:
-            about = json.loads((root / "dataset.json").read_text())
-            labels = about.get("labels", {})
-        except (ValueError, AttributeError) as error:
-            raise DataError("unreadable", f"dataset.json is not a JSON object: {error}",
-                            "See the nnU-Net or MSD format.") from None
+        about = read_json(root / "dataset.json", "dataset.json", "See the nnU-Net or MSD format.")
+        labels = about.get("labels", {})
         values = {int(k): str(v) for k, v in labels.items() if k.isdigit()}  # MSD: value -> name
         values |= {v: k for k, v in labels.items() if isinstance(v, int)}  # nnU-Net: name -> value; regions are lists
+        if values and not 0 <= min(values) <= max(values) < LABELS:
+            raise ValueError(f"a label of {max(values, key=abs)}")
         if values:
             self.mask_names = tuple(values.get(i, "") for i in range(max(values) + 1))
         channels = about.get("channel_names") or about.get("modality") or {}
@@ -362,24 +368,24 @@ class Search:
             raise DataError("unreadable", f"{path.name} holds no train_images, val_images or test_images",
                             "Give a MedMNIST-style npz, or a folder of files.")
         self.layout = "MedMNIST npz"
-        with np.load(path, allow_pickle=False) as archive:
-            for split in splits:
-                labels = archive[f"{split}_labels"] if f"{split}_labels" in archive.files else None
-                single = labels is not None and labels.reshape(len(labels), -1).shape[1] == 1
-                count = len(labels) if labels is not None else len(archive[f"{split}_images"])
-                for i in range(count):
-                    local = f"{path.name}#{split}_images/{i}"
-                    label = str(labels.reshape(-1)[i]) if labels is not None and single else None
-                    self.add((path.parent / local,), local, local, label=label, split=split)
+        names = npy.names(path)
+        for split in splits:
+            labels = npy.read(path, f"{split}_labels") if f"{split}_labels" in names else None
+            single = labels is not None and labels.size == len(labels)
+            count = len(labels) if labels is not None else len(npy.read(path, f"{split}_images"))
+            for i in range(count):
+                local = f"{path.name}#{split}_images/{i}"
+                label = str(labels.reshape(-1)[i]) if labels is not None and single else None
+                self.add((path.parent / local,), local, local, label=label, split=split)
 
 
 def splits_of(path: Path) -> list[str]:
     """Which of train, val, test a MedMNIST-style npz holds."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return [s for s in ("train", "val", "test") if f"{s}_images" in archive.files]
-    except (OSError, ValueError):
+        names = npy.names(path)
+    except DataError:
         return []
+    return [s for s in ("train", "val", "test") if f"{s}_images" in names]
 
 
 def split_of(path: Path) -> str:

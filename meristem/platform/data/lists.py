@@ -95,7 +95,10 @@ def _text(path: Path) -> str:
 
 def _header(text: str) -> list[str]:
     """The columns' names; none where the first line is none of names."""
-    columns = [c.strip() for c in next(csv.reader(text.split("\n", 1)[:1]), [])]
+    try:
+        columns = [c.strip() for c in next(csv.reader(text.split("\n", 1)[:1]), [])]
+    except csv.Error:
+        return []
     return columns if any(c.lower() in PATH or re.fullmatch(r"path_\d+", c.lower()) for c in columns) else []
 
 

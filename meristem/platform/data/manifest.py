@@ -18,6 +18,7 @@ from typing import Any
 
 from meristem.errors import DataError, MeristemError
 from meristem.modalities.base import Modality, member_files, split_element
+from meristem.modalities.documents import MISSHAPEN
 from meristem.modalities.objects import Objects
 from meristem.platform.data import lists
 from meristem.platform.data.annotated import format_of
@@ -120,35 +121,17 @@ class Manifest:
         if not path.exists():
             raise DataError("missing", f"no data at {path}", "Give an existing folder, CSV, dataset.json, npz or data file.")
         search = Search(modality)
-        root = path.resolve() if path.is_dir() else path.resolve().parent
-        inside = search.elements(path) if path.is_file() else None
-        if inside is not None:
-            search.layout = "file of several samples"
-            search.within(path.resolve(), path.name, inside)
-        elif format_ := format_of(search, path):
-            root = format_.read(search, path.resolve())
-        elif path.is_file() and lists.is_list(search, path):
-            root = lists.read(search, {path.resolve(): ""})
-        elif path.name == "dataset.json" or (path / "dataset.json").is_file():
-            search.described(root)
-        elif path.suffix.lower() == ".npz" and not search.suffix(path.name):
-            search.arrays(path.resolve())
-        elif path.is_file():
-            search.layout = "file"
-            search.add((path.resolve(),), path.name, search.stem(path.name))
-        elif by_split := lists.of_splits(search, root):
-            root = lists.read(search, by_split)
-        else:
-            archives = [f for f in sorted(path.glob("*.npz")) if not search.suffix(f.name) and splits_of(f)]
-            if len(archives) == 1:
-                search.arrays(archives[0].resolve())
-            else:
-                search.folder(root)
+        try:
+            root = _fill(search, path)
+            lists.participants(search, root)
+        except (*MISSHAPEN, OSError) as error:
+            what = f"what describes the data ({search.layout or 'a list or a JSON'}) is not as its format has it"
+            raise DataError("unreadable", f"{what}: {type(error).__name__}",
+                            "Correct it; `meristem data check --help` tells the formats.") from None
         if not search.found:
             remedy = f"Files end in {', '.join(modality.suffixes)}; see `meristem data check --help` for the layouts."
             listed = f" ({len(search.lost)} set aside, the first: {search.lost[0][2]})" if search.lost else ""
             raise DataError("empty", f"no {modality.name} data found in {path}{listed}", remedy)
-        lists.participants(search, root)
         return _manifest(search, root)
 
     def select(self, split: str | Sequence[str] | None = None, labelled: bool | None = None) -> list[Row]:
@@ -166,9 +149,38 @@ class Manifest:
                  "fields": sorted(r.fields), "channels": len(r.paths)} for r in self.rows]
 
 
+def _fill(search: Search, path: Path) -> Path:
+    """Add the samples of the layout that a place has; returns what their names are relative to. Raises DataError."""
+    root = path.resolve() if path.is_dir() else path.resolve().parent
+    inside = search.elements(path) if path.is_file() else None
+    if inside is not None:
+        search.layout = "file of several samples"
+        search.within(path.resolve(), path.name, inside)
+    elif format_ := format_of(search, path):
+        root = format_.read(search, path.resolve())
+    elif path.is_file() and lists.is_list(search, path):
+        root = lists.read(search, {path.resolve(): ""})
+    elif path.name == "dataset.json" or (path / "dataset.json").is_file():
+        search.described(root)
+    elif path.suffix.lower() == ".npz" and not search.suffix(path.name):
+        search.arrays(path.resolve())
+    elif path.is_file():
+        search.layout = "file"
+        search.add((path.resolve(),), path.name, search.stem(path.name))
+    elif by_split := lists.of_splits(search, root):
+        root = lists.read(search, by_split)
+    else:
+        archives = [f for f in sorted(path.glob("*.npz")) if not search.suffix(f.name) and splits_of(f)]
+        if len(archives) == 1:
+            search.arrays(archives[0].resolve())
+        else:
+            search.folder(root)
+    return root
+
+
 def pseudonym(kind: str, name: str, key: bytes) -> str:
     """`kind-` and 12 hex digits of HMAC-SHA256."""
-    return f"{kind}-{hmac.new(key, name.encode(), hashlib.sha256).hexdigest()[:12]}"
+    return f"{kind}-{hmac.new(key, os.fsencode(name), hashlib.sha256).hexdigest()[:12]}"
 
 
 def user_key() -> bytes:

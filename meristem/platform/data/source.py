@@ -89,7 +89,8 @@ def _placed(manifest: Manifest, store: Cache, modality: Modality) -> Manifest:
             header = store.header(row.index)
             try:
                 if not isinstance(modality, Placing):
-                    raise DataError("box", f"boxes mean nothing to the modality {modality.name}")
+                    raise DataError("box", f"boxes mean nothing to the modality {modality.name}",
+                                    "Leave the boxes out, or choose another modality.")
                 row = replace(row, objects=modality.placed(row.objects, header))
                 store.aim(row.index, _middles(row.objects, header))
             except DataError as error:

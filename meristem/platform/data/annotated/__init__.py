@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from meristem.errors import DataError
+from meristem.modalities.documents import MISSHAPEN
 from meristem.platform.data.annotated import activitynet, coco, kitti, monai, scenes, voc
 from meristem.platform.data.layouts import Search
 
@@ -26,4 +28,12 @@ FORMATS: tuple[Format, ...] = (coco, monai, voc, kitti, scenes, activitynet)
 
 
 def format_of(search: Search, path: Path) -> Format | None:
-    return next((f for f in FORMATS if f.recognised(search, path)), None)
+    return next((f for f in FORMATS if _recognises(f, search, path)), None)
+
+
+def _recognises(form: Format, search: Search, path: Path) -> bool:
+    """What is no file of a format, or too broken to tell, is of another; then its images count as not annotated."""
+    try:
+        return form.recognised(search, path)
+    except (*MISSHAPEN, DataError, OSError):
+        return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from meristem.errors import DataError
+from meristem.modalities.documents import MISSHAPEN, read_json
 from meristem.modalities.objects import Objects
 from meristem.platform.data.layouts import SPLITS, Search, relative, split_of, walk
 
@@ -31,14 +31,14 @@ def _files(root: Path) -> list[Path]:
 
 def _database(path: Path) -> dict[str, Any] | None:
     """What the file says; None where it is no ActivityNet file."""
-    if path.suffix.lower() != ".json":
+    if path.suffix.lower() != ".json" or not path.is_file():
         return None
     with path.open("rb") as file:
         if b'"database"' not in file.read(HEAD):  # the key stands first, or behind the version and the taxonomy
             return None
     try:
-        about = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError:
+        about = read_json(path, path.name)
+    except DataError:
         return None
     return about if isinstance(about, dict) and isinstance(about.get("database"), dict) else None
 
@@ -56,7 +56,7 @@ def read(search: Search, path: Path) -> Path:
                 raise TypeError("it has no database of videos")
             declared += [name for name in _declared(about) if name not in declared]
             database |= {str(name): dict(entry) for name, entry in about["database"].items()}
-        except (KeyError, TypeError, ValueError) as error:
+        except MISSHAPEN as error:
             raise DataError("unreadable", f"{file.name} is not an ActivityNet file: {type(error).__name__} {error}",
                             'It wants {"database": {"video": {"subset", "duration", "annotations": [{"label", "segment"}]}}}.'
                             ) from None

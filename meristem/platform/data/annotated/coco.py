@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from meristem.errors import DataError
+from meristem.modalities.documents import MISSHAPEN, read_json
 from meristem.modalities.objects import Objects, Raster
 from meristem.platform.data.annotated.boxes import checked, subject_of
 from meristem.platform.data.layouts import Search, relative, split_named
@@ -63,7 +64,7 @@ def recognised(search: Search, path: Path) -> bool:
 
 def _named(path: Path) -> tuple[str, ...]:
     """Names of some files that a COCO file lists; none where it is none."""
-    if path.suffix.lower() != ".json":
+    if path.suffix.lower() != ".json" or not path.is_file():
         return ()
     about = path.stat()
     return _names(path, about.st_size, about.st_mtime_ns)
@@ -76,11 +77,11 @@ def _names(path: Path, size: int, changed: int) -> tuple[str, ...]:
     if not any(f'"{key}"'.encode() in head for key in KEYS):
         return ()
     try:
-        about = json.loads(path.read_text(encoding="utf-8-sig"))
+        about = read_json(path, path.name)
         if not isinstance(about, dict) or any(not isinstance(about.get(key), list) for key in KEYS):
             return ()
         return tuple(str(image["file_name"]) for image in about["images"][:8])
-    except (ValueError, KeyError, TypeError):
+    except (DataError, *MISSHAPEN):
         return ()
 
 
@@ -96,9 +97,9 @@ def read(search: Search, path: Path) -> Path:
     root = path.parent if path.is_file() else path
     for file in files:
         try:
-            about = json.loads(file.read_text(encoding="utf-8-sig"))
+            about = read_json(file, file.name)
             _read(search, root, file, about, len(files) > 1)
-        except (KeyError, TypeError, ValueError) as error:
+        except MISSHAPEN as error:
             raise DataError("unreadable", f"{file.name} is not a COCO file: {type(error).__name__} {error}",
                             "It wants images (id, file_name), annotations (image_id, category_id, bbox), categories.") from None
     search.name_subjects()

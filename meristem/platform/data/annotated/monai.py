@@ -9,7 +9,6 @@ at.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from meristem.errors import DataError
+from meristem.modalities.documents import MISSHAPEN, read_json
 from meristem.modalities.objects import Objects
 from meristem.platform.data.annotated.boxes import checked, subject_of
 from meristem.platform.data.layouts import Search, relative
@@ -33,7 +33,7 @@ def recognised(search: Search, path: Path) -> bool:
 
 def _files(search: Search, path: Path) -> list[Path]:
     places = [path] if path.is_file() else sorted(path.glob("*.json"))
-    return [f for f in places if f.suffix.lower() == ".json" and _lists_boxes(search, f)]
+    return [f for f in places if f.suffix.lower() == ".json" and f.is_file() and _lists_boxes(search, f)]
 
 
 def _lists_boxes(search: Search, file: Path) -> bool:
@@ -41,9 +41,9 @@ def _lists_boxes(search: Search, file: Path) -> bool:
         if b'"box"' not in opened.read(HEAD):
             return False
     try:
-        entries = _entries(json.loads(file.read_text(encoding="utf-8-sig")))
+        entries = _entries(read_json(file, file.name))
         return any("box" in entry and search.suffix(_images(entry)[0]) for _, entry in entries)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (DataError, *MISSHAPEN):
         return False
 
 
@@ -62,7 +62,7 @@ def read(search: Search, path: Path) -> Path:
         raise DataError("split", f"{len(files)} JSON files list boxes: {', '.join(f.name for f in files[:4])}",
                         "Are they folds? Give the path of one of them.")
     file, = files
-    about = json.loads(file.read_text(encoding="utf-8-sig"))
+    about = read_json(file, file.name)
     for key, known in (("box_mode", MODES), ("coordinates", COORDINATES)):
         if about.setdefault(key, known[0]) not in known:
             raise DataError("unreadable", f"{file.name} says {key}: {about[key]}", f"Known: {', '.join(known)}.")

@@ -11,7 +11,6 @@ lies along it. A scene without `boxes` is unlabelled, one with an empty list has
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from meristem.errors import DataError
+from meristem.modalities.documents import MISSHAPEN, read_json
 from meristem.modalities.objects import Objects
 from meristem.platform.data.annotated.boxes import upright
 from meristem.platform.data.layouts import Search, split_named
@@ -31,20 +31,20 @@ def recognised(search: Search, path: Path) -> bool:
     if file.name != NAME or not file.is_file():
         return False
     try:
-        return any(search.suffix(str(scene["file"])) for scene in json.loads(file.read_text(encoding="utf-8-sig"))["scenes"])
-    except (ValueError, KeyError, TypeError):
+        return any(search.suffix(str(scene["file"])) for scene in read_json(file, NAME)["scenes"])
+    except (DataError, *MISSHAPEN):
         return False
 
 
 def read(search: Search, path: Path) -> Path:
     search.layout = "boxes in scenes"
     root = path if path.is_dir() else path.parent
-    about = json.loads((root / NAME).read_text(encoding="utf-8-sig"))
+    about = read_json(root / NAME, NAME)
     try:
         search.object_names = tuple(str(name) for name in about["classes"])
         for scene in about["scenes"]:
             _scene(search, root, scene)
-    except (KeyError, TypeError, ValueError) as error:
+    except MISSHAPEN as error:
         raise DataError("unreadable", f"{NAME} does not describe scenes: {type(error).__name__} {error}",
                         '{"classes": ["chair"], "scenes": [{"file": "1.ply", "labels": ["chair"], "boxes": '
                         '[[x, y, z, length, width, height, heading]]}]} is meant.') from None
