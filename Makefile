@@ -6,8 +6,9 @@ OUT ?= demo/$(notdir $(DATA))
 MERISTEM_DATA ?= ../shared/data
 
 KILLS ?= 100
+SECONDS ?= 600
 
-.PHONY: demo test chaos bench bench-graphs bench-detection bench-systems bench-transfer
+.PHONY: demo test chaos fuzz bench bench-graphs bench-detection bench-systems bench-transfer
 
 # pretrain on unlabelled scans, fine-tune on few and on all labels beside a scratch arm of equal budget, write one report
 demo: .venv/ready
@@ -27,6 +28,10 @@ test: .venv/ready
 # trainings of each modality, disturbed at random moments and resumed, must end as undisturbed ones: one JSON line of counts
 chaos: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py --kills $(KILLS) $(ARGS)
+
+# broken and hostile files for every reader: each is read or refused in words; ARGS="--target NAME" for one; a line of counts
+fuzz: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(SECONDS) $(ARGS)
 
 # every comparison with a peer or a plain way, and docs/performance.md from them; ARGS="peers" for some, "--quick" for less
 bench: .venv/ready

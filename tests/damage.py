@@ -36,7 +36,7 @@ BILLION = b"a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + b"".join(
 def damaged(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
     """The bytes of a file with one or a few things wrong. others: files to take pieces from."""
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        if len(data) > 1 << 20:
+        if len(data) > 1 << 18:
             break  # a bomb, perhaps
         inside = next((change for start, change in PACKED if data.startswith(start)), None)
         if inside is not None and rng.random() < 0.7:
@@ -146,7 +146,7 @@ def line(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
         lines[i - 1] += lines[i]
         del lines[i]
     else:
-        lines[i:i] = [lines[i]] * 3000
+        lines[i:i] = [lines[i]] * min(3000, MOST // (len(lines[i]) + 1))
     return b"\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import importlib
 import importlib.util
 import json
@@ -268,6 +269,7 @@ class Reader:
             os.environ |= {"TMPDIR": str(place.scratch), "XDG_CACHE_HOME": str(place.scratch)}
             tempfile.tempdir = str(place.scratch)
             signal.signal(signal.SIGPROF, signal.SIG_DFL)
+            faulthandler.register(signal.SIGUSR1)
             confine()
             place.armed = guard(place)
             how(name, place, seed, first, until, lambda about: os.write(mouth, json.dumps(about).encode() + b"\n") and None)
@@ -283,6 +285,8 @@ class Reader:
         rest = b""
         while True:
             if not select.select([self.ear], [], [], WALL)[0]:
+                os.kill(self.pid, signal.SIGUSR1)  # says where it waits
+                time.sleep(1)
                 os.kill(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
                 yield {"ended": f"waits: nothing came for {WALL:g} s"}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
+from pydicom.errors import BytesLengthException
 from pydicom.pixels import apply_color_lut, apply_modality_lut
 
 from meristem.errors import DataError
@@ -21,6 +22,7 @@ TAGS = ("SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "
         "RedPaletteColorLookupTableDescriptor", "GreenPaletteColorLookupTableDescriptor",
         "BluePaletteColorLookupTableDescriptor", "RedPaletteColorLookupTableData", "GreenPaletteColorLookupTableData",
         "BluePaletteColorLookupTableData", "PixelData")
+DAMAGED = (*MISSHAPEN, OSError, EOFError, ArithmeticError, BytesLengthException, struct.error)  # what pydicom makes of damage
 
 
 def pixel_spacing(ds: pydicom.Dataset) -> tuple[float, float] | None:
@@ -40,7 +42,7 @@ def dataset(path: Path, tags: Sequence[str], pixels: bool = True) -> pydicom.Dat
         return pydicom.dcmread(path, specific_tags=list(tags), stop_before_pixels=not pixels)
     except pydicom.errors.InvalidDicomError:
         raise DataError("unreadable", "not a DICOM file: the 'DICM' mark is missing", "Export it again.") from None
-    except (*MISSHAPEN, OSError, EOFError, NotImplementedError, struct.error):
+    except (*DAMAGED, NotImplementedError):
         raise DataError("truncated", "the DICOM header ends early or is damaged", "Export the file again.") from None
 
 
@@ -57,7 +59,7 @@ def decode(path: Path, max_pixels: int) -> Raster:
             syntax = ds.file_meta.get("TransferSyntaxUID")
             raise DataError("unreadable", f"no decoder for the transfer syntax '{getattr(syntax, 'name', 'unknown')}'",
                             "Export it uncompressed, or install pydicom's decoder for it.") from None
-        except (*MISSHAPEN, OSError, EOFError, ArithmeticError, struct.error):
+        except DAMAGED:
             raise DataError("truncated", "the DICOM header or its pixels are damaged, or end early",
                             "Export the file again.") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,8 +11,7 @@ import pydicom
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, iter_pixels
 
 from meristem.errors import DataError
-from meristem.modalities.documents import MISSHAPEN
-from meristem.modalities.image.dicom import TAGS, dataset, pixel_spacing
+from meristem.modalities.image.dicom import DAMAGED, TAGS, dataset, pixel_spacing
 
 TIMES = ("FrameTime", "FrameTimeVector", "CineRate", "RecommendedDisplayFrameRate")
 MORE = ("SequenceOfUltrasoundRegions", "WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence")
@@ -47,7 +45,7 @@ class Cine:
                 self.times = _times(ds, count, fps)
                 self.spacing = pixel_spacing(ds) or _region_spacing(ds)
                 self._table = _to_bytes(ds)
-            except (*MISSHAPEN, ArithmeticError, NotImplementedError, OSError, EOFError, struct.error):
+            except (*DAMAGED, NotImplementedError):
                 raise DataError("unreadable", "an element of the DICOM header has no usable value", AGAIN) from None
         self.names: Sequence[str] = [str(i) for i in range(count)]
         self.read([0, count - 1])  # a missing decoder or a cut file shows here
@@ -75,7 +73,7 @@ class Cine:
                 syntax = self._ds.file_meta.get("TransferSyntaxUID")
                 raise DataError("unreadable", f"no decoder for the transfer syntax '{getattr(syntax, 'name', 'unknown')}', or "
                                 "damaged frames", "Export it uncompressed, or install pydicom's decoder for it.") from None
-            except (*MISSHAPEN, ArithmeticError, OSError, EOFError, struct.error):
+            except DAMAGED:
                 raise DataError("truncated", "the DICOM pixel data end early or are damaged", AGAIN) from None
 
     def _rgb(self, frame: np.ndarray) -> np.ndarray:

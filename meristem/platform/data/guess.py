@@ -42,7 +42,7 @@ def guess_modality(path: str | Path) -> str:
         whole = {name: sequences(folder, kind.members) if folder.is_dir() else {} for name, kind in kinds.items()}
         whole = {name: found if len(found) > 1 and (nested(found) or _alike(found)) else {} for name, found in whole.items()}
         taken = {place for found in whole.values() for place in found}
-        files = [f for f in below if f.parent not in taken]
+        files = [f for f in below if f.parent not in taken and f.is_file()]  # whoever opens a pipe waits
         names = [f.name.lower() for f in files]
         counts = Counter({name: _own(files, kind) + sum(map(len, whole[name].values())) for name, kind in kinds.items()})
     if not counts.total():
