@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from meristem.errors import MeristemError, RecipeError
+from meristem.errors import TRACEBACK, MeristemError, RecipeError, unforeseen
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Pretrain on unlabelled scans, fine-tune on few labels, and see whether it helped.")
@@ -238,8 +238,20 @@ def recipes_show(name: str, overrides: Overrides = None, as_json: Json = False) 
         print(f"#   {line}")
 
 
+def _argument(filename: str | bytes) -> str:
+    """What in the arguments of this call a file belongs to, the longest place first; names of data files are not repeated."""
+    file = Path(os.fsdecode(filename)).resolve()
+    given = [(Path(value).resolve(), argument) for argument in sys.argv[1:]
+             for value in [argument.partition("=")[2] or argument]]
+    near = [(len(place.parts), place, argument) for place, argument in given if file == place or file.is_relative_to(place)]
+    if not near:
+        return "a file"
+    _, place, argument = max(near)
+    return argument if file == place else f"a file in {argument}"
+
+
 def main() -> None:
-    """Entry point: a user's mistake is a message and exit status 2, never a traceback."""
+    """Entry point: a user's mistake is a message and exit status 2, anything else one that quotes no file, and 1."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
@@ -247,10 +259,12 @@ def main() -> None:
     except MeristemError as error:
         print(f"meristem: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"meristem: {error.filename}: {error.strerror}\n  Give another place, or make this one usable.", file=sys.stderr)
+    except Exception as error:
+        if not isinstance(error, OSError) or error.filename is None or os.environ.get(TRACEBACK):
+            print(f"meristem: {unforeseen(error)}", file=sys.stderr)
+            sys.exit(1)
+        print(f"meristem: {_argument(error.filename)}: {error.strerror}\n  Give another place, or make this one usable.",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

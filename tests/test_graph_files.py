@@ -292,8 +292,9 @@ def test_moleculenet(data_root: Path, name: str, usable: int, split: list[int]) 
 # ---- tables of edges
 
 def test_a_list_of_edges_alone(tmp_path: Path) -> None:
-    sample = graph().read([write(tmp_path / "e.csv", "source,target,weight\nb,a,0.5\na,c,2\nc,c,1\n")])
-    assert sample.header.source["names"] == ["a", "b", "c"] and pairs_of(sample) == both((0, 1), (0, 2))
+    file = write(tmp_path / "e.csv", "source,target,weight\nb,a,0.5\na,c,2\nc,c,1\n")
+    sample = graph().read([file])
+    assert graph().called([file]) == ("a", "b", "c") and pairs_of(sample) == both((0, 1), (0, 2))
     assert sample.tables["value"].ravel().tolist() == [0.5, 2, 0.5, 2]
     assert sample.notes["self-loops"] == 1
     plain = graph(features="constant").read([write(tmp_path / "e.txt", "0 1\n1 0\n1 2\n0 1\n")])
@@ -374,14 +375,15 @@ def save(path: Path, array: np.ndarray, header: bool = False, names: bool = Fals
                                                        ("a.txt", False, False), ("a.npy", False, False)])
 def test_a_correlation_matrix(tmp_path: Path, name: str, header: bool, names: bool) -> None:
     array = connectome()
-    sample = graph().read([save(tmp_path / name, array, header, names)])
+    file = save(tmp_path / name, array, header, names)
+    sample = graph().read([file])
     assert sample.array is not None
     np.testing.assert_allclose(sample.array, array, atol=1e-6)  # connectivity profiles
     a, b = sample.tables["pairs"]
     assert len(a) == 30 and not (a == b).any()
     np.testing.assert_allclose(sample.tables["value"][:, 0], array[a, b], atol=1e-6)
     assert (sample.tables["kind"] == (array[a, b] > 0)).all()  # negative, positive
-    assert sample.header.source["names"] == ([f"r{i}" for i in range(6)] if header else [])
+    assert graph().called([file]) == (tuple(f"r{i}" for i in range(6)) if header else ())
 
 
 def test_density_and_threshold(tmp_path: Path) -> None:

@@ -375,6 +375,17 @@ class Identifying(Protocol):
         ...
 
 
+@runtime_checkable
+class Calling(Protocol):
+    """A modality whose files give the elements of a sample names. They may be people's: they are read where predictions are
+    written, and kept nowhere.
+    """
+
+    def called(self, paths: Sequence[Path]) -> Sequence[str]:
+        """Of the elements in their order; nothing where the file numbers them from 0."""
+        ...
+
+
 DIGITS = 4000  # of a number, more than which Python makes none of
 
 

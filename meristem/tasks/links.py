@@ -87,7 +87,7 @@ class LinkObjective(LinearObjective):
             writer.writerow(["file", "node", "other", "probability"])
             for row in rows:
                 pairs = asked(data, row, ("test",))
-                names = data.cache.header(row.index).source.get("names")
+                names = data.called(row)
                 for pair, p in zip(pairs, self.probabilities(assembly, data, pairs), strict=True):
                     ends = [names[k] if names else k for k in (pair.element, pair.other)]
                     writer.writerow([row.local, *ends, f"{p[1]:.6f}"])

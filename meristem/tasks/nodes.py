@@ -68,7 +68,7 @@ class NodeObjective(LinearObjective):
             for row in rows:
                 header = data.cache.header(row.index)
                 found = self.probabilities(assembly, data, [row.part(k, -1, "") for k in range(header.shape[1])])
-                names = header.source.get("names") or range(len(found))
+                names = data.called(row) or range(len(found))
                 for name, p in zip(names, found, strict=True):
                     writer.writerow([row.local, name, scope.values[int(p.argmax())], *(f"{x:.6f}" for x in p.tolist())])
         return [path]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from meristem.errors import MeristemError
+from meristem.errors import MeristemError, unforeseen
 from meristem.tasks.transfer import Share
 
 
@@ -48,5 +48,8 @@ def _one(work: Callable[..., None], share: Share, device: str, arguments: tuple[
     except MeristemError as error:
         print(f"meristem: {error}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        print(f"meristem: {unforeseen(error)}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

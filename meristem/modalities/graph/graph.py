@@ -45,6 +45,7 @@ class Graph:
     """
 
     name = "graph"
+    version = 2  # of `read`: headers hold no names
     likeness = ALIKE
     suffixes: tuple[str, ...] = files.SUFFIXES
     members: tuple[str, ...] = ()
@@ -141,7 +142,7 @@ class Graph:
         elif np.isin(array, (0, 1)).all():
             array = array.astype(np.uint8)  # one-hot: a quarter of the space
         degree = np.bincount(pairs[0], minlength=raw.nodes)
-        header = Header(array.shape, ((1.0,),), (), source={"nodes": raw.nodes, "names": list(raw.names)})
+        header = Header(array.shape, ((1.0,),), (), source={"nodes": raw.nodes})
         return Sample(array, header, dict(raw.fields), tables,
                       {"nodes": raw.nodes, "edges": pairs.shape[1] / 2, "least degree": float(degree.min()),
                        "mean degree": float(degree.mean()), "largest degree": float(degree.max()), **notes, **raw.notes},
@@ -201,14 +202,18 @@ class Graph:
         held = files.contents(element[0] if element else paths[0], self.options.label)
         return intake.facts(held.graph(element[2] if element else 0))
 
+    def called(self, paths: Sequence[Path]) -> Sequence[str]:
+        """See `Calling`."""
+        element = split_element(paths[0])
+        return files.contents(element[0] if element else paths[0], self.options.label).graph(element[2] if element else 0).names
+
     def write(self, prediction: np.ndarray, header: Header, path: Path) -> Path:
-        """A CSV `node,class`, in the order of the source file and by its names."""
+        """A CSV `node,class`, in the order of the source file."""
         path = path.with_suffix(".csv")
-        names = header.source["names"] or range(header.source["nodes"])
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(("node", "class"))
-            writer.writerows(zip(names, prediction.tolist(), strict=True))
+            writer.writerows(enumerate(prediction.tolist()))
         return path
 
     # ---- looks

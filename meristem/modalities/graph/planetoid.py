@@ -108,7 +108,8 @@ def read_planetoid(path: Path) -> Contents:
         one_hot[:known], one_hot[test] = classes, of_test
         pairs = np.array([(int(a), int(b)) for a, near in links.items() for b in near], np.int64).reshape(-1, 2).T
     except MISSHAPEN as error:
-        raise DataError("unreadable", f"the parts do not fit each other ({error})", "Copy all eight files again.") from None
+        raise DataError("unreadable", f"the parts do not fit each other ({type(error).__name__})",
+                        "Copy all eight files again.") from None
     given = given.tocsr()
     total = np.asarray(given.sum(1)).ravel()
     given = given.multiply(1 / np.where(total == 0, 1, total)[:, None]).tocsr().astype(np.float32)

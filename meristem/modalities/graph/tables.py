@@ -150,7 +150,7 @@ def assembled(nodes: Mapping[str, Sequence[str]], edges: Sequence[tuple[str, str
         raise DataError("duplicate", "two nodes have one name", "Give every node a name of its own.")
     lost = [e for edge in edges for e in edge if e not in place]
     if lost:
-        raise DataError("dangling", f"{len(lost)} ends of edges are no nodes of the table, the first is '{lost[0]}'",
+        raise DataError("dangling", f"{len(lost)} ends of edges are no nodes of the table",
                         "Add the nodes, or remove the edges.")
     pairs = np.array([(place[a], place[b]) for a, b in edges], np.int64).reshape(-1, 2).T
     fields: dict[str, np.ndarray] = {}
@@ -163,7 +163,8 @@ def assembled(nodes: Mapping[str, Sequence[str]], edges: Sequence[tuple[str, str
     if (named := next((n for n in TAG if n in column), None)) is not None:
         tag, tags = _coded(column.pop(named))
     of_edge, kinds = (None, ()) if kind is None else _coded(kind)
-    given = np.stack([_floats(v, f"column '{n}' of the nodes") for n, v in column.items()], 1) if column else None
+    at = {name: i for i, name in enumerate(nodes, 1)}  # names of columns are not repeated in messages
+    given = np.stack([_floats(v, f"column {at[n]} of the nodes") for n, v in column.items()], 1) if column else None
     raw = Raw(len(names), pairs, of_edge, None if weight is None else _floats(weight, "the weight of an edge"), tag, given,
               fields, names)
     return Contents([raw], None, tags, kinds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -240,7 +241,9 @@ def _text(path: Path, columns: Sequence[str]) -> tuple[np.ndarray, Sequence[str]
     try:
         table = np.loadtxt(io.StringIO(body), dtype=np.float64, ndmin=2)
     except ValueError as error:
-        raise DataError("unreadable", f"is no table of numbers: {error}".splitlines()[0], "One point a line: x y z …") from None
+        where = re.search(r"at row \d+(, column \d+)?", str(error))  # the rest quotes the file
+        raise DataError("unreadable", f"is no table of numbers{f' {where[0]}' if where else ''}", "One point a line: x y z …"
+                        ) from None
     if claimed is not None and len(table) != claimed:
         raise DataError("truncated", f"announces {claimed} points and holds {len(table)}", "Copy it again.")
     if not len(table):

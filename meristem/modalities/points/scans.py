@@ -30,7 +30,7 @@ def read_ply(path: Path, sampled: int) -> Cloud:
         polygons = next((data["face"][p.name] for p in data["face"].properties if p.name.startswith("vertex_ind")), ()) if (
             sampled and "face" in data) else ()
     except (PlyParseError, KeyError, ValueError, OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError("unreadable", f"is no PLY that can be read ({type(error).__name__}: {error})", AGAIN) from None
+        raise DataError("unreadable", f"is no PLY that can be read ({type(error).__name__})", AGAIN) from None
     cloud = of_columns(columns)
     if not len(polygons):
         return cloud

@@ -301,7 +301,7 @@ def decode(row: Row, modality: Modality) -> Sample | Problem:
     except MemoryError:
         return Problem(row.case, "memory", "does not fit into memory", "Use fewer workers, or a coarser spacing.", row.local)
     except Exception as error:  # a decoder may raise anything on a broken file; it is reported, never dropped
-        message = f"cannot be decoded ({type(error).__name__}: {_anonymous(str(error), row)})"
+        message = f"cannot be decoded ({type(error).__name__})"  # what it says may quote the file
         return Problem(row.case, "unreadable", message, "Export the file again.", row.local)
 
 

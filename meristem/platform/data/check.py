@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from meristem.errors import DataError
 from meristem.modalities.base import Identifying, Modality, Placing, Telling
 from meristem.modalities.facts import Doubt, Facts
-from meristem.platform.data import doubts, figures
+from meristem.platform.data import doubts, figures, names
 from meristem.platform.data.cache import Progress, contents, decode, distinct
 from meristem.platform.data.figures import Seen
 from meristem.platform.data.findings import Intake
@@ -53,8 +53,8 @@ def check(path: str | Path, modality: Modality, *, workers: int = 0, progress: P
     classes, objects, masks = map(figures.shown, (manifest.class_names, manifest.object_names, manifest.mask_names))
     intake = Intake(modality=modality.name, layout=manifest.layout, manifest=manifest.hash, samples=len(manifest),
                     subjects=len({r.subject for r in manifest.rows}), usable=len(seen), labelled=sum(r.labelled for r in used),
-                    splits=figures.splits(used, classes), blank=dict(manifest.blank), labels=figures.labels(seen, masks),
-                    mixes=figures.mixes(seen), measures=figures.measures(seen, axes))
+                    splits=figures.splits(used, classes), blank=names.columns(manifest.blank),
+                    labels=figures.labels(seen, masks), mixes=figures.mixes(seen), measures=figures.measures(seen, axes))
     intake.local = {p.case: p.local for p in manifest.problems} | {r.case: r.local for r in manifest.rows}
     intake.classes = figures.counted((r.labels["class"] for r in used if "class" in r.labels), classes)
     intake.objects = figures.counted((c for r in used if r.objects is not None for c in r.objects.label.tolist()), objects)

@@ -119,7 +119,7 @@ def identity(held: Mapping[str, int], manifest: Manifest) -> list[Finding]:
                              what="names of files or folders may say whose they are; what they hold, and how many do",
                              remedy="Rename them before they are shared. Runs and reports know pseudonyms; predictions go by "
                              "the names of their files."))
-    columns = [c for c in manifest.blank if names.personal(c)]
+    columns = [shown for c, shown in zip(manifest.blank, names.columns(manifest.blank), strict=True) if names.personal(c)]
     if columns:
         found.append(Finding(level="identity", reason="column", what=f"columns tell of persons: {', '.join(columns)}",
                              count=len(columns), remedy="Remove them from the list: no run needs them."))
@@ -205,7 +205,7 @@ def table(manifest: Manifest, modality: Modality) -> list[Finding]:
     """Lines of a list that leave something open, and files that lie beside the listed ones and in no list."""
     found = []
     lines = len(manifest) + sum(p.reason in ("missing", "line") for p in manifest.problems)
-    blank = {column: n for column, n in manifest.blank.items() if n and column.lower() not in FILL_IN}
+    blank = {column: n for column, n in names.columns(manifest.blank).items() if n and column.lower() not in FILL_IN}
     if blank:
         told = ", ".join(f"{column} ({n} of {lines})" for column, n in blank.items())
         found.append(Finding(level="doubt", reason="blank", what=f"columns without a value in some lines: {told}",

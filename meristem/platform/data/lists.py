@@ -144,7 +144,7 @@ def _table(search: Search, path: Path, text: str, default: str) -> None:
         search.blank.update({k: int(v.lower() in NOTHING) for k, v in r.items()})
         said = r[split].lower() if split else ""
         if said and said not in SPLITS:
-            raise DataError("split", f"{path.name} line {reader.line_num}: split '{said}' is none of train, val, test",
+            raise DataError("split", f"{path.name} line {reader.line_num}: its split is none of train, val, test",
                             "Correct the column, or leave it empty to have a split drawn.")
         if not all(r[c] for c in paths):
             search.lost.append(("missing", f"{path.name} line {reader.line_num}", "has no path",

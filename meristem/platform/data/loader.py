@@ -247,8 +247,9 @@ class _Batches(Dataset[Batch | DataError]):
     def _windows(self, row: int, draws: Sequence[Draw]) -> list[np.ndarray]:
         try:
             return self.cache.windows(row, draws)
-        except DataError as error:
-            raise DataError(error.reason, f"sample {row}, read before, cannot be read now: {error.what}",
+        except (DataError, OSError) as error:
+            reason, what = (error.reason, error.what) if isinstance(error, DataError) else ("unreadable", error.strerror)
+            raise DataError(reason, f"sample {row}, read before, cannot be read now: {what}",
                             "Put its file back as it was, or start a run without it; --resume goes on.") from None
 
     def _field(self, row: int, name: str, draw: Draw) -> Tensor:

@@ -1,9 +1,9 @@
-"""Whether the name of a file or folder may say whose it is. What it says is counted, never repeated."""
+"""Whether the name of a file, a folder or a column may say whose it is. What it says is counted, never repeated."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
 _YEAR, _MONTH, _DAY = r"(?:19|20)\d\d", r"(?:0[1-9]|1[0-2])", r"(?:0[1-9]|[12]\d|3[01])"
@@ -36,3 +36,18 @@ PERSONAL = re.compile(r"^name$|(?:first|last|middle|given|family|full|patient|su
 def personal(column: str) -> bool:
     """Whether a column of a table is called as if it held a person's name, birth, number or address."""
     return bool(PERSONAL.search(column))
+
+
+COMMON = re.compile(
+    r"path|file|filename|video|clip|image|subject|patient|group|source|class|label|action|split|fold|mask|pair|site|center|centre|"
+    r"hospital|institution|scanner|manufacturer|vendor|sex|gender|age|years|at|scan|date|of|birth|dob|mrn|ssn|first|last|middle|"
+    r"given|family|full|sur|surname|name|id|number|address|phone|e|mail|email|insurance|physician|\d+")
+
+
+def columns(counts: Mapping[str, int]) -> dict[str, int]:
+    """Column of a table -> count, in their order: one made of `COMMON` words by its own name, another by its place, from 1."""
+    shown = {}
+    for place, (name, count) in enumerate(counts.items(), 1):
+        words = re.findall(r"[^\W_]+", name.lower())
+        shown[name if words and all(map(COMMON.fullmatch, words)) else f"column {place}"] = count
+    return shown

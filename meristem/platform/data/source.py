@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from meristem.errors import DataError
-from meristem.modalities.base import Header, Modality, Placing
+from meristem.modalities.base import Calling, Header, Modality, Placing
 from meristem.modalities.likeness import Likeness
 from meristem.modalities.objects import Objects
 from meristem.platform.data.bar import counting
@@ -46,6 +46,10 @@ class Data:
         return {"subjects": sorted({row.subject for row in rows}), "key_id": self.manifest.key_id,
                 "contents": sorted({self.cache.content(row.index) + row.suffix for row in rows}),
                 "fingerprints": likeness and {"method": likeness.method, "codes": sorted({*self.fingerprints(rows).values()})}}
+
+    def called(self, row: Row) -> Sequence[str]:
+        """The names that a sample's file gives its elements, read now; nothing where it gives none."""
+        return self.modality.called(row.paths) if isinstance(self.modality, Calling) else ()
 
     def fingerprints(self, rows: Sequence[Row]) -> dict[str, str]:
         """Content hash -> fingerprint in base64, of the whole samples that have one."""

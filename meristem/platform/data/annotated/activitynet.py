@@ -57,7 +57,7 @@ def read(search: Search, path: Path) -> Path:
             declared += [name for name in _declared(about) if name not in declared]
             database |= {str(name): dict(entry) for name, entry in about["database"].items()}
         except MISSHAPEN as error:
-            raise DataError("unreadable", f"{file.name} is not an ActivityNet file: {type(error).__name__} {error}",
+            raise DataError("unreadable", f"{file.name} is not an ActivityNet file: {type(error).__name__}",
                             'It wants {"database": {"video": {"subset", "duration", "annotations": [{"label", "segment"}]}}}.'
                             ) from None
     search.object_names = tuple(declared or sorted({str(a.get("label")) for entry in database.values()

@@ -100,7 +100,7 @@ def read(search: Search, path: Path) -> Path:
             about = read_json(file, file.name)
             _read(search, root, file, about, len(files) > 1)
         except MISSHAPEN as error:
-            raise DataError("unreadable", f"{file.name} is not a COCO file: {type(error).__name__} {error}",
+            raise DataError("unreadable", f"{file.name} is not a COCO file: {type(error).__name__}",
                             "It wants images (id, file_name), annotations (image_id, category_id, bbox), categories.") from None
     search.name_subjects()
     return root

@@ -70,8 +70,8 @@ def read(search: Search, path: Path) -> Path:
     try:
         given = {int(k): str(v) for k, v in about.get("labels", {}).items()}
         used = {int(label) for _, entry in entries for label in entry.get("label", ()) if "box" in entry}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise DataError("unreadable", f"{file.name} has labels that are no numbers: {error}",
+    except (ValueError, TypeError, AttributeError):
+        raise DataError("unreadable", f"{file.name} has labels that are no numbers",
                         'Give each box a whole number as its label, and their names as "labels": {"0": "nodule"}.') from None
     names = given or {label: f"class {label}" for label in sorted(used)}
     number = {label: i for i, label in enumerate(sorted(names))}

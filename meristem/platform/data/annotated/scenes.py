@@ -45,7 +45,7 @@ def read(search: Search, path: Path) -> Path:
         for scene in about["scenes"]:
             _scene(search, root, scene)
     except MISSHAPEN as error:
-        raise DataError("unreadable", f"{NAME} does not describe scenes: {type(error).__name__} {error}",
+        raise DataError("unreadable", f"{NAME} does not describe scenes: {type(error).__name__}",
                         '{"classes": ["chair"], "scenes": [{"file": "1.ply", "labels": ["chair"], "boxes": '
                         '[[x, y, z, length, width, height, heading]]}]} is meant.') from None
     search.name_subjects()
