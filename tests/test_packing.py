@@ -66,6 +66,28 @@ def test_packed_rows_are_padded_rows_and_each_is_itself_alone(valid: Tensor, pre
                 torch.testing.assert_close(packed[0][i:i + 1, lived[i]], alone, rtol=1e-4, atol=2e-5)
 
 
+@settings(max_examples=25, deadline=None)
+@given(valid=rows, prefix=st.sampled_from([0, 1]))
+def test_edges_weigh_in_packed_rows_as_in_padded_ones(valid: Tensor, prefix: int) -> None:
+    row, target, source = (valid[:, :, None] & valid[:, None]).nonzero(as_tuple=True)
+    some = (target + 2 * source) % 3 == 0
+    index = torch.stack([row * 7 + source, row * 7 + target])[:, some]
+    edges = Edges(index, torch.zeros(index.shape[1], dtype=torch.long), None, len(valid), 7)
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        for share in (2.0, 0.0):
+            patch.setattr(packing, "PAYS", share)
+            net, (x, position) = blocks(), made(valid)
+            net.bias = torch.nn.Parameter(torch.tensor([[0.0, 0.3], [2.0, -1.0]]))
+            x = torch.cat([torch.ones(len(x), prefix, 24), x], 1).requires_grad_()
+            y, _, _ = net(x, position, prefix, valid, edges=edges)
+            y.square().sum().backward()
+            assert x.grad is not None and net.bias.grad is not None
+            found.append([y.detach(), x.grad, net.bias.grad])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-5)
+
+
 def test_stochastic_depth_drops_whole_rows_and_the_same_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     valid = torch.arange(6) < torch.tensor([6, 1, 3, 2])[:, None]
     found = []
@@ -81,7 +103,7 @@ def test_stochastic_depth_drops_whole_rows_and_the_same_ones(monkeypatch: pytest
 
 def test_it_packs_where_it_pays_and_no_table_of_pairs_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(Packing, "attend", lambda self, q, k, v: (asked.append(self.lengths), v)[1])
+    monkeypatch.setattr(Packing, "attend", lambda self, q, k, v, bias: (asked.append(self.lengths), v)[1])
     valid = torch.arange(8) < torch.tensor([8, 4])[:, None]
     x, position = (made(valid)[0].nan_to_num(), made(valid)[1])
     net = blocks()
@@ -90,8 +112,6 @@ def test_it_packs_where_it_pays_and_no_table_of_pairs_is_asked_for(monkeypatch: 
     net(x, position, valid=valid, order=torch.arange(8).expand(2, -1))
     net(x, position, valid=valid, attend=0.5)
     net(x, position, valid=valid, want=frozenset({"attention"}))
-    net.bias = torch.nn.Parameter(torch.zeros(2, 2))
-    net(x, position, valid=valid, edges=Edges(torch.tensor([[0, 1], [1, 0]]), torch.tensor([0, 0]), None, 2, 8))
     assert not asked
     net(x, position, valid=valid)
     assert asked == [(8, 4)] * 2

@@ -36,9 +36,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None,
                 packing: Packing | None = None) -> Tensor:
         """x (B, N, D), or packed (1, T, D). rope: (B, 1, N, 2·D / heads). attn_mask: as `scaled_dot_product_attention` takes
-        it."""
+        it, of the rows as they were before packing."""
         q, k, v = self.projected(x, rope)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask) if packing is None else packing.attend(q, k, v)
+        if packing is None:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        else:
+            x = packing.attend(q, k, v, attn_mask)
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def projected(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

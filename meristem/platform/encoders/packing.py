@@ -50,21 +50,22 @@ class Packing:
         """Numbers of rows (B, 1, 1) to those of their tokens, (1, T, 1)."""
         return x[self.row, 0][None]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attention of each row's tokens to each other; q, k, v and the result: (1, H, T, d).
 
-        On a GPU one kernel for all rows where it has one, of 16 bits; else all rows padded again, since linear layers are most
-        of the work. On a CPU row by row, which is faster than any other way.
+        bias: (B, H, N, N) to add to the logits, −inf for padding. With one, all rows are padded again, since linear layers are
+        most of the work. Without, on a GPU one kernel for all rows where it has one, of 16 bits, else padded; on a CPU row by
+        row, which is faster than any other way.
         """
-        if _flashes(q):
+        if bias is None and _flashes(q):
             from torch.nn.attention.varlen import varlen_attn
 
             most, (q, k, v) = self.valid.shape[1], (x[0].transpose(0, 1) for x in (q, k, v))
             seen: Any = varlen_attn(q, k, v, self.ends, self.ends, most, most)
             return seen.transpose(0, 1)[None]
-        if q.is_cuda:
+        if bias is not None or q.is_cuda:
             q, k, v = (self.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
-            mask = (self.valid | ~self.valid.any(1, keepdim=True))[:, None, None]
+            mask = (self.valid | ~self.valid.any(1, keepdim=True))[:, None, None] if bias is None else bias
             return self.pack(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)).transpose(1, 2)
         filled = [n for n in self.lengths if n]
         rows = zip(*(x.split(filled, 2) for x in (q, k, v)), strict=True)

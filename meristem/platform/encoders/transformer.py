@@ -82,8 +82,7 @@ class Blocks(Parted):
         if valid is not None:
             valid = F.pad(valid, (prefix, 0), value=True)
             lengths = tuple(valid.sum(1).tolist())
-            pairs = order is not None or attend is not None or "attention" in want or (
-                self.bias is not None and edges is not None)  # a table of them is made
+            pairs = order is not None or attend is not None or "attention" in want  # a table of them is made
             if self.packs and not pairs and told is None:
                 packing = Packing.of(valid, lengths)
             if packing is None and sum(lengths) < valid.numel():
@@ -103,6 +102,8 @@ class Blocks(Parted):
             if self.slope is not None and edges.value is not None:
                 bias = bias + edges.dense_value() @ self.slope
             bias = F.pad(bias.permute(0, 3, 1, 2), (prefix, 0, prefix, 0)).to(x.dtype)
+            if packing is not None and valid is not None:
+                mask = (valid | ~valid.any(1, keepdim=True))[:, None, None]
             mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
         rope = None
         if position is not None and self.rotary is not None:
