@@ -17,11 +17,12 @@ if TYPE_CHECKING:
         pretrain,
         recipe_names,
         report,
+        shard_data,
         show_recipe,
     )
 
 __all__ = ["adopt", "bench", "check_data", "embed", "evaluate", "export", "finetune", "predict", "pretrain", "recipe_names",
-           "report", "show_recipe"]
+           "report", "shard_data", "show_recipe"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,21 +17,24 @@ from meristem.modalities.base import modality_class
 from meristem.platform import recipe as recipes
 from meristem.platform.data.guess import guess_modality
 from meristem.platform.data.manifest import Manifest
-from meristem.platform.data.source import Data, open_data
+from meristem.platform.data.shards.remote import is_url
+from meristem.platform.data.source import ROOM, Data, open_data
 from meristem.platform.origin import METADATA, SCRATCH, origin
 from meristem.platform.training import checkpoint
 
 if TYPE_CHECKING:
     from meristem.platform.benching.results import Bench
     from meristem.platform.data.findings import Intake
+    from meristem.platform.data.shards.write import Written
     from meristem.platform.training.loop import Outcome
     from meristem.tasks import transfer
     from meristem.tasks.finetune import Tuned
 
 __all__ = ["adopt", "bench", "check_data", "embed", "evaluate", "export", "finetune", "guess_modality", "predict", "pretrain",
-           "recipe_names", "report", "show_recipe"]
+           "recipe_names", "report", "shard_data", "show_recipe"]
 
 Pathlike = str | Path
+SIZE = 256.0  # MB of a shard
 
 
 def _modality(named: str, data: Pathlike, overrides: Sequence[str], init: Path | None = None) -> str:
@@ -44,6 +47,10 @@ def _modality(named: str, data: Pathlike, overrides: Sequence[str], init: Path |
         return said
     if isinstance(said, Mapping) and len(said) == 1:
         return str(next(iter(said)))
+    if is_url(data):
+        from meristem.platform.data.shards import index
+
+        return index.kind(str(data))
     if init is not None:
         kind = modality_class(checkpoint.read_card(init)["modality"])
         try:
@@ -61,18 +68,18 @@ def _is_recipe(name: str) -> bool:
 
 
 def pretrain(recipe: str, data: Pathlike | Mapping[str, Pathlike], out: Pathlike, overrides: Sequence[str] = (), *,
-             init: str = SCRATCH, split: str = "auto", cache: Path | None = None, resume: bool = False,
+             init: str = SCRATCH, split: str = "auto", cache: Path | None = None, room: float = ROOM, resume: bool = False,
              quiet: bool = False) -> Outcome:
     """Learn an encoder from unlabelled data into the run directory `out`.
 
     recipe: a name (`volume/mae`, or `mae` where the data's files say which modality) or a YAML file. data: a folder, an MSD or
-    nnU-Net dataset, a CSV, a list of paths and labels or a MedMNIST npz; for a joint recipe (`joint/mae`) such a place for each
-    member that takes part; only rows of the training split are seen. overrides:
+    nnU-Net dataset, a CSV, a list of paths and labels, a MedMNIST npz or the URL of shards (`shard_data`); for a joint recipe
+    (`joint/mae`) such a place for each member that takes part; only rows of the training split are seen. overrides:
     `key.sub=value`. init: a pretraining run whose encoder this one goes on from, as the second stage of a method does, or
     `scratch`. split: `auto` (the data's own, else 60/20/20 by patient; data without any label all trains), fractions
     `0.6,0.2,0.2`, `every:5:1`: fold 1 of 5 (0 to 4) tests, the next validates; folds share no subject; or `fold:1` of those
     that the data declares (`fold:1:only`: none validates). cache: where decoded samples are kept (None: the user's cache).
-    resume: go on from the newest checkpoint in `out`, exactly.
+    room: GB of it for fetched shards. resume: go on from the newest checkpoint in `out`, exactly.
     Returns the weights and figures; writes recipe.yaml, metrics.jsonl, metrics.json, quarantine.csv and checkpoints.
     Under torchrun every process calls it alike. Raises MeristemError.
     """
@@ -83,7 +90,7 @@ def pretrain(recipe: str, data: Pathlike | Mapping[str, Pathlike], out: Pathlike
     if isinstance(data, Mapping):
         if start is not None:
             raise RecipeError("a joint run starts from random weights", "Leave --init out.")
-        return _pretrain_jointly(recipe, data, out, overrides, split, cache, resume, quiet)
+        return _pretrain_jointly(recipe, data, out, overrides, split, cache, room, resume, quiet)
     if not _is_recipe(recipe):
         recipe = f"{_modality(recipe, data, overrides)}/{recipe}"
     plain = recipes.override(recipes.read(recipe), overrides)
@@ -94,12 +101,12 @@ def pretrain(recipe: str, data: Pathlike | Mapping[str, Pathlike], out: Pathlike
         remedy = "Use `meristem finetune`." if "task" in plain else "Choose one of `meristem recipes list`."
         raise RecipeError(f"'{recipe}' has no objective to pretrain by", remedy)
     settings = recipes.build(plain, recipes.Recipe)
-    found = open_data(Path(data), settings.modality, split, cache, quiet)
+    found = open_data(data, settings.modality, split, cache, quiet, room=room)
     return _pretrain(settings.of(found.modality), found, Path(out), init=start, resume=resume, quiet=quiet)
 
 
 def _pretrain_jointly(recipe: str, data: Mapping[str, Pathlike], out: Pathlike, overrides: Sequence[str], split: str,
-                      cache: Path | None, resume: bool, quiet: bool) -> Outcome:
+                      cache: Path | None, room: float, resume: bool, quiet: bool) -> Outcome:
     from meristem.platform import joint
     from meristem.platform.training.joint import pretrain as _pretrain
 
@@ -108,7 +115,7 @@ def _pretrain_jointly(recipe: str, data: Mapping[str, Pathlike], out: Pathlike, 
         raise RecipeError(f"'{recipe}' is a recipe of one kind of data, and data of {len(data)} were named",
                           "Use joint/mae, or give one --data without a name.")
     settings = joint.build(plain, list(data))
-    found = {name: open_data(Path(place), settings.members[name].recipe.modality, split, cache, quiet)
+    found = {name: open_data(place, settings.members[name].recipe.modality, split, cache, quiet, room=room)
              for name, place in data.items()}
     members = {name: m.model_copy(update={"recipe": m.recipe.of(found[name].modality)}) for name, m in settings.members.items()}
     settings = settings.model_copy(update={"members": members})
@@ -161,7 +168,7 @@ def bench(recipe: str, data: Pathlike | None = None, overrides: Sequence[str] = 
 
 def finetune(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] = (), *, init: str = SCRATCH,
              labels: str = "all", train_on: Sequence[str] = ("train",), split: str = "auto", cache: Path | None = None,
-             resume: bool = False, quiet: bool = False) -> Tuned:
+             room: float = ROOM, resume: bool = False, quiet: bool = False) -> Tuned:
     """Grow a task head on an encoder, and score it on the labelled samples of the test split.
 
     task: `segmentation`, `classification` or `detection`, or a recipe name or YAML file: these say of which
@@ -177,14 +184,14 @@ def finetune(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
     quiet = quiet or not first_rank()
     start = origin(init)
     settings = tuning.resolve(task, _modality(task, data, overrides, start), overrides, start)
-    found = open_data(Path(data), settings.modality, split, cache, quiet)
+    found = open_data(data, settings.modality, split, cache, quiet, room=room)
     return tuning.finetune(settings.of(found.modality), found, Path(out), init=start, labels=labels, train_on=train_on,
                            resume=resume, quiet=quiet)
 
 
 def evaluate(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] = (), *, inits: Sequence[str],
              labels: Sequence[str] = ("all",), seeds: int = 3, protocols: Sequence[str] = (), split: str = "auto",
-             cache: Path | None = None, jobs: int | None = None, quiet: bool = False) -> Path:
+             cache: Path | None = None, room: float = ROOM, jobs: int | None = None, quiet: bool = False) -> Path:
     """Compare encoders by what they are worth to a task; returns the page of the transfer report.
 
     task: as in `finetune`, `propagation` or `keypoints`. inits: pretraining runs; `metadata` is what files say before any
@@ -203,9 +210,9 @@ def evaluate(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
 
     quiet = quiet or not first_rank()
     jobs = jobs or max(torch.cuda.device_count(), 1)
-    entrants = _entrants(task, data, overrides, inits, split, cache, quiet)
+    entrants = _entrants(task, data, overrides, inits, split, cache, room, quiet)
     alone = jobs == 1 or "WORLD_SIZE" in os.environ  # torchrun has its own processes
-    asked = (task, data, out, overrides, inits, labels, seeds, protocols, split, cache)
+    asked = (task, data, out, overrides, inits, labels, seeds, protocols, split, cache, room)
     others = None if alone else partial(in_parallel, _share, jobs, asked, quiet)
     transfer.evaluate(entrants, Path(out), labels, seeds, protocols, quiet, others=others)
     if not first_rank():
@@ -215,7 +222,7 @@ def evaluate(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
 
 
 def _entrants(task: str, data: Pathlike, overrides: Sequence[str], inits: Sequence[str], split: str, cache: Path | None,
-              quiet: bool) -> list[transfer.Entrant]:
+              room: float, quiet: bool) -> list[transfer.Entrant]:
     """Every arm's recipe and data. Those without a run are like the first run."""
     from meristem.tasks import finetune as tuning
     from meristem.tasks import transfer
@@ -228,17 +235,18 @@ def _entrants(task: str, data: Pathlike, overrides: Sequence[str], inits: Sequen
         settings = tuning.resolve(task, kind, overrides, origin(init))
         options = settings.modality.options.model_dump_json()
         if options not in opened:
-            opened[options] = open_data(Path(data), settings.modality, split, cache, quiet)
+            opened[options] = open_data(data, settings.modality, split, cache, quiet, room=room)
         found[init] = transfer.Entrant(init, settings.of(opened[options].modality), opened[options])
     first = next(iter(found.values()))
     return [found.get(init) or replace(first, init=init) for init in inits]
 
 
 def _share(share: transfer.Share, task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str], inits: Sequence[str],
-           labels: Sequence[str], seeds: int, protocols: Sequence[str], split: str, cache: Path | None, quiet: bool) -> None:
+           labels: Sequence[str], seeds: int, protocols: Sequence[str], split: str, cache: Path | None, room: float,
+           quiet: bool) -> None:
     from meristem.tasks import transfer
 
-    entrants = _entrants(task, data, overrides, inits, split, cache, True)
+    entrants = _entrants(task, data, overrides, inits, split, cache, room, True)
     transfer.evaluate(entrants, Path(out), labels, seeds, protocols, quiet, share)
 
 
@@ -296,7 +304,7 @@ def predict(checkpoint_: Pathlike, data: Pathlike, out: Pathlike, *, quiet: bool
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".reading-") as folder:
-        found = open_data(Path(data), settings.modality, "auto", Path(folder), quiet, labels=False)
+        found = open_data(data, settings.modality, "auto", Path(folder), quiet, labels=False)
         written = objective(assembly).write(assembly, found, found.rows(), scope, out)
     if found.cache.quarantine:
         found.cache.write_quarantine(out / "quarantine.csv")
@@ -320,7 +328,7 @@ def embed(checkpoint_: Pathlike, data: Pathlike, out: Pathlike, *, quiet: bool =
     assembly = restored(Path(checkpoint_))
     if torch.cuda.is_available():
         assembly = assembly.cuda()
-    found = open_data(Path(data), assembly.recipe.modality, "auto", None, quiet, labels=False)
+    found = open_data(data, assembly.recipe.modality, "auto", None, quiet, labels=False)
     rows = found.rows()
     path = Path(out) / "embeddings.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -359,6 +367,25 @@ def check_data(path: Pathlike, modality: str | None = None, out: Pathlike | None
     if out is not None:
         intake.write(found, Path(out))
     return found
+
+
+def shard_data(path: Pathlike, url: str, overrides: Sequence[str] = (), *, recipe: str | None = None, size: float = SIZE,
+               cache: Path | None = None, workers: int = 0, quiet: bool = False) -> Written:
+    """Decode samples as training would, and write them as shards that `pretrain` and the other verbs stream from a URL.
+
+    path: as `data` of `pretrain`. url: a folder of any file system that fsspec knows (s3://, gs://, file://). recipe: the one
+    that they are for, whose `modality` says how files are read; None: that of the data's kind. overrides:
+    `modality.volume.spacing=[1,1,1]`; whoever streams must want the same. size: MB of a shard. cache: a folder for one shard at
+    a time, and the hashes of files. workers: processes that decode.
+    The same call goes on where one was stopped. Shards hold pseudonyms and no name of any file. Raises MeristemError.
+    """
+    from meristem.platform.data.bar import counting
+    from meristem.platform.data.shards.write import write
+
+    named = recipe or f"{_modality('', path, overrides)}/base"
+    settings = recipes.build(recipes.override(recipes.read(named), overrides), recipes.Recipe)
+    with counting("writing shards", quiet) as progress:
+        return write(Path(path), settings.modality, str(url), round(size * 1e6), cache, progress, workers)
 
 
 def show_recipe(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -25,13 +25,15 @@ app.add_typer(recipes_app, name="recipes")
 
 DATA = ("A folder, an MSD or nnU-Net dataset, boxes (COCO, Pascal VOC, MONAI, KITTI, ActivityNet), a CSV, a list of paths and "
         "labels, a MedMNIST .npz, or one file.")
-DataOption = Annotated[Path, typer.Option("--data", help=DATA)]
+DATA_OR_URL = f"{DATA} Or the URL of shards that `meristem data shard` wrote."
+DataOption = Annotated[str, typer.Option("--data", help=DATA_OR_URL)]
 OutOption = Annotated[Path, typer.Option("--out", help="Directory for the results.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Recipe overrides, key.sub=value.", show_default=False)]
 SplitOption = Annotated[str, typer.Option(
     "--split", help="auto (the data's own, else 60/20/20 by patient), fractions such as 0.6,0.2,0.2, every:5:1 (of five "
                     "folds, 0 to 4, the one to test on), or fold:1 (of the data's own; fold:1:only validates on none).")]
 CacheOption = Annotated[Path | None, typer.Option("--cache", help="Where decoded samples are kept.", show_default="user cache")]
+RoomOption = Annotated[float, typer.Option("--room", min=0, help="GB of the cache for shards that are fetched from a URL.")]
 Task = Annotated[str, typer.Argument(help="segmentation, classification, detection, propagation or keypoints; or a recipe "
                                           "(video/classification) or YAML file, which says what kind of data it is where the "
                                           "files do not.")]
@@ -52,13 +54,14 @@ Protocols = Annotated[list[str] | None, typer.Option(
 
 @app.command()
 def pretrain(recipe: Annotated[str, typer.Argument(help="A recipe name (volume/mae) or a YAML file.")],
-             data: Annotated[list[str], typer.Option("--data", help=f"{DATA} For joint/mae several: image=PATH, points=PATH.")],
+             data: Annotated[list[str], typer.Option("--data", help=f"{DATA_OR_URL} For joint/mae several: image=PATH, "
+                                                                    "points=PATH.")],
              out: OutOption, overrides: Overrides = None, init: Init = "scratch", split: SplitOption = "auto",
-             cache: CacheOption = None, resume: Resume = False, quiet: Quiet = False) -> None:
+             cache: CacheOption = None, room: RoomOption = 20.0, resume: Resume = False, quiet: Quiet = False) -> None:
     """Learn an encoder from unlabelled data."""
     from meristem import api
-    api.pretrain(recipe, _places(data), out, overrides or (), init=init, split=split, cache=cache, resume=resume,
-                 quiet=quiet)
+    api.pretrain(recipe, _places(data), out, overrides or (), init=init, split=split, cache=cache, room=room,
+                 resume=resume, quiet=quiet)
 
 
 def _places(data: list[str]) -> str | dict[str, str]:
@@ -74,24 +77,24 @@ def _places(data: list[str]) -> str | dict[str, str]:
 @app.command()
 def finetune(task: Task, data: DataOption, out: OutOption, overrides: Overrides = None, init: Init = "scratch",
              labels: Labels = "all", train_on: TrainOn = "train", split: SplitOption = "auto", cache: CacheOption = None,
-             resume: Resume = False, quiet: Quiet = False) -> None:
+             room: RoomOption = 20.0, resume: Resume = False, quiet: Quiet = False) -> None:
     """Grow a task head on an encoder, with labels, and score it on held-out subjects."""
     from meristem import api
     api.finetune(task, data, out, overrides or (), init=init, labels=labels, train_on=train_on.split(","), split=split,
-                 cache=cache, resume=resume, quiet=quiet)
+                 cache=cache, room=room, resume=resume, quiet=quiet)
 
 
 @app.command()
 def evaluate(task: Task, data: DataOption, out: OutOption, overrides: Overrides = None, init: Inits = None,
              labels: Budgets = None,
              seeds: Annotated[int, typer.Option(min=1, help="Seeds per cell: label draw and training.")] = 3,
-             protocol: Protocols = None, split: SplitOption = "auto", cache: CacheOption = None,
+             protocol: Protocols = None, split: SplitOption = "auto", cache: CacheOption = None, room: RoomOption = 20.0,
              jobs: Annotated[int | None, typer.Option(min=1, help="Processes that share the grid.",
                                                       show_default="one for each GPU")] = None, quiet: Quiet = False) -> None:
     """Compare encoders at several label budgets; write the transfer report. An interrupted grid goes on where it stopped."""
     from meristem import api
     page = api.evaluate(task, data, out, overrides or (), inits=init or ["scratch"], labels=labels or ["all"], seeds=seeds,
-                        protocols=protocol or (), split=split, cache=cache, jobs=jobs, quiet=quiet)
+                        protocols=protocol or (), split=split, cache=cache, room=room, jobs=jobs, quiet=quiet)
     if not quiet:
         print(page)
 
@@ -173,6 +176,27 @@ def data_check(path: Annotated[Path, typer.Argument(help=DATA)], as_json: Json =
         show(found, Console(), found.local if names else {})
     if not found.ok:
         raise typer.Exit(1)
+
+
+@data_app.command("shard")
+def data_shard(path: Annotated[Path, typer.Argument(help=DATA)],
+               out: Annotated[str, typer.Option("--out", help="s3://bucket/folder, gs://…, file:///…, or another URL that "
+                                                              "fsspec can write to.")],
+               overrides: Overrides = None,
+               recipe: Annotated[str | None, typer.Option(help="Decode as this recipe wants it.",
+                                                          show_default="the base of the data's kind")] = None,
+               size: Annotated[float, typer.Option(min=0.001, help="MB of a shard.")] = 256.0, cache: CacheOption = None,
+               workers: Annotated[int, typer.Option(min=0, help="Processes that decode; 0: this one.")] = 0,
+               quiet: Quiet = False) -> None:
+    """Write the decoded samples as shards, to train on data that no local disk holds. A stopped call goes on where it was."""
+    from meristem import api
+    from meristem.platform.data.shards.remote import masked
+    done = api.shard_data(path, out, overrides or (), recipe=recipe, size=size, cache=cache, workers=workers, quiet=quiet)
+    if not quiet:
+        lost = f", {len(done.problems)} files cannot be used (`meristem data check` says why)" if done.problems else ""
+        there = f" ({done.reused} were there)" if done.reused else ""
+        megabytes = sum(shard.size for shard in done.shards) / 1e6
+        print(f"{len(done.lines):,} samples in {len(done.shards):,} shards{there}, {megabytes:,.1f} MB, at {masked(out)}{lost}")
 
 
 @app.command()

@@ -251,10 +251,11 @@ class Modality(Protocol):
 
     Everything but `read`, `fetch` and `write` is pure. suffixes: of its files. members: of files of which a whole folder is one
     sample. `Options` and `ViewOptions` are pydantic models: recipes are validated by them.
-    A class may add `version` (a number; another one makes cached samples stale), `beside(path)` (the other files that one is
-    read with), a static `recognised(path) -> bool` (whether a file of a suffix that others have too is its own), `likeness`
-    (how the fingerprints that its `read` gives to samples are compared; without, copies are known by their bytes alone) and
-    `grows` (see `Growing`).
+    A class may add `version` (a number; another one makes cached samples stale), `later` (names of the options that `read` and
+    `fetch` never look at, so that samples serve whatever these say), `beside(path)` (the other files that one is read with), a
+    static `recognised(path) -> bool` (whether a file of a suffix that others have too is its own), `likeness` (how the
+    fingerprints that its `read` gives to samples are compared; without, copies are known by their bytes alone) and `grows` (see
+    `Growing`).
     """
 
     name: str

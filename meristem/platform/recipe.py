@@ -71,7 +71,8 @@ class TrainSettings(Settings):
     `pareto`, a direction that lowers all of them whatever their scale (on one process, in fp32). compile: the
     parts of nets by torch.compile, which takes minutes once. checkpointing: of activations, which are computed again part by
     part in the backward pass instead of being kept. fsdp: several processes share
-    out weights, gradients and optimiser states, where each would hold all of them.
+    out weights, gradients and optimiser states, where each would hold all of them. window: of samples that are streamed, how
+    many shards are mixed at any time; as many as there are make it a plain shuffle.
     """
 
     steps: Count = 1000
@@ -99,6 +100,7 @@ class TrainSettings(Settings):
     checkpoint_every: Count = 500
     keep: Count = 2
     workers: Annotated[int, Field(ge=0)] = 1
+    window: Count = 8
 
     @model_validator(mode="after")
     def _comparable(self) -> Self:

@@ -89,6 +89,7 @@ class Image(Lattice):
     """
 
     name = "image"
+    later = ("patch", "scales")
     likeness = ALIKE
     suffixes = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm")
     Options = ImageOptions

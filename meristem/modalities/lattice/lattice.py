@@ -46,6 +46,7 @@ class Lattice:
     name: str
     suffixes: tuple[str, ...]
     members: tuple[str, ...] = ()
+    later: tuple[str, ...] = ("patch",)
     Options: type[Settings] = LatticeOptions
     ViewOptions: type[ViewSettings] = LatticeViewOptions
     axes: tuple[Axis, ...]

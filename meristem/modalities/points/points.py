@@ -41,6 +41,7 @@ class Points:
     version = 1
     suffixes: tuple[str, ...] = files.SUFFIXES
     members: tuple[str, ...] = ()
+    later = ("tokens", "count", "size", "cell", "places")
     Options: type[Settings] = PointsOptions
     ViewOptions: type[ViewSettings] = PointsViewOptions
     grows: Mapping[str, tuple[int, ...]] = {"points": (0,)}

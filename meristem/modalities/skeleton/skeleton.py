@@ -46,6 +46,7 @@ class Skeleton:
     version = 1
     suffixes: tuple[str, ...] = files.SUFFIXES
     members: tuple[str, ...] = ()
+    later = ("segment", "seconds")
     Options: type[Settings] = SkeletonOptions
     ViewOptions: type[ViewSettings] = SkeletonViewOptions
     grows: Mapping[str, tuple[int, ...]] = {"frames": (0,)}

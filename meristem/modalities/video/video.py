@@ -47,6 +47,7 @@ class Video(Lattice):
     likeness = ALIKE
     suffixes = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".dcm")
     members = SUFFIXES
+    later = ("patch", "scales", "seconds")
     Options = VideoOptions
     ViewOptions = VideoViewOptions
     grows: Mapping[str, tuple[int, ...]] = {"frames": (0,), "size": (1, 2)}

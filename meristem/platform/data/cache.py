@@ -8,7 +8,6 @@ absent, never stale; data is written under a temporary name, synced and renamed,
 from __future__ import annotations
 
 import base64
-import csv
 import fcntl
 import hashlib
 import json
@@ -18,11 +17,9 @@ import re
 import secrets
 import shutil
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,85 +30,29 @@ from torch.utils.data import DataLoader, Dataset
 
 from meristem.errors import DataError, MeristemError
 from meristem.modalities import npy
-from meristem.modalities.base import Draw, Header, Modality, Sample, member_files, raw_pad, split_element
+from meristem.modalities.base import Draw, Modality, Sample, member_files, split_element
 from meristem.platform.data.manifest import Manifest, Problem, Row, pseudonym, user_key
+from meristem.platform.data.samples import TABLE, Block, Entry, Samples
 
-LAYOUT = 3  # of the files in a cache; another number, another folder
+LAYOUT = 4  # of the files in a cache; another number, another folder
 LARGE = 4 << 20  # bytes above which a sample gets a chunked file: below, reading it raw is cheaper than opening one
 CHUNK, BLOCK = 1 << 18, 1 << 15  # elements (64³, 32³): a crop unpacks only the blocks it touches
 SHARD_BYTES, SHARD_SECONDS = 64 << 20, 30.0  # an interruption loses at most this much work on small samples
-TABLE = "table-"  # before a table's name in a sample's arrays
-HANDLES = 64  # chunked files one process keeps open
 FREE = 0.05  # share of the disk that is left free
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class Block:
-    """Where an array lies: a chunked file, or a place in a packed one; without a name, in the sample's own files."""
+class Cache(Samples):
+    """Samples that were decoded into files of this machine.
 
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One stored sample. content: sha256 of its image files. tables: arrays off the lattice. counts: field -> value -> elements
-    that have it. fingerprint: by which copies of it are known again, in base64.
-    """
-
-    key: str
-    content: str
-    header: Header
-    array: Block
-    fields: Mapping[str, Block]
-    tables: Mapping[str, Block]
-    counts: Mapping[str, Mapping[int, int]]
-    fingerprint: str = ""
-
-    def blocks(self) -> tuple[Block, ...]:
-        return (self.array, *self.fields.values(), *self.tables.values())
-
-    def dump(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def load(cls, data: Mapping[str, Any]) -> Entry:
-        h = data["header"]
-        header = Header(tuple(h["shape"]), tuple(tuple(row) for row in h["affine"]), tuple(h["spacing"]), tuple(h["scale"]),
-                        tuple(h["offset"]), tuple(h["pad"]), h["source"], tuple(tuple(a) for a in h["anchors"]))
-
-        def block(b: Mapping[str, Any]) -> Block:
-            return Block(b["file"], b["dtype"], tuple(b["shape"]), b["offset"])
-
-        fields, tables = ({k: block(b) for k, b in data[name].items()} for name in ("fields", "tables"))
-        return cls(data["key"], data["content"], header, block(data["array"]), fields, tables,
-                   {name: {int(v): n for v, n in counts.items()} for name, counts in data["counts"].items()},
-                   data["fingerprint"])
-
-
-class Cache:
-    """The stored samples of a manifest, by row index. Opens files on first use in each process, so it may be forked and sent.
-
-    modality, sources: who decodes, and from where, the samples that stayed in their own files. quarantine: rows and files
-    that cannot be used, with the reason. reused: entries that were there before the build.
+    modality, sources: who decodes, and from where, the samples that stayed in their own files. reused: entries that were there
+    before the build.
     """
 
     def __init__(self, directory: Path, entries: Mapping[int, Entry], modality: Modality,
                  sources: Mapping[int, Sequence[Path]] = {}, quarantine: Sequence[Problem] = (), reused: int = 0) -> None:
-        self.directory, self.entries, self.reused = directory, dict(entries), reused
-        self.quarantine: tuple[Problem, ...] = tuple(quarantine)
-        self._modality, self._sources = modality, dict(sources)
-        self._handles: OrderedDict[tuple[int, str], Any] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": OrderedDict()}
+        super().__init__(directory, entries, quarantine)
+        self._modality, self._sources, self.reused = modality, dict(sources), reused
 
     @classmethod
     def build(cls, manifest: Manifest, modality: Modality, directory: Path | None = None,
@@ -124,9 +65,8 @@ class Cache:
         the one in test is kept before val before train, and the labelled before the unlabelled. Raises MeristemError when
         the disk would run full, DataError when nothing can be read.
         """
-        base = directory or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meristem"
         made_by = fingerprint(modality)
-        home = base / f"{modality.name}-{made_by}"
+        home = (directory or user_cache()) / f"{modality.name}-{made_by}"
         home.mkdir(parents=True, exist_ok=True)
         with _locked(home):
             known = _stored(home)
@@ -134,15 +74,15 @@ class Cache:
             digests = contents(manifest.rows, problems, workers, home / "digests.json", modality.members,
                                getattr(modality, "beside", None))
             kept = distinct([r for r in manifest.rows if r.index in digests], digests, problems)
-            keys = {r.index: _key(digests[r.index], made_by) for r in kept}
+            keys = {r.index: key(digests[r.index], made_by) for r in kept}
             todo = [r for r in kept if keys[r.index] not in known]
             done, reused = len(manifest) - len(todo), len(kept) - len(todo)
             if progress:
                 progress(done, len(manifest))
-            decoding = _Decoding(todo, [digests[r.index][0] for r in todo], [keys[r.index] for r in todo], modality, home)
+            decoding = Decoding(todo, [digests[r.index][0] for r in todo], [keys[r.index] for r in todo], modality, home)
             shard = _Shard(home)
             try:
-                for result in _each(decoding, workers):
+                for result in each(decoding, workers):
                     if isinstance(result, Problem):
                         problems.append(result)
                     else:
@@ -166,118 +106,27 @@ class Cache:
                             "`meristem data check --names` names each file and what is wrong with it.")
         return cache
 
-    def __len__(self) -> int:
-        return len(self.entries)
+    def _file(self, name: str) -> Path:
+        return self.directory / name
 
-    def __contains__(self, row: int) -> bool:
-        return row in self.entries
+    def _outside(self, row: int, draws: Sequence[Draw]) -> list[np.ndarray]:
+        return self._modality.fetch(self._sources[row], self.entries[row].header, draws)
 
-    @property
-    def rows(self) -> tuple[int, ...]:
-        """Indices of the manifest rows that can be used, ascending."""
-        return tuple(sorted(self.entries))
 
-    @property
-    def nbytes(self) -> int:
-        """Of all stored arrays, before compression."""
-        return sum(b.nbytes for e in self.entries.values() for b in e.blocks() if b.file)
+def user_cache() -> Path:
+    """Where decoded samples are kept unless somebody says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meristem"
 
-    def header(self, row: int) -> Header:
-        """Without tables."""
-        return self.entries[row].header
 
-    def aim(self, row: int, anchors: tuple[tuple[int, ...], ...]) -> None:
-        """Let crops of a row that must hold something labelled be drawn about these stored positions."""
-        if anchors:
-            entry = self.entries[row]
-            self.entries[row] = replace(entry, header=replace(entry.header, anchors=anchors))
-
-    def tables(self, row: int) -> dict[str, np.ndarray]:
-        """What is stored beside the lattice, by name; not copied where it is mapped into memory."""
-        return {name: self._open(block)[...] for name, block in self.entries[row].tables.items()}
-
-    def content(self, row: int) -> str:
-        """sha256 of the sample's image files, for the leakage audit."""
-        return self.entries[row].content
-
-    def fingerprint(self, row: int) -> str:
-        """By which copies of the sample are known again (`Modality.likeness`), in base64; '' where there is none."""
-        return self.entries[row].fingerprint
-
-    def fields(self, row: int) -> tuple[str, ...]:
-        """Names of the companions that are stored for a row."""
-        return tuple(self.entries[row].fields)
-
-    def counts(self, row: int, name: str = "mask") -> dict[int, int]:
-        """Label value -> number of elements, of a stored field; empty where the row has none."""
-        return dict(self.entries[row].counts.get(name, {}))
-
-    def volume(self, row: int, name: str = "mask") -> float:
-        """Foreground (values above 0) of a field in source units, e.g. mm³."""
-        elements = sum(n for value, n in self.counts(row, name).items() if value > 0)
-        return elements * math.prod(self.header(row).spacing)
-
-    def array(self, row: int) -> np.ndarray:
-        """The whole array (C, *S), integers."""
-        entry = self.entries[row]
-        if not entry.array.file:
-            size = entry.header.shape[1:]
-            return self.windows(row, [Draw((0,) * len(size), size, size)])[0]
-        return np.array(self._open(entry.array)[...])
-
-    def field(self, row: int, name: str) -> np.ndarray:
-        """A whole stored companion (*S), integers."""
-        return np.array(self._open(self.entries[row].fields[name])[...])
-
-    def windows(self, row: int, draws: Sequence[Draw]) -> list[np.ndarray]:
-        """What each look at a sample reads, (C, *size); outside the lattice the integer nearest to the header's pad."""
-        entry = self.entries[row]
-        if not entry.array.file:
-            return self._modality.fetch(self._sources[row], entry.header, draws)
-        stored, pad = self._open(entry.array), raw_pad(entry.header, entry.array.dtype)
-        return [_window(stored, entry.array, draw, pad) for draw in draws]
-
-    def field_window(self, row: int, name: str, draw: Draw) -> np.ndarray:
-        """What a look at a companion reads, (*size); outside the lattice 0."""
-        block = self.entries[row].fields[name]
-        return _window(self._open(block), block, draw, np.zeros(1, block.dtype))
-
-    def write_quarantine(self, path: Path) -> Path:
-        """A CSV of case, reason and message; no true names."""
-        temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-        with temporary.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("case", "reason", "message"))
-            writer.writerows((p.case, p.reason, p.message) for p in self.quarantine)
-        temporary.replace(path)
-        return path
-
-    def _open(self, block: Block) -> Any:
-        """Something that slices like an array."""
-        key = (os.getpid(), block.file)
-        handle = self._handles.get(key)
-        if handle is None:
-            path = self.directory / block.file
-            if block.offset is None:  # one thread: a pool does not survive a fork, and loaders have many processes
-                import blosc2  # which small samples need not wait for
-
-                handle = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
-            else:
-                handle = np.memmap(path, np.uint8, "r")
-            self._handles[key] = handle
-            if len(self._handles) > HANDLES:
-                self._handles.popitem(last=False)
-        self._handles.move_to_end(key)
-        if block.offset is None:
-            return handle
-        return handle[block.offset:block.offset + block.nbytes].view(block.dtype).reshape(block.shape)
+def later(modality: Modality) -> set[str]:
+    """The options that only say what becomes of samples once they are read."""
+    cut = getattr(modality.options, "tokens", "") == "patch"  # those of channels let files have fewer
+    return {*getattr(modality, "later", ()), *(["tokens"] if cut else [])}
 
 
 def fingerprint(modality: Modality) -> str:
     """Of all that decides what a decoded file looks like: options, version of the reader, layout of the cache."""
-    options = modality.options.model_dump(mode="json")
-    if options.get("tokens") == "patch":
-        del options["tokens"]  # tokens are cut later; only those of channels let files have fewer
+    options = {name: x for name, x in modality.options.model_dump(mode="json").items() if name not in later(modality)}
     made_by = [modality.name, options, getattr(modality, "version", 0), LAYOUT]
     return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -315,40 +164,12 @@ def _anonymous(message: str, row: Row) -> str:
     return message
 
 
-def _window(stored: Any, block: Block, draw: Draw, pad: np.ndarray) -> np.ndarray:
-    if draw.index:
-        shown = np.array(draw.index)
-        if (shown < 0).all():
-            raise ValueError("a look shows nothing")
-        first, last = int(shown[shown >= 0].min()), int(shown.max())
-        span = Draw((first, *draw.start[1:]), (last - first + 1, *draw.size[1:]), draw.shape)
-        axis = len(block.shape) - len(draw.size)
-        window = _window(stored, block, span, pad).take(np.maximum(shown - first, 0), axis)
-        if (shown < 0).any():
-            np.moveaxis(window, axis, 0)[shown < 0] = pad.reshape(-1, *[1] * (len(draw.size) - 1)) if axis else pad[0]
-        return window
-    lead = block.shape[:len(block.shape) - len(draw.size)]
-    inside, place = [], []
-    for a, n, whole in zip(draw.start, draw.size, block.shape[len(lead):], strict=True):
-        low, high = max(a, 0), min(a + n, whole)
-        inside.append(slice(low, max(low, high)))
-        place.append(slice(low - a, max(low, high) - a))
-    empty = any(s.stop <= s.start for s in inside)
-    if not empty and tuple(s.stop - s.start for s in inside) == tuple(draw.size):
-        return np.array(stored[(slice(None),) * len(lead) + tuple(inside)])
-    out = np.empty((*lead, *draw.size), block.dtype)
-    out[...] = pad.reshape(-1, *[1] * len(draw.size)) if lead else pad[0]
-    if not empty:
-        out[(slice(None),) * len(lead) + tuple(place)] = stored[(slice(None),) * len(lead) + tuple(inside)]
-    return out
-
-
 # ---- building
 
 Result = Problem | tuple[Entry, dict[str, np.ndarray] | None]
 
 
-class _Decoding(Dataset[Result]):
+class Decoding(Dataset[Result]):
     """Row -> its entry and arrays; None for arrays that were written where they were decoded, because they are large."""
 
     def __init__(self, rows: Sequence[Row], contents: Sequence[str], keys: Sequence[str], modality: Modality,
@@ -372,26 +193,18 @@ class _Decoding(Dataset[Result]):
         blocks = {"": Block("", "|u1", tuple(sample.header.shape))}
         for name, x in arrays.items():
             file = f"{key}{'.' + name if name else ''}.b2nd" if large else ""
-            blocks[name] = Block(file, x.dtype.str, x.shape)
+            blocks[name] = Block(file, x.dtype.str, x.shape, chunked=large)
             if large:
                 _leave_room(self.home)
                 _write_chunked(self.home / file, x, x.ndim if name.startswith(TABLE) else len(sample.header.shape) - 1)
-        entry = _entry(key, self.contents[i], sample.header, blocks, counts, base64.b64encode(sample.fingerprint).decode())
+        entry = Entry.of(key, self.contents[i], sample.header, blocks, counts, base64.b64encode(sample.fingerprint).decode())
         if large:
             _write_index(self.home / f"{key}.json", [entry])
             return entry, None
         return entry, arrays
 
 
-def _entry(key: str, content: str, header: Header, blocks: Mapping[str, Block],
-           counts: Mapping[str, Mapping[int, int]], fingerprint: str) -> Entry:
-    """Of its blocks by name: '' the array, those with `TABLE` in front tables, the others fields."""
-    fields = {name: b for name, b in blocks.items() if name and not name.startswith(TABLE)}
-    tables = {name.removeprefix(TABLE): b for name, b in blocks.items() if name.startswith(TABLE)}
-    return Entry(key, content, header, blocks[""], fields, tables, counts, fingerprint)
-
-
-def _each(decoding: _Decoding, workers: int) -> Iterator[Result]:
+def each(decoding: Decoding, workers: int) -> Iterator[Result]:
     if not len(decoding):
         return iter(())
     # a generator of its own: DataLoader would draw a seed from the global one and shift everything after it
@@ -420,8 +233,7 @@ class _Shard:
         return bool(self.entries) and (self.nbytes >= SHARD_BYTES or time.monotonic() - self.began >= SHARD_SECONDS)
 
     def add(self, entry: Entry, arrays: Mapping[str, np.ndarray]) -> Entry:
-        blocks = {"": entry.array} | {name: self._append(x) for name, x in arrays.items()}
-        entry = _entry(entry.key, entry.content, entry.header, blocks, entry.counts, entry.fingerprint)
+        entry = entry.stored({"": entry.array} | {name: self._append(x) for name, x in arrays.items()})
         self.entries.append(entry)
         return entry
 
@@ -501,8 +313,8 @@ def _stored(home: Path) -> dict[str, Entry]:
             continue
         for data in json.loads(index.read_text()):
             entry = Entry.load(data)
-            stored = [b for b in entry.blocks() if b.file]
-            if all(b.file in sizes and (b.offset is None or b.offset + b.nbytes <= sizes[b.file]) for b in stored):
+            stored = [b for b in entry.blocks().values() if b.file]
+            if all(b.file in sizes and (b.chunked or b.offset + b.nbytes <= sizes[b.file]) for b in stored):
                 known[entry.key] = entry
     return known
 
@@ -609,5 +421,5 @@ def distinct(rows: Sequence[Row], digests: Mapping[int, Digest], problems: list[
     return sorted(first.values(), key=lambda r: r.index)
 
 
-def _key(digest: Digest, made_by: str) -> str:
+def key(digest: Digest, made_by: str) -> str:
     return hashlib.sha256("|".join((digest[0], *digest[1], made_by)).encode()).hexdigest()[:32]

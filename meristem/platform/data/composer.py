@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from meristem.modalities.base import Header, Settings
 from meristem.modalities.rng import Rng
-from meristem.platform.data.cache import Cache
+from meristem.platform.data.samples import Samples
 
 VERSION = 1  # of stored embeddings
 
@@ -50,7 +50,7 @@ class Matched(Settings):
             problems.append(f"'{self.view}' shows the sample and '{self.other}' its partner; set views.{self.other}.partner")
         return problems
 
-    def build(self, cache: Cache, rows: Sequence[int], views: Mapping[str, Any], seed: int) -> Matching:
+    def build(self, cache: Samples, rows: Sequence[int], views: Mapping[str, Any], seed: int) -> Matching:
         return Matching(self, cache, rows, {name: crop(views[name]) for name in (self.view, self.other)}, seed)
 
 
@@ -81,7 +81,7 @@ def surroundings(array: np.ndarray, header: Header, stride: int, reach: int) -> 
 class Matching:
     """A composer at work on rows of a cache. Embeddings are stored beside the cache, under the content of what they are of."""
 
-    def __init__(self, settings: Matched, cache: Cache, rows: Sequence[int], crops: Mapping[str, tuple[int, ...]],
+    def __init__(self, settings: Matched, cache: Samples, rows: Sequence[int], crops: Mapping[str, tuple[int, ...]],
                  seed: int) -> None:
         self.settings, self.cache, self.crops, self.seed = settings, cache, dict(crops), seed
         self.home = cache.directory / f"surroundings-{VERSION}-{settings.stride}-{settings.reach}"

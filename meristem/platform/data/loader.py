@@ -1,4 +1,4 @@
-"""Batches of drawn views from the cache, by a counter: any batch can be made again, alone, on any rank, in any worker."""
+"""Batches of drawn views of stored samples, by a counter: any batch can be made again, alone, on any rank, in any worker."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from meristem.modalities.base import LOOKS, Draw, Header, Links, Look, Modality,
 from meristem.modalities.frame import Frame
 from meristem.modalities.rng import Rng
 from meristem.modalities.stream import Edges
-from meristem.platform.data.cache import Cache
 from meristem.platform.data.composer import Matching
 from meristem.platform.data.manifest import Row
+from meristem.platform.data.samples import Order, Samples
 from meristem.platform.objectives import Items
 from meristem.platform.recipe import Recipe
 from meristem.platform.step import Batch
@@ -80,13 +80,13 @@ class Loader:
         return stream
 
 
-def loader(cache: Cache, rows: Sequence[Row], recipe: Recipe, *, fields: Sequence[str] = (), start: int = 0, steps: int,
+def loader(cache: Samples, rows: Sequence[Row], recipe: Recipe, *, fields: Sequence[str] = (), start: int = 0, steps: int,
            rank: int = 0, world: int = 1, workers: int | None = None, labels: Sequence[str] | None = None) -> Loader:
     """Batches of steps start … steps − 1: recipe.train.batch samples a step over all ranks, this rank's part of them.
 
-    rows: who is drawn from; those in quarantine are left out. Each is seen once per epoch, in an order drawn from (seed,
-    epoch). fields: companions to load with every view (mask; all −1 for a row that has none). labels: which row labels go
-    into `Items.labels` (None: all; −1 where unlabelled). workers: processes (None: recipe.train.workers; 0: this one).
+    rows: who is drawn from; those in quarantine are left out. Each is seen once per epoch, as `Samples.order` says. fields:
+    companions to load with every view (mask; all −1 for a row that has none). labels: which row labels go into `Items.labels`
+    (None: all; −1 where unlabelled). workers: processes (None: recipe.train.workers; 0: this one).
     Looks are item-major: rows item0 look0, item0 look1, …; item1 look0, ….
     Raises RecipeError when the batch does not divide by the ranks, DataError when no row is left.
     """
@@ -115,7 +115,8 @@ def loader(cache: Cache, rows: Sequence[Row], recipe: Recipe, *, fields: Sequenc
     names = sorted({name for r in usable for name in r.labels}) if labels is None else labels
     table = {name: torch.tensor([r.labels.get(name, IGNORED) for r in usable]) for name in names}
     batches = _Batches(cache, [(r.index, r.element) for r in usable], table, recipe.modality, recipe.views, tuple(fields),
-                       train.seed, train.batch, rank, world, partners, matching, [r.subject for r in usable])
+                       train.seed, train.batch, rank, world, partners, matching, [r.subject for r in usable], train.window,
+                       -(-cache.ahead([r.index for r in usable]) // train.batch))
     return Loader(batches, start, steps, train.workers if workers is None else workers)
 
 
@@ -147,14 +148,16 @@ class _PinnedBatch(Batch):
 class _Batches(Dataset[Batch | DataError]):
     """Step -> this rank's batch, collated where it is made, or why it cannot be: a worker can raise built-in errors only."""
 
-    def __init__(self, cache: Cache, rows: Sequence[tuple[int, int]], labels: Mapping[str, Tensor], modality: Modality,
+    def __init__(self, cache: Samples, rows: Sequence[tuple[int, int]], labels: Mapping[str, Tensor], modality: Modality,
                  views: Mapping[str, ViewSettings], fields: tuple[str, ...], seed: int, batch: int, rank: int,
                  world: int, partners: Sequence[Sequence[int]] = (), matching: Matching | None = None,
-                 subjects: Sequence[str] = ()) -> None:
+                 subjects: Sequence[str] = (), window: int = 1, ahead: int = 0) -> None:
         self.cache, self.rows, self.labels, self.modality, self.views = cache, list(rows), labels, modality, views
         self.fields, self.seed, self.batch, self.rank, self.share = fields, seed, batch, rank, batch // world
         self.partners, self.matching, self.subjects = partners, matching, subjects
-        self._epoch: tuple[int, Tensor] = (-1, torch.empty(0))
+        self.samples, self.window, self.ahead = [row for row, _ in self.rows], window, ahead
+        self._orders: dict[int, Order] = {}
+        self._expected = 0  # the first step that was not announced
 
     def __getitem__(self, step: int) -> Batch | DataError:
         try:
@@ -163,25 +166,41 @@ class _Batches(Dataset[Batch | DataError]):
             return error
 
     def _batch(self, step: int) -> Batch:
-        first = step * self.batch + self.rank * self.share
-        cursors = range(first, first + self.share)
+        self._announce(step)
+        cursors = self._cursors(step)
         places = [self._place(c) for c in cursors]
         items = Items(torch.tensor([self.rows[p][0] for p in places]), torch.tensor(cursors),
                       {name: x[places] for name, x in self.labels.items()})
         return _PinnedBatch(items, {name: self._view(name, settings, places, cursors) for name, settings in self.views.items()})
 
-    def _order(self, cursor: int) -> tuple[Tensor, int]:
+    def _cursors(self, step: int) -> list[int]:
+        """The cursors of this rank: neighbours in lane go together, so that a rank reads few of the files a batch is of."""
+        cursors = sorted(range(step * self.batch, (step + 1) * self.batch), key=self._lane)
+        return cursors[self.rank * self.share:(self.rank + 1) * self.share]
+
+    def _announce(self, step: int) -> None:
+        """Tell the samples who will be drawn soon."""
+        for soon in range(max(self._expected, step), step + self.ahead + 1):
+            self.cache.expect([self.samples[self._place(c)] for c in self._cursors(soon)])
+        self._expected = step + self.ahead + 1
+
+    def _order(self, cursor: int) -> tuple[Order, int]:
         """The order of an epoch, and where in it the cursor is."""
         epoch, at = divmod(cursor, len(self.rows))
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, Rng.of(self.seed, epoch, "epoch").permutation("rows", len(self.rows))[0])
-        return self._epoch[1], at
+        if epoch not in self._orders:
+            self._orders = {e: order for e, order in self._orders.items() if abs(e - epoch) == 1}
+            self._orders[epoch] = self.cache.order(self.samples, self.seed, epoch, self.window)
+        return self._orders[epoch], at
 
     def _place(self, cursor: int) -> int:
         order, at = self._order(cursor)
-        return int(order[at])
+        return int(order.place[at])
 
-    def _view(self, name: str, settings: ViewSettings, places: Sequence[int], cursors: range) -> View:
+    def _lane(self, cursor: int) -> int:
+        order, at = self._order(cursor)
+        return int(order.lane[at])
+
+    def _view(self, name: str, settings: ViewSettings, places: Sequence[int], cursors: Sequence[int]) -> View:
         shown = [self._partner(p, c) if settings.partner else self.rows[p] for p, c in zip(places, cursors, strict=True)]
         looks = [(*row, c, i, look) for i, (row, c) in enumerate(zip(shown, cursors, strict=True))
                  for look in range(settings.count)]
@@ -189,7 +208,7 @@ class _Batches(Dataset[Batch | DataError]):
 
     def _partner(self, place: int, cursor: int) -> tuple[int, int]:
         if self.matching is not None:
-            order, at = self._order(cursor)
+            (order, _), at = self._order(cursor)
             earlier = (int(order[at - k]) for k in range(1, len(order)))  # in this epoch, and round from its end
             return self.rows[next(p for p in earlier if self.subjects[p] != self.subjects[place])]
         others = self.partners[place]
@@ -259,14 +278,14 @@ class _Batches(Dataset[Batch | DataError]):
         return self.modality.load(window, draw, interpolate=False)[0].long()
 
 
-def whole(cache: Cache, rows: Sequence[Row], modality: Modality, options: ViewSettings) -> View:
+def whole(cache: Samples, rows: Sequence[Row], modality: Modality, options: ViewSettings) -> View:
     """The looks at each row in order, as evaluation needs them; options should draw nothing at random."""
     batches = _Batches(cache, [], {}, modality, {"x": options}, (), 0, len(rows), 0, 1)
     looks = [(r.index, -1, i, i, look) for i, r in enumerate(rows) for look in range(options.count)]
     return batches.collate("x", options, looks)
 
 
-def shown(cache: Cache, row: Row, modality: Modality, options: ViewSettings, draws: Sequence[Draw]) -> View:
+def shown(cache: Samples, row: Row, modality: Modality, options: ViewSettings, draws: Sequence[Draw]) -> View:
     """Looks at one row that were decided elsewhere."""
     batches = _Batches(cache, [], {}, modality, {"x": options}, (), 0, 1, 0, 1)
     return batches.collate("x", options, [(row.index, -1, 0, 0, look) for look in range(len(draws))], draws)

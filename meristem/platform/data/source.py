@@ -15,17 +15,23 @@ from meristem.modalities.base import Calling, Header, Modality, Placing
 from meristem.modalities.likeness import Likeness
 from meristem.modalities.objects import Objects
 from meristem.platform.data.bar import counting
-from meristem.platform.data.cache import Cache
+from meristem.platform.data.cache import Cache, user_cache
 from meristem.platform.data.manifest import Manifest, Problem, Row
+from meristem.platform.data.samples import Samples
+from meristem.platform.data.shards import index
+from meristem.platform.data.shards.remote import Remote, is_url
+from meristem.platform.data.shards.shards import Shards
 from meristem.platform.data.splits import divide
+
+ROOM = 20.0  # GB of fetched shards that are kept
 
 
 @dataclass(frozen=True)
 class Data:
-    """A divided manifest and its cache."""
+    """A divided manifest and its samples."""
 
     manifest: Manifest
-    cache: Cache
+    cache: Samples
     modality: Modality
 
     def rows(self, split: str | Sequence[str] | None = None, labelled: bool | None = None) -> list[Row]:
@@ -56,20 +62,28 @@ class Data:
         return {self.cache.content(row.index): code for row in rows if (code := self.cache.fingerprint(row.index))}
 
 
-def open_data(path: Path, modality: Modality, split: str = "auto", cache: Path | None = None, quiet: bool = False,
-              labels: bool = True) -> Data:
+def open_data(place: str | Path, modality: Modality, split: str = "auto", cache: Path | None = None, quiet: bool = False,
+              labels: bool = True, room: float = ROOM) -> Data:
     """Find, decode and divide. The split has its own fixed seed: pretraining and every task agree on the test subjects.
 
+    place: files, or a URL of shards, which were decoded when they were written; fetched ones are kept in the cache while all
+    there take at most `room` GB.
     split: as `divide` takes it; with auto, data without any label or split of its own is all for training, since there is
     nothing to hold out for. labels: whether they are read; without, a broken label loses no image, and nothing is divided.
     `Data.modality` has what the modality left open settled by these samples. Raises DataError when nothing can be used.
     """
-    manifest = Manifest.discover(path, modality)
-    modality = modality.fitted([p for row in manifest.rows for p in row.paths])
-    if not labels:
-        manifest = replace(manifest, rows=tuple(replace(row, fields={}, labels={}, objects=None) for row in manifest.rows))
-    with counting("reading files", quiet) as progress:
-        store = Cache.build(manifest, modality, cache, progress)
+    store: Samples
+    if is_url(place):
+        found = index.load(str(place))
+        modality = found.settled(modality)
+        manifest = found.manifest if labels else _unlabelled(found.manifest)
+        store = Shards(found, Remote(str(place)), (cache or user_cache()) / "shards", round(room * 1e9))
+    else:
+        manifest = Manifest.discover(place, modality)
+        modality = modality.fitted([p for row in manifest.rows for p in row.paths])
+        manifest = manifest if labels else _unlabelled(manifest)
+        with counting("reading files", quiet) as progress:
+            store = Cache.build(manifest, modality, cache, progress)
     inside = {r.index: {n: r.paths[0] for n in store.fields(r.index)} for r in manifest.rows if labels and r.index in store}
     manifest = replace(manifest, rows=tuple(replace(r, fields={**inside.get(r.index, {}), **r.fields}) for r in manifest.rows))
     manifest = _placed(manifest, store, modality)
@@ -85,7 +99,11 @@ def open_data(path: Path, modality: Modality, split: str = "auto", cache: Path |
     return Data(manifest, store, modality)
 
 
-def _placed(manifest: Manifest, store: Cache, modality: Modality) -> Manifest:
+def _unlabelled(manifest: Manifest) -> Manifest:
+    return replace(manifest, rows=tuple(replace(row, fields={}, labels={}, objects=None) for row in manifest.rows))
+
+
+def _placed(manifest: Manifest, store: Samples, modality: Modality) -> Manifest:
     """The rows with their objects in source coordinates; those that cannot be there are counted among the quarantined."""
     rows = []
     for row in manifest.rows:

@@ -36,6 +36,7 @@ def describe(recipe: Recipe, kind: str) -> dict[str, Any]:
 def card(recipe: Recipe, data: Data, identities: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """`describe`, and what it was trained on."""
     return {**describe(recipe, kind), "manifest": data.manifest.hash, "samples": len(data.cache), "seen": dict(identities),
+            **({"shards": data.cache.ordering} if data.cache.ordering else {}),
             "licence": "Weights inherit the terms of the data they were trained on; check them before sharing."}
 
 
@@ -65,7 +66,7 @@ def open_run(fabric: Fabric, directory: Path, about: Mapping[str, Any], data: Da
         found = checkpoint.locate(directory)
         before = checkpoint.read_card(found, joint=True)
         for key, what in (("recipe_hash", "the recipe differs"), ("kind", "the kind of run differs"),
-                          ("init", "the initial weights differ")):
+                          ("init", "the initial weights differ"), ("shards", "the shards differ")):
             if before.get(key) != about.get(key):
                 raise CheckpointError(f"{what} from what {directory.name} was started with",
                                       "Resume with the same arguments, or start a new directory.")
