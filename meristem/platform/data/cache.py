@@ -106,6 +106,15 @@ class Cache(Samples):
                             "`meristem data check --names` names each file and what is wrong with it.")
         return cache
 
+    def windows(self, row: int, draws: Sequence[Draw]) -> list[np.ndarray]:
+        """As `Samples.windows`. Raises DataError where a file that was there is no longer."""
+        try:
+            return super().windows(row, draws)
+        except (DataError, OSError) as error:
+            reason, what = (error.reason, error.what) if isinstance(error, DataError) else ("unreadable", error.strerror)
+            raise DataError(reason, f"sample {row}, read before, cannot be read now: {what}",
+                            "Put its file back as it was, or start a run without it; --resume goes on.") from None
+
     def _file(self, name: str) -> Path:
         return self.directory / name
 

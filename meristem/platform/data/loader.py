@@ -229,7 +229,7 @@ class _Batches(Dataset[Batch | DataError]):
             draws = [given[number] if given
                      else self.modality.draw(settings, header, Look(self.seed, cursor, number, name, element, centre))
                      for *_, number in of_item]
-            for draw, window in zip(draws, self._windows(row, draws), strict=True):
+            for draw, window in zip(draws, self.cache.windows(row, draws), strict=True):
                 arrays.append(self.modality.load(window, draw, interpolate=True))
                 affines.append(torch.from_numpy(affine(header, draw)))
                 spacings.append(torch.tensor(draw.spacing or header.spacing, dtype=torch.float32))
@@ -262,14 +262,6 @@ class _Batches(Dataset[Batch | DataError]):
         place = self._place(cursor)
         centres, score = self.matching.places(cursor, self.rows[place][0], self._partner(place, cursor)[0])
         return centres[name], {"pair": float(score >= self.matching.settings.least)}
-
-    def _windows(self, row: int, draws: Sequence[Draw]) -> list[np.ndarray]:
-        try:
-            return self.cache.windows(row, draws)
-        except (DataError, OSError) as error:
-            reason, what = (error.reason, error.what) if isinstance(error, DataError) else ("unreadable", error.strerror)
-            raise DataError(reason, f"sample {row}, read before, cannot be read now: {what}",
-                            "Put its file back as it was, or start a run without it; --resume goes on.") from None
 
     def _field(self, row: int, name: str, draw: Draw) -> Tensor:
         if name not in self.cache.fields(row):

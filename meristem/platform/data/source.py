@@ -54,8 +54,8 @@ class Data:
                 "fingerprints": likeness and {"method": likeness.method, "codes": sorted({*self.fingerprints(rows).values()})}}
 
     def called(self, row: Row) -> Sequence[str]:
-        """The names that a sample's file gives its elements, read now; nothing where it gives none."""
-        return self.modality.called(row.paths) if isinstance(self.modality, Calling) else ()
+        """The names that a sample's file gives its elements, read now; nothing where it gives none, or in shards."""
+        return self.modality.called(row.paths) if row.paths and isinstance(self.modality, Calling) else ()
 
     def fingerprints(self, rows: Sequence[Row]) -> dict[str, str]:
         """Content hash -> fingerprint in base64, of the whole samples that have one."""
@@ -84,7 +84,8 @@ def open_data(place: str | Path, modality: Modality, split: str = "auto", cache:
         manifest = manifest if labels else _unlabelled(manifest)
         with counting("reading files", quiet) as progress:
             store = Cache.build(manifest, modality, cache, progress)
-    inside = {r.index: {n: r.paths[0] for n in store.fields(r.index)} for r in manifest.rows if labels and r.index in store}
+    inside = {r.index: dict.fromkeys(store.fields(r.index), r.paths[0] if r.paths else Path())
+              for r in manifest.rows if labels and r.index in store}
     manifest = replace(manifest, rows=tuple(replace(r, fields={**inside.get(r.index, {}), **r.fields}) for r in manifest.rows))
     manifest = _placed(manifest, store, modality)
     usable = {i: store.volume(i) for i in store.rows if "mask" in store.fields(i)}

@@ -82,7 +82,7 @@ class Index:
 def head(asked: Modality, settled: Modality, manifest: Manifest) -> dict[str, Any]:
     """What the first line says of a set whatever its shards."""
     return {"format": FORMAT, "modality": asked.name, "options": [m.options.model_dump(mode="json") for m in (asked, settled)],
-            "manifest": {key: getattr(manifest, key) for key in ("layout", "hash", "key_id", *NAMES)}}
+            "manifest": {key: getattr(manifest, key) for key in ("hash", "key_id", *NAMES)}}
 
 
 def line(row: Row, entry: Entry | None) -> dict[str, Any]:
@@ -143,6 +143,7 @@ def load(url: str) -> Index:
         if each["entry"]:
             entries[rows[-1].index] = Entry.load(each["entry"])
     known: dict[str, Any] = {key: tuple(value) if key in NAMES else value for key, value in about["manifest"].items()}
+    known["layout"] = "shards"  # what is beside the files of a layout, as KITTI's calibration, is not in them
     quarantine = tuple(Problem(**p) for p in about["quarantine"])
     manifest = Manifest(tuple(sorted(rows, key=lambda row: row.index)), **known, problems=quarantine)
     asked, settled = about["options"]
@@ -151,9 +152,8 @@ def load(url: str) -> Index:
 
 
 def _row(said: Mapping[str, Any]) -> Row:
-    """Its case stands for every name."""
-    place = Path(said["case"])
-    return Row(said["index"], said["case"], said["subject"], (place,), said["case"], dict.fromkeys(said["fields"], place),
+    """Its case stands for its name; there are no paths."""
+    return Row(said["index"], said["case"], said["subject"], (), said["case"], dict.fromkeys(said["fields"], Path()),
                said["labels"], said["split"], rank=said["rank"], fold=said["fold"], objects=_load_objects(said["objects"]),
                partners=tuple(said["partners"]))
 

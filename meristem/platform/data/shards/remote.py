@@ -162,7 +162,8 @@ class Remote:
             return DataError("missing", f"there is no {name} at {self.where}",
                              "Check the address: it is the folder that `meristem data shard --out` wrote.")
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            return DataError("disk", f"{name} cannot be stored: {os.strerror(error.errno)}", "Give another place with --cache.")
+            return DataError("disk", f"{name} cannot be stored: {os.strerror(error.errno)}",
+                             "Give another place with --cache, or a smaller --room.")
         if isinstance(error, NotImplementedError):
             return DataError("url", f"{self.where} is of a kind that cannot be written", "Write to s3://, gs:// or file://.")
         return None

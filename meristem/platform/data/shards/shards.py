@@ -46,9 +46,9 @@ class Shards(Samples):
         """Raises DataError where what is read and what is fetched ahead would drive each other out."""
         need = self._largest * (window + 1 + AHEAD)
         if self.store.room < need:
-            raise DataError("room", f"{self.store.room / 1e6:.0f} MB of disk are too little to mix {window} shards of "
-                            f"{self._largest / 1e6:.1f} MB: {need / 1e6:.0f} MB",
-                            f"Give --room {need / 1e9:.2g} (GB) or more, lower train.window, or write smaller shards.")
+            raise DataError("room", f"{self.store.room / 1e6:.3g} MB of disk are too little to mix {window} shards of up to "
+                            f"{self._largest / 1e6:.3g} MB: {need / 1e6:.3g} MB",
+                            f"Give --room {math.ceil(need / 1e6) / 1e3:g} (GB), lower train.window, or write smaller shards.")
 
     # ---- who comes when
 
