@@ -153,7 +153,7 @@ def bench(recipe: str, data: Pathlike | None = None, overrides: Sequence[str] = 
     grown = chosen(settings, sweep)
     training = None
     if data is not None:
-        found = open_data(Path(data), settings.modality, split, cache, quiet)
+        found = open_data(data, settings.modality, split, cache, quiet)
         settings = settings.of(found.modality)
     with telling(quiet) as say:
         if data is not None:

@@ -139,7 +139,8 @@ class _Bare(typer.core.TyperCommand):
 
 @app.command(cls=_Bare)
 def bench(recipe: Annotated[str, typer.Argument(help="A recipe name (volume/mae) or a YAML file.")],
-          data: Annotated[Path | None, typer.Option("--data", help=DATA, show_default="only what is swept is measured")] = None,
+          data: Annotated[str | None, typer.Option("--data", help=DATA_OR_URL,
+                                                   show_default="only what is swept is measured")] = None,
           overrides: Overrides = None,
           steps: Annotated[int, typer.Option("--steps", min=3, help="Of each measurement; fewer where they are slow.")] = 20,
           sweep: Annotated[list[str] | None, typer.Option(
