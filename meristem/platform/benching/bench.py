@@ -216,15 +216,15 @@ class _Bench:
         accumulate = train.batch // micro.samples if micro is not None else train.accumulate
         if accumulate != train.accumulate:
             changes["accumulate"] = accumulate
-            if accumulate > train.accumulate:
-                words.append("samples of different parts do not repel each other: a contrastive loss has fewer negatives")
-        words += self.busy
         before = after = feed.seconds * train.steps / 3600
         if changes:  # one after the other, so that what else the machine does slows both alike
             before, after = (self.hours(_changed(self.recipe, **given), feeds)
                              for given in ({}, changes))
             if after * (1 + GAIN) > before and workers >= train.workers:
                 changes, after = {}, before
+        if changes.get("accumulate", 0) > train.accumulate:
+            words.append("samples of different parts do not repel each other: a contrastive loss has fewer negatives")
+        words += self.busy
         overrides = tuple(f"train.{name}={str(value).lower()}" for name, value in changes.items())
         larger, hours = self.larger(sizes, after)
         return Advice(overrides, before, after, larger, hours, tuple(words))
