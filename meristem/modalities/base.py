@@ -23,6 +23,7 @@ from meristem.modalities.objects import Objects
 from meristem.modalities.rng import Rng
 from meristem.modalities.stream import Edges, TokenStream
 
+EXCLUDED = "excluded"  # a stored companion, 1 where an element of a sample counts in no loss of pretraining
 LOOKS = 64  # of one view and sample that can be told apart: a look's counter is cursor · 64 + number
 
 

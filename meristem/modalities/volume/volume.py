@@ -13,7 +13,7 @@ from pydantic import model_validator
 from scipy.ndimage import affine_transform
 
 from meristem.errors import DataError
-from meristem.modalities.base import Axis, Header, Sample
+from meristem.modalities.base import EXCLUDED, Axis, Header, Sample
 from meristem.modalities.facts import Facts
 from meristem.modalities.lattice import Lattice, LatticeOptions, LatticeViewOptions, anchors
 from meristem.modalities.likeness import Likeness, cosines, ranks, thinned, turns
@@ -46,7 +46,8 @@ class VolumeOptions(LatticeOptions):
     foreground: only values above it count in these statistics; None counts all. crop_foreground: cut to the box of values
     above `foreground` (0 when None) in any channel, with crop_margin voxels around it. assume_affine: `identity` takes files
     without orientation as 1 mm RAS. nonfinite: `lowest` replaces single NaN or infinite voxels by the lowest finite value.
-    labels: file's label -> class; others stay. max_voxels: a header that claims more is refused.
+    labels: file's label -> class; others stay. excluded: voxels of exactly this value in every channel, as defacing leaves
+    them, count in no loss of pretraining. max_voxels: a header that claims more is refused.
     """
 
     patch: tuple[int, int, int] = (8, 8, 8)
@@ -61,6 +62,7 @@ class VolumeOptions(LatticeOptions):
     assume_affine: Literal["identity"] | None = None
     nonfinite: Literal["refuse", "lowest"] = "refuse"
     labels: Mapping[int, int] = {}
+    excluded: float | None = None
     max_voxels: int = 2**31
 
     @model_validator(mode="after")
@@ -114,7 +116,7 @@ class Volume(Lattice):
             raise DataError("dimensions", f"the case has {len(array)} channels, not {self.channels}",
                             f"Set modality.volume.channels={len(array)} or give other files.")
         array = self._sound(array)
-        masks = {}
+        masks = {} if options.excluded is None else {EXCLUDED: (array == options.excluded).all(0).astype(np.uint8)}
         for name, path in fields.items():
             image, other = open_nifti(path, f"the {name}", options.assume_affine, options.max_voxels)
             values = decode(image, f"the {name}")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from meristem.errors import DataError, MeristemError, RecipeError
-from meristem.modalities.base import LOOKS, Draw, Header, Links, Look, Modality, View, ViewSettings
+from meristem.modalities.base import EXCLUDED, LOOKS, Draw, Header, Links, Look, Modality, View, ViewSettings
 from meristem.modalities.frame import Frame
 from meristem.modalities.rng import Rng
 from meristem.modalities.stream import Edges
@@ -234,7 +234,7 @@ class _Batches(Dataset[Batch | DataError]):
                 affines.append(torch.from_numpy(affine(header, draw)))
                 spacings.append(torch.tensor(draw.spacing or header.spacing, dtype=torch.float32))
                 params.append({**draw.params, **found, "scale": header.scale, "offset": header.offset})
-                weights.append(inside(header, draw))
+                weights.append(self._counted(row, draw, inside(header, draw)))
                 drawn.append(draw)
                 links.append(self.modality.edges(header, draw) if tables else None)
                 for field, values in fields.items():
@@ -262,6 +262,14 @@ class _Batches(Dataset[Batch | DataError]):
         place = self._place(cursor)
         centres, score = self.matching.places(cursor, self.rows[place][0], self._partner(place, cursor)[0])
         return centres[name], {"pair": float(score >= self.matching.settings.least)}
+
+    def _counted(self, row: int, draw: Draw, weight: Tensor | None) -> Tensor | None:
+        """The weight of a view's elements, without those that their sample excludes."""
+        if EXCLUDED not in self.cache.fields(row):
+            return weight
+        window = self.cache.field_window(row, EXCLUDED, draw)[None]
+        counted = 1 - self.modality.load(window, draw, interpolate=False).float()
+        return counted if weight is None else weight * counted
 
     def _field(self, row: int, name: str, draw: Draw) -> Tensor:
         if name not in self.cache.fields(row):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from meristem.errors import DataError
-from meristem.modalities.base import Calling, Header, Modality, Placing
+from meristem.modalities.base import EXCLUDED, Calling, Header, Modality, Placing
 from meristem.modalities.likeness import Likeness
 from meristem.modalities.objects import Objects
 from meristem.platform.data.bar import counting
@@ -84,7 +84,7 @@ def open_data(place: str | Path, modality: Modality, split: str = "auto", cache:
         manifest = manifest if labels else _unlabelled(manifest)
         with counting("reading files", quiet) as progress:
             store = Cache.build(manifest, modality, cache, progress)
-    inside = {r.index: dict.fromkeys(store.fields(r.index), r.paths[0] if r.paths else Path())
+    inside = {r.index: dict.fromkeys((n for n in store.fields(r.index) if n != EXCLUDED), r.paths[0] if r.paths else Path())
               for r in manifest.rows if labels and r.index in store}
     manifest = replace(manifest, rows=tuple(replace(r, fields={**inside.get(r.index, {}), **r.fields}) for r in manifest.rows))
     manifest = _placed(manifest, store, modality)
