@@ -283,12 +283,15 @@ def poses(root: Path, c: Canaries) -> str:
 
 @dataclass(frozen=True)
 class Planted:
-    """write: fills a folder and returns what in it --data names. of: the modality. task: and what its recipe wants."""
+    """write: fills a folder and returns what in it --data names. of: the modality. task, over: what is learnt, and how. broken:
+    whether some files cannot be used.
+    """
 
     write: Callable[[Path, Canaries], str]
     of: str
     task: str = "classification"
     over: tuple[str, ...] = ()
+    broken: bool = True
 
 
 PLANTED = {
@@ -298,6 +301,6 @@ PLANTED = {
     "points": Planted(clouds, "points"),
     "graph": Planted(graphs, "graph"),
     "skeleton": Planted(skeletons, "skeleton"),
-    "kinect": Planted(bodies, "skeleton"),
-    "openpose": Planted(poses, "skeleton"),
+    "kinect": Planted(bodies, "skeleton", broken=False),
+    "openpose": Planted(poses, "skeleton", broken=False),
 }
