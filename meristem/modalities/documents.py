@@ -1,10 +1,13 @@
-"""JSON that somebody else wrote."""
+"""Files that somebody else wrote: JSON, and bytes that no claim can exceed."""
 
 from __future__ import annotations
 
 import csv
 import json
+import mmap
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +27,10 @@ def read_json(path: Path, what: str, remedy: str = "Export it again.") -> Any:
     except (OSError, ValueError, RecursionError) as error:
         raise DataError("unreadable", f"{what} is no JSON that can be read ({type(error).__name__})", remedy) from None
     return found
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[mmap.mmap]:
+    """A file's bytes. An open file that is asked for the 4 GiB that a header claims makes room for them before it looks."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        yield data

@@ -37,6 +37,7 @@ from meristem.platform.schedules import Scalar
 from meristem.platform.slots import Slot, validated
 
 # keys that hold a part, `name: {arguments}`
+LARGEST, DEEPEST = 100_000, 64  # values of a recipe, and levels of them: more is none
 PARTS = ("modality", "encoder", "predictor", "target", "loss", "transform", "task", "sample", "detector", "guide", "compose")
 NAMED = {"views": "names", "readouts": "names", "masking": "parts", "heads": "parts", "objectives": "parts",
          "derived": "parts", "foreign": "parts"}  # the user's names
@@ -288,7 +289,7 @@ def read(name: str | Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in within:
         raise RecipeError(f"{path.name} extends itself", f"The circle: {' -> '.join(p.name for p in (*within, path))}.")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        data = _plain(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise RecipeError(f"{path.name} is not YAML: {error}", "Correct the line, or quote the value.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -308,6 +309,23 @@ def read(name: str | Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merge(merged, {**own, **data})
 
 
+def _plain(text: str) -> Any:
+    """The values of a YAML text. Raises YAMLError, also for what no recipe has: endless depth, or aliases that multiply."""
+    try:
+        found = yaml.safe_load(text)
+    except (ValueError, RecursionError) as error:
+        raise yaml.YAMLError(f"a value cannot be read ({type(error).__name__})") from None
+    left, count = [(found, 0)], 0
+    while left:
+        value, depth = left.pop()
+        count += 1
+        if count > LARGEST or depth > DEEPEST:
+            raise yaml.YAMLError(f"it holds more than {LARGEST:,} values, or is nested deeper than {DEEPEST}")
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        left += [(v, depth + 1) for v in inside]
+    return found
+
+
 def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """Lay `key.sub=value` on plain data; values are YAML."""
     result = dict(data)
@@ -316,7 +334,9 @@ def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, A
         if not sign or not key:
             raise RecipeError(f"'{assignment}' is not an override", "Write key.sub=value, e.g. train.steps=200.")
         try:
-            value: Any = yaml.safe_load(text)
+            value: Any = _plain(text)
+            if key.count(".") > DEEPEST:
+                raise yaml.YAMLError
         except yaml.YAMLError:
             raise RecipeError(f"the value of '{assignment}' is not YAML", "Quote it, e.g. 'views.x.size=[32,32,32]'.") from None
         for part in reversed(key.split(".")):

@@ -13,7 +13,7 @@ from pydicom.errors import BytesLengthException
 from pydicom.pixels import apply_color_lut, apply_modality_lut
 
 from meristem.errors import DataError
-from meristem.modalities.documents import MISSHAPEN
+from meristem.modalities.documents import MISSHAPEN, opened
 from meristem.modalities.image.raster import Raster, check_size
 
 TAGS = ("SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns",
@@ -39,7 +39,8 @@ def pixel_spacing(ds: pydicom.Dataset) -> tuple[float, float] | None:
 def dataset(path: Path, tags: Sequence[str], pixels: bool = True) -> pydicom.Dataset:
     """The named elements of a file, without its pixels where they are not wanted. Raises DataError."""
     try:
-        return pydicom.dcmread(path, specific_tags=list(tags), stop_before_pixels=not pixels)
+        with opened(path) as data:
+            return pydicom.dcmread(data, specific_tags=list(tags), stop_before_pixels=not pixels)
     except pydicom.errors.InvalidDicomError:
         raise DataError("unreadable", "not a DICOM file: the 'DICM' mark is missing", "Export it again.") from None
     except (*DAMAGED, NotImplementedError):

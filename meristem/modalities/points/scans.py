@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
 
 from meristem.errors import DataError
+from meristem.modalities.documents import MISSHAPEN, opened
+from meristem.modalities.npy import plausible
 from meristem.modalities.points.cloud import Cloud, of_columns
 from meristem.modalities.points.meshes import from_faces
 
 AGAIN = "Copy or export it again."
 BYTES = {"char": 1, "uchar": 1, "int8": 1, "uint8": 1, "short": 2, "ushort": 2, "int16": 2, "uint16": 2, "int": 4, "uint": 4,
          "int32": 4, "uint32": 4, "float": 4, "float32": 4, "double": 8, "float64": 8}  # of PLY's types
+LASZIP, VARYING, USUAL = b"laszip encoded", 0xFFFFFFFF, 1 << 20  # whose record it is; chunks of no fixed size; points in one
 HEADER = 1 << 16  # bytes within which a header ends
 
 
@@ -29,7 +33,7 @@ def read_ply(path: Path, sampled: int) -> Cloud:
         columns = {p.name: np.asarray(vertex[p.name]) for p in vertex.properties if vertex[p.name].dtype.kind in "fiu"}
         polygons = next((data["face"][p.name] for p in data["face"].properties if p.name.startswith("vertex_ind")), ()) if (
             sampled and "face" in data) else ()
-    except (PlyParseError, KeyError, ValueError, OSError, EOFError, UnicodeDecodeError) as error:
+    except (PlyParseError, *MISSHAPEN, OSError, EOFError) as error:
         raise DataError("unreadable", f"is no PLY that can be read ({type(error).__name__})", AGAIN) from None
     cloud = of_columns(columns)
     if not len(polygons):
@@ -62,6 +66,7 @@ def read_las(path: Path) -> Cloud:
     """LAS or LAZ: coordinates by their scale and offset in float64, class as label. Raises DataError."""
     import laspy
 
+    _check_las(path)
     try:
         with laspy.open(path) as file:
             header = file.header
@@ -69,10 +74,11 @@ def read_las(path: Path) -> Cloud:
             room = path.stat().st_size - header.offset_to_point_data
             if path.suffix.lower() == ".las" and claimed * size > room:
                 raise DataError("truncated", f"announces {claimed} points of {size} bytes, {room} bytes are there", AGAIN)
+            plausible(claimed * size, room, "its points")
             data = file.read()
-    except DataError:
+    except (DataError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # laspy and its decompressors raise what they like on a broken file
+    except BaseException as error:  # laspy raises what it likes, and a panic of its decompressor is no Exception
         raise DataError("unreadable", f"is no LAS that can be read ({type(error).__name__})", AGAIN) from None
     if len(data.points) != claimed:
         raise DataError("truncated", f"announces {claimed} points, {len(data.points)} are there", AGAIN)
@@ -80,6 +86,34 @@ def read_las(path: Path) -> Cloud:
     wanted = here & {"red", "green", "blue", "intensity", "gps_time", "classification"}
     columns = {name: np.asarray(data[name]) for name in wanted}
     return of_columns({**{name: np.asarray(data[name], np.float64) for name in "xyz"}, **columns})
+
+
+def _check_las(path: Path) -> None:
+    """Counts of records and of chunks, for which laspy and its decompressor take time and memory before they look.
+
+    Raises DataError. Places: LAS 1.4 R15, tables 3 and 5; LAZ: the offset of the table of chunks stands before the points, in
+    the table its version and how many there are, in the record of laszip how many points each has.
+    """
+    try:
+        with opened(path) as data:
+            header, points, records = struct.unpack_from("<HII", data, 94)
+            kind, width, count = struct.unpack_from("<BHI", data, 104)
+            later, extended = struct.unpack_from("<QI", data, 235) if header >= 375 else (0, 0)
+            count = struct.unpack_from("<Q", data, 247)[0] if header >= 375 else count
+            sound = data[:4] == b"LASF" and header + 54 * records <= points <= len(data) and (
+                later + 60 * extended <= len(data)) and width > 0
+            if sound and kind & 128:
+                table, = struct.unpack_from("<q", data, points)
+                table = table if table >= 0 else struct.unpack_from("<q", data, len(data) - 8)[0]  # it was written last
+                chunks, = struct.unpack_from("<I", data, table + 4)
+                laszip = data.find(LASZIP, header, points) - 2 + 54
+                each, = struct.unpack_from("<I", data, laszip + 12)
+                sound = 0 < table < len(data) and chunks <= len(data) and laszip > header and (
+                    each == VARYING or each <= max(count, USUAL))
+    except (struct.error, ValueError, OSError):
+        sound = False
+    if not sound:
+        raise DataError("unreadable", "its LAS header is damaged, or announces more than the file has room for", AGAIN)
 
 
 def read_pcd(path: Path) -> Cloud:

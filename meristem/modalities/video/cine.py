@@ -11,6 +11,7 @@ import pydicom
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, iter_pixels
 
 from meristem.errors import DataError
+from meristem.modalities.documents import opened
 from meristem.modalities.image.dicom import DAMAGED, TAGS, dataset, pixel_spacing
 
 TIMES = ("FrameTime", "FrameTimeVector", "CineRate", "RecommendedDisplayFrameRate")
@@ -67,8 +68,9 @@ class Cine:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                for frame in iter_pixels(self.path, indices=indices):
-                    yield self._rgb(frame)
+                with opened(self.path) as data:
+                    for frame in iter_pixels(data, indices=indices):
+                        yield self._rgb(frame)
             except (RuntimeError, NotImplementedError):
                 syntax = self._ds.file_meta.get("TransferSyntaxUID")
                 raise DataError("unreadable", f"no decoder for the transfer syntax '{getattr(syntax, 'name', 'unknown')}', or "

@@ -94,7 +94,7 @@ def _alike(found: Mapping[Path, Sequence[str]]) -> bool:
         spots = np.linspace(0, len(names) - 2, 4).astype(int).tolist()
         try:
             a, b = (np.stack([look(folder / names[i + step]) for i in spots]) for step in (0, 1))
-        except (OSError, ValueError):
+        except (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError):
             continue
         ratios.append(np.abs(a - b).mean() / max(np.abs(a - np.roll(b, 2, axis=0)).mean(), 1e-9))
     return bool(ratios) and float(np.median(ratios)) < ALIKE

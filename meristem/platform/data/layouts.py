@@ -120,8 +120,8 @@ class Search:
 
     def add(self, paths: tuple[Path, ...], local: str, subject: str, **more: Any) -> None:
         """A sample; one whose files are none (a pipe, a device, a link to nothing) is set aside, since reading may not end."""
-        whole = (split_element(p) or (p,) for p in (*paths, *filter(None, [more.get("mask")])))
-        if all(file.is_file() or file.is_dir() for file, *_ in whole):
+        whole = [(split_element(p) or (p,))[0] for p in (*paths, *filter(None, [more.get("mask")]))]
+        if all(f.is_file() or (f.is_dir() and all(m.is_file() for m in member_files(f, self.members))) for f in whole):
             self.found.append(Found(paths, local, subject, **more))
         else:
             self.lost.append(("missing", local, "is no file that can be read, but a link to nothing, a pipe or a device",

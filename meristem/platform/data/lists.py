@@ -181,13 +181,15 @@ def _lines(search: Search, path: Path, text: str, split: str) -> None:
 
 def _entry(search: Search, line: str, base: Path) -> tuple[str, str] | None:
     """(path, label) of a line; the label is what follows the last separator, the path may hold blanks and commas."""
+    if not line:
+        return None
     if search.suffix(_bare(line)) or _there(base, line):
         return _bare(line), ""
     for separator in ("\t", ",", None):
         path, *label = line.rsplit(separator, 1)
         if label and (search.suffix(_bare(path)) or _there(base, path)):
             return _bare(path), _bare(label[0])
-        path, *count = path.rsplit(separator, 1)
+        path, *count = path.rsplit(separator, 1) or [""]
         if label and count and count[0].strip().isdecimal() and _there(base, path) == "folder":
             return _bare(path), _bare(label[0])
     return None

@@ -269,7 +269,7 @@ class Results(Model):
         if not path.is_file():
             raise MeristemError(f"no results at {path}", "Give the directory of a `meristem evaluate` run.")
         try:
-            return cls.model_validate_json(path.read_text())
+            return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
             raise MeristemError(f"{path} is not a results file: {error.errors()[0]['msg']}",
                                 "Evaluate again with this version.") from None
