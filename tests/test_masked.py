@@ -130,7 +130,7 @@ def test_to_decode_all_that_is_hidden_is_to_decode_without_a_plan() -> None:
 def test_a_decoder_works_on_visible_and_decoded_places_alone() -> None:
     assembly, seen = make("dual"), []
     for block in assembly.objectives["pixels"].predictor.blocks.blocks:
-        block.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output[0].shape[1]))
     assembly(batch(torch.randn(2, 2, 16, 24)), 0.0)
     assert seen == [6 + 12]  # of 24 tokens a quarter is visible, a half decoded
 
@@ -223,7 +223,7 @@ def test_only_visible_tokens_are_embedded_and_encoded_and_only_hidden_ones_predi
     seen: list[tuple[str, int]] = []
 
     def count(name: str) -> Any:
-        return lambda module, inputs, output: seen.append((name, output.shape[1]))
+        return lambda module, inputs, output: seen.append((name, (output[0] if name == "encode" else output).shape[1]))
 
     encoder, predictor = assembly.encoder, assembly.objectives["pixels"].predictor
     encoder.embed.register_forward_hook(count("embed"))
