@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import multiprocessing
+import os
 import pickle
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,6 +55,32 @@ def write(root: Path) -> Path:
 def build(data: Path, home: Path, **options: Any) -> Cache:
     modality = Npy(NpyOptions(**options))
     return Cache.build(Manifest.discover(data, modality), modality, home)
+
+
+def test_large_files_are_decoded_by_all_cores_and_few_small_ones_here(data: Path, tmp_path: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 2)
+    rows = Manifest.discover(data, Npy()).rows
+    assert module.processes(rows) == 0
+    monkeypatch.setattr(module, "MUCH", 1000)
+    assert module.processes(rows) == 2 and module.processes(rows[:3]) == 0
+    assert len(build(data, tmp_path)) == 5 and Npy.reads == []  # not in this process
+
+
+class Deadly(Npy):
+    """Its third volume kills who reads it, as a system that is short of memory does."""
+
+    def read(self, paths: Sequence[Path], fields: Mapping[str, Path] = {}) -> Sample:
+        if paths[0].stem == "s2":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(paths, fields)
+
+
+def test_a_killed_decoder_is_told_in_words_and_what_was_decoded_is_kept(data: Path, tmp_path: Path) -> None:
+    manifest = Manifest.discover(data, Deadly())
+    with pytest.raises(MeristemError, match="process that decodes files was killed"):
+        Cache.build(manifest, Deadly(), tmp_path, workers=1)
+    assert Cache.build(manifest, Npy(), tmp_path, workers=0).reused == 2
 
 
 @pytest.mark.parametrize("large", [1 << 22, 0], ids=["packed", "chunked"])

@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,10 +34,12 @@ from meristem.modalities import npy
 from meristem.modalities.base import Draw, Modality, Sample, member_files, split_element
 from meristem.platform.data.manifest import Manifest, Problem, Row, pseudonym, user_key
 from meristem.platform.data.samples import TABLE, Block, Entry, Samples
+from meristem.platform.data.workers import killed, notice_deaths_where_waited
 
 LAYOUT = 4  # of the files in a cache; another number, another folder
 LARGE = 4 << 20  # bytes above which a sample gets a chunked file: below, reading it raw is cheaper than opening one
 CHUNK, BLOCK = 1 << 18, 1 << 15  # elements (64³, 32³): a crop unpacks only the blocks it touches
+MUCH = 64 << 20  # bytes of files from which on starting processes to decode them pays
 SHARD_BYTES, SHARD_SECONDS = 64 << 20, 30.0  # an interruption loses at most this much work on small samples
 FREE = 0.05  # share of the disk that is left free
 Progress = Callable[[int, int], None]
@@ -56,11 +59,11 @@ class Cache(Samples):
 
     @classmethod
     def build(cls, manifest: Manifest, modality: Modality, directory: Path | None = None,
-              progress: Progress | None = None, workers: int = 0) -> Cache:
+              progress: Progress | None = None, workers: int | None = None) -> Cache:
         """Decode the rows that are not yet stored.
 
         directory: where caches live (default $XDG_CACHE_HOME/meristem); each set of modality options has its own folder in
-        it. progress: called with (rows done, rows). workers: processes that decode (0: this one).
+        it. progress: called with (rows done, rows). workers: processes that decode (0: this one; None: as many as pay).
         A row that cannot be read, or whose images equal an earlier row's, is quarantined and the rest goes on; of equal rows
         the one in test is kept before val before train, and the labelled before the unlabelled. Raises MeristemError when
         the disk would run full, DataError when nothing can be read.
@@ -71,7 +74,7 @@ class Cache(Samples):
         with _locked(home):
             known = _stored(home)
             problems = list(manifest.problems)
-            digests = contents(manifest.rows, problems, workers, home / "digests.json", modality.members,
+            digests = contents(manifest.rows, problems, workers or 0, home / "digests.json", modality.members,
                                getattr(modality, "beside", None))
             kept = distinct([r for r in manifest.rows if r.index in digests], digests, problems)
             keys = {r.index: key(digests[r.index], made_by) for r in kept}
@@ -82,7 +85,7 @@ class Cache(Samples):
             decoding = Decoding(todo, [digests[r.index][0] for r in todo], [keys[r.index] for r in todo], modality, home)
             shard = _Shard(home)
             try:
-                for result in each(decoding, workers):
+                for result in each(decoding, processes(todo) if workers is None else workers):
                     if isinstance(result, Problem):
                         problems.append(result)
                     else:
@@ -213,11 +216,34 @@ class Decoding(Dataset[Result]):
         return entry, arrays
 
 
+def processes(rows: Sequence[Row]) -> int:
+    """How many processes decode some rows: one for each core where there is enough to do for all, else this one alone."""
+    cores = os.cpu_count() or 1
+    size = sum(file.stat().st_size for row in rows for path in row.paths
+               for file in (path.iterdir() if path.is_dir() else (path,)) if file.is_file())  # an element of a file is none
+    return cores if cores > 1 and len(rows) >= 2 * cores and size >= MUCH else 0
+
+
 def each(decoding: Decoding, workers: int) -> Iterator[Result]:
+    """What becomes of each row, in order. Raises MeristemError where a process that decodes is killed."""
     if not len(decoding):
-        return iter(())
+        return
     # a generator of its own: DataLoader would draw a seed from the global one and shift everything after it
-    return iter(DataLoader(decoding, batch_size=None, num_workers=workers, collate_fn=_same, generator=torch.Generator()))
+    stream = iter(DataLoader(decoding, batch_size=None, num_workers=workers, collate_fn=_same, generator=torch.Generator(),
+                             worker_init_fn=_leave_interrupts_to_the_parent))
+    if workers:
+        notice_deaths_where_waited()
+    try:
+        yield from stream
+    except RuntimeError as error:
+        if not killed(error):
+            raise
+        raise MeristemError("a process that decodes files was killed", "Memory may be short: close other programs, or decode "
+                            "on a larger machine. What was decoded is kept: start again.") from None
+
+
+def _leave_interrupts_to_the_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _same(x: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +24,7 @@ from meristem.modalities.stream import Edges
 from meristem.platform.data.composer import Matching
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.samples import Order, Samples
+from meristem.platform.data.workers import killed, notice_deaths_where_waited
 from meristem.platform.objectives import Items
 from meristem.platform.recipe import Recipe
 from meristem.platform.step import Batch
@@ -51,7 +51,7 @@ class Loader:
             try:
                 batch = next(stream, None)
             except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker"):
+                if not killed(error):
                     raise
                 deaths += 1
                 if deaths > DEATHS:
@@ -75,8 +75,8 @@ class Loader:
                                  num_workers=self._workers, collate_fn=_same, generator=torch.Generator(),
                                  worker_init_fn=_leave_to_the_loop,
                                  pin_memory=torch.cuda.is_available(), prefetch_factor=4 if self._workers else None))
-        if self._workers and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise wherever the training happens to be
+        if self._workers:
+            notice_deaths_where_waited()
         return stream
 
 

@@ -1,0 +1,17 @@
+"""Processes that load or decode for another: how their death is noticed."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+
+def killed(error: RuntimeError) -> bool:
+    """Whether a loader's error is that one of its processes was killed, not that it failed."""
+    return str(error).startswith("DataLoader worker")
+
+
+def notice_deaths_where_waited() -> None:
+    """To be called once a loader has its processes: torch would raise the death of one wherever the program happens to be."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
