@@ -153,6 +153,20 @@ def test_labelled_samples_have_shards_of_their_own(url: str) -> None:
     assert all(len(kind) == 1 for kind in kinds) and len(set(map(tuple, kinds))) == 2
 
 
+@pytest.mark.parametrize("wrong", [
+    lambda about, sample: about["shards"][0].update(name="../../elsewhere.tar"), lambda about, sample: about.pop("shards"),
+    lambda about, sample: sample["entry"]["array"].update(offset=10**9),
+    lambda about, sample: sample["entry"]["array"].update(dtype="|O"), lambda about, sample: sample["row"].update(case="../x"),
+    lambda about, sample: sample["entry"].update(content="/x"),
+    lambda about, sample: sample.update(row=7), lambda about, sample: sample["entry"]["header"].pop("affine")])
+def test_an_index_that_is_not_as_it_is_written_is_refused(url: str, tmp_path: Path, wrong: Any) -> None:
+    lines = list(index.unpacked(Remote(url).read(index.NAME), ""))
+    wrong(*lines[:2])
+    (tmp_path / index.NAME).write_bytes(index.packed(lines))
+    with pytest.raises(DataError, match="cut or damaged"):
+        index.load(f"file://{tmp_path}")
+
+
 # ---- order
 
 COUNTS = st.lists(st.integers(1, 12), min_size=1, max_size=30)

@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import shlex
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ import numpy as np
 
 from meristem.errors import DataError
 from meristem.modalities.base import Modality
+from meristem.modalities.documents import MISSHAPEN
 from meristem.modalities.objects import Objects, Raster
 from meristem.platform.data.cache import fingerprint, later
 from meristem.platform.data.manifest import Manifest, Problem, Row
@@ -130,25 +132,37 @@ def kind(url: str) -> str:
 
 
 def load(url: str) -> Index:
-    """Raises DataError."""
+    """Raises DataError, also for what is not as `data shard` writes it: somebody else may have written it."""
     remote = Remote(url)
     data = remote.read(NAME)
     about, *lines = unpacked(data, NAME)
-    if about.get("format") != FORMAT:
-        raise DataError("format", f"the shards at {remote.where} are of format {about.get('format')}, not {FORMAT}",
-                        "Write them again, or read them with the version that wrote them.")
-    rows, entries = [], {}
-    for each in lines:
-        rows.append(_row(each["row"]))
-        if each["entry"]:
-            entries[rows[-1].index] = Entry.load(each["entry"])
+    try:
+        if about["format"] != FORMAT:
+            raise DataError("format", f"the shards at {remote.where} are of format {about['format']}, not {FORMAT}",
+                            "Write them again, or read them with the version that wrote them.")
+        return _index(about, lines, hashlib.sha256(data).hexdigest()[:12])
+    except MISSHAPEN:
+        raise _damaged(NAME) from None
+
+
+def _index(about: Mapping[str, Any], lines: Sequence[Any], made: str) -> Index:
+    shards = tuple(Shard(**s) for s in about["shards"])
+    rows = sorted((_row(each["row"]) for each in lines), key=lambda row: row.index)
+    entries = {each["row"]["index"]: Entry.load(each["entry"]) for each in lines if each["entry"]}
+    sizes = {shard.name: shard.size for shard in shards}
+    names = [*sizes, *(row.case for row in rows), *(row.subject for row in rows), *(e.content for e in entries.values())]
+    if not entries or not all(re.fullmatch(r"[\w-]+(\.tar)?", name) for name in names):  # they become names of files here
+        raise ValueError("names")
+    for block in (block for entry in entries.values() for block in entry.blocks().values()):
+        end = sizes[block.file] - (0 if block.chunked else block.nbytes)
+        if not 0 <= block.offset <= end or np.dtype(block.dtype).hasobject:
+            raise ValueError("blocks")
     known: dict[str, Any] = {key: tuple(value) if key in NAMES else value for key, value in about["manifest"].items()}
     known["layout"] = "shards"  # what is beside the files of a layout, as KITTI's calibration, is not in them
     quarantine = tuple(Problem(**p) for p in about["quarantine"])
-    manifest = Manifest(tuple(sorted(rows, key=lambda row: row.index)), **known, problems=quarantine)
     asked, settled = about["options"]
-    return Index(about["modality"], (asked, settled), manifest, entries, tuple(Shard(**s) for s in about["shards"]), quarantine,
-                 hashlib.sha256(data).hexdigest()[:12])
+    return Index(about["modality"], (asked, settled), Manifest(tuple(rows), **known, problems=quarantine), entries, shards,
+                 quarantine, made)
 
 
 def _row(said: Mapping[str, Any]) -> Row:
