@@ -107,7 +107,7 @@ def meeting(filled: bool = True) -> tuple[Units, Units]:
 
 def hallucinated(filled: bool = True, seed: int = 0, **options: Any) -> tuple[Units, Units, Relation, Tensor]:
     q, k = meeting(filled)
-    step: Any = SimpleNamespace(rng=lambda purpose, of: Rng.of(seed, of.key["item"], purpose))
+    step: Any = SimpleNamespace(rng=lambda purpose, of: Rng.of(seed, of.key["item"], purpose), gather=lambda units: units)
     relation = Relation("same(item) - same(view)")
     chosen = Hallucinate(prototypes=4, **options)
     _, made = chosen.build(8)(q, k, relation, step)
