@@ -10,6 +10,7 @@ import os
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from meristem.modalities import npy
 from meristem.modalities.base import natural
 from meristem.modalities.image import png
 from meristem.modalities.image.files import decode
+from meristem.platform import recipe as recipes
 from meristem.platform.data.guess import guess_modality
 from meristem.platform.data.manifest import Manifest
 from meristem.platform.data.source import open_data
@@ -143,6 +145,62 @@ def test_a_list_with_a_field_without_end_is_no_list(tmp_path: Path) -> None:
     made_files.images(tmp_path)
     (tmp_path / "train.txt").write_text('"' + "a" * 200_000)
     assert len(Manifest.discover(tmp_path, modality("image", channels=1))) == 8
+
+
+def test_a_pipe_among_frames_makes_the_film_unusable(tmp_path: Path) -> None:
+    made_files.films(tmp_path)
+    (tmp_path / "2" / "5.png").unlink()
+    os.mkfifo(tmp_path / "2" / "5.png")
+    found = Manifest.discover(tmp_path, modality("video"))
+    assert len(found) == 5 and [p.reason for p in found.problems] == ["missing"]
+
+
+def test_counts_of_a_las_header_are_checked_before_room_is_made(tmp_path: Path) -> None:
+    inputs.las(tmp_path)
+    points, whole = modality("points"), {s: (tmp_path / f"{inputs.CANARY}.{s}").read_bytes() for s in ("las", "laz")}
+    at, = struct.unpack_from("<I", whole["laz"], 96)
+    table, = struct.unpack_from("<q", whole["laz"], at)
+    for suffix, place, form, value in (
+            ("las", 100, "<I", 2**32 - 1), ("laz", 100, "<I", 2**32 - 1), ("laz", table + 4, "<I", 2**31),
+            ("laz", at, "<q", 2**60), ("las", 96, "<I", 2**31), ("laz", 96, "<I", 2**31)):
+        raw = bytearray(whole[suffix])
+        struct.pack_into(form, raw, place, value)
+        (file := tmp_path / f"broken.{suffix}").write_bytes(raw)
+        assert reason(lambda file=file: points.read([file])) == "unreadable"
+    for suffix in whole:
+        assert points.read([tmp_path / f"{inputs.CANARY}.{suffix}"]).array is not None
+
+
+def test_an_element_of_four_gigabytes_in_a_small_dicom_file(tmp_path: Path) -> None:
+    inputs.dicom(tmp_path)
+    raw = bytearray((tmp_path / f"{inputs.CANARY}-a.dcm").read_bytes())
+    at = raw.index(b"\xe0\x7f\x10\x00") + 8  # the length of the pixels
+    struct.pack_into("<I", raw, at, 2**32 - 16)
+    (tmp_path / "b.dcm").write_bytes(raw)
+    tracemalloc.start()
+    decode(tmp_path / "b.dcm", 1, 1 << 20)  # what is there is enough for the rows and columns
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "a: " + "{b: " * 3000, "a0: &a0 [x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)), "a: " + "9" * 5000,
+    "!!python/object/apply:os.system [echo]"], ids=["brackets", "braces", "aliases", "digits", "object"])
+def test_no_recipe_is_endless(tmp_path: Path, text: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(MeristemError) as refused:
+        recipes.load(tmp_path / "mine.yaml")
+    assert refused.value.remedy
+    with pytest.raises(MeristemError):
+        recipes.load("volume/mae", ["train.steps=" + "[" * 100_000])
+
+
+def test_a_table_of_nodes_without_lines_is_refused(tmp_path: Path) -> None:
+    inputs.edges(tmp_path)
+    (tmp_path / "nodes.csv").write_text("size\n")
+    assert reason(lambda: modality("graph").read([tmp_path / "edges.csv"])) == "shape"
+    (tmp_path / "edges.csv").write_text("source,target\n" + "a" * 200_000)
+    assert reason(lambda: guess_modality(tmp_path / "edges.csv")) == "empty"
 
 
 ANY = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just("a.nii") | st.just("1.png"),

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -311,6 +312,9 @@ def read(name: str | Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def _plain(text: str) -> Any:
     """The values of a YAML text. Raises YAMLError, also for what no recipe has: endless depth, or aliases that multiply."""
+    nested = accumulate((c in "[{") - (c in "]}") for c in text)
+    if max(nested, default=0) > DEEPEST:  # PyYAML takes minutes to find out
+        raise yaml.YAMLError(f"it is nested deeper than {DEEPEST}")
     try:
         found = yaml.safe_load(text)
     except (ValueError, RecursionError) as error:

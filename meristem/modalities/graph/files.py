@@ -49,10 +49,10 @@ def recognised(path: Path) -> bool:
             return len(shape) == 2 and shape[0] == shape[1] > 3
         with path.open(encoding="utf-8-sig") as file:
             lines = [line for line in (file.readline() for _ in range(20)) if line.strip()]
-    except npy.DAMAGED:
+        return tu.is_tudataset(path) or tu.is_collection(lines) or tables.recognised(lines) or (
+            bool(lines) and molecules.is_table(tables.cells(lines)[0]))
+    except (*MISSHAPEN, *npy.DAMAGED):
         return False
-    return tu.is_tudataset(path) or tu.is_collection(lines) or tables.recognised(lines) or (
-        bool(lines) and molecules.is_table(tables.cells(lines)[0]))
 
 
 def contents(path: Path, label: str | None) -> Contents:

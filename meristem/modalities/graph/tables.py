@@ -145,6 +145,9 @@ def assembled(nodes: Mapping[str, Sequence[str]], edges: Sequence[tuple[str, str
     if not names:
         count = len(next(iter(column.values()), ()))
         names = tuple(map(str, range(count))) if count else tuple(sorted({e for edge in edges for e in edge}, key=natural))
+    if any(len(values) != len(names) for values in column.values()):
+        raise DataError("shape", f"the table of nodes has not a line for each of the {len(names)} that edges name",
+                        "Complete it, or remove it.")
     place = {name: i for i, name in enumerate(names)}
     if len(place) < len(names):
         raise DataError("duplicate", "two nodes have one name", "Give every node a name of its own.")
