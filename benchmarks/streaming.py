@@ -1,6 +1,6 @@
 """Crops and steps from shards against the local cache, the same samples in the same run: one JSON line per place.
 
-    python benchmarks/streaming.py [--crops 400] [--steps 60] [--repeats 3] [--data FOLDER_OF_DATA_SETS]
+    python benchmarks/streaming.py [--crops 200] [--steps 40] [--repeats 3] [--data FOLDER_OF_DATA_SETS]
 
 Volumes are 12 made ones of 256x256x160 int16, and the hippocampus set where it is there. `cold`: nothing is fetched yet, so
 each shard comes from the place once; `warm`: all are in the local store. S3 is a server on this machine (moto), which shares
@@ -103,8 +103,8 @@ def measure(name: str, files: Path, bucket: str, home: Path, arguments: argparse
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--crops", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--crops", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=3)
     default = os.environ.get("MERISTEM_DATA", Path(__file__).parents[2] / "shared" / "data")
     parser.add_argument("--data", type=Path, default=default)
