@@ -37,7 +37,7 @@ from chaos import end, start
 from made_canaries import PLANTED, Canaries
 from made_files import MADE, NET
 
-from meristem.platform.data.cache import Cache
+from meristem.platform.data.samples import Samples
 from meristem.platform.training import loop
 
 ENCODINGS = ("utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")  # numpy stores texts in the fourth
@@ -162,7 +162,7 @@ def _drain(leader: int, said: Path) -> None:
 def breaking(home: Home, what: str) -> Callable[[], None]:
     """Makes a process fail at its third batch or step, with a message that names everybody."""
     everybody, count = " ".join(home.c.words.values()), 0
-    windows, combined = Cache.windows, loop.combined
+    windows, combined = Samples.windows, loop.combined
 
     def fail() -> None:
         nonlocal count
@@ -179,7 +179,7 @@ def breaking(home: Home, what: str) -> Callable[[], None]:
             return
         raise RuntimeError(everybody)
 
-    def reading(cache: Cache, *arguments: Any) -> Any:
+    def reading(cache: Samples, *arguments: Any) -> Any:
         fail()
         return windows(cache, *arguments)
 
@@ -191,7 +191,7 @@ def breaking(home: Home, what: str) -> Callable[[], None]:
         if what == "step":
             loop.combined = stepping
         else:
-            Cache.windows = reading  # type: ignore[method-assign]
+            Samples.windows = reading  # type: ignore[method-assign]
     return arrange
 
 
