@@ -289,7 +289,8 @@ def predict(checkpoint_: Pathlike, data: Pathlike, out: Pathlike, *, quiet: bool
     """Predict every readable sample; a file that cannot be read is named in quarantine.csv and counted.
 
     checkpoint_: a fine-tuned run. Segmentation writes a label file per sample on its source grid, under its own name (in
-    sub-folders where names repeat); classification writes predictions.csv; detection writes predictions.json, as annotations
+    sub-folders where names repeat), and of a DICOM series a DICOM SEG beside the NIfTI file, with the patient's identity as the
+    archive wants it; classification writes predictions.csv; detection writes predictions.json, as annotations
     of such data are (COCO of images). Labels in `data` are not looked at.
     Returns the files written. Raises MeristemError.
     """
@@ -305,11 +306,14 @@ def predict(checkpoint_: Pathlike, data: Pathlike, out: Pathlike, *, quiet: bool
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".reading-") as folder:
         found = open_data(data, settings.modality, "auto", Path(folder), quiet, labels=False)
+        lost = len(found.cache.quarantine)
         written = objective(assembly).write(assembly, found, found.rows(), scope, out)
     if found.cache.quarantine:
         found.cache.write_quarantine(out / "quarantine.csv")
     if not quiet:
-        print(f"{len(found.rows())} samples predicted", file=sys.stderr)
+        less = len(found.cache.quarantine) - lost
+        told = f"; {less} without a DICOM SEG: quarantine.csv says why" if less else ""
+        print(f"{len(found.rows())} samples predicted{told}", file=sys.stderr)
     return written
 
 

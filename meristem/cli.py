@@ -113,7 +113,10 @@ def report(directories: Annotated[list[Path], typer.Argument(help="Directories t
 
 @app.command()
 def predict(checkpoint: Run, data: DataOption, out: OutOption, quiet: Quiet = False) -> None:
-    """Predict every sample of a folder; label maps come back on the source grid, boxes in its coordinates."""
+    """Predict every sample of a folder; label maps come back on the source grid, boxes in its coordinates.
+
+    Of a DICOM series both a NIfTI file and a DICOM SEG are written; the SEG names the patient, as the archive needs it.
+    """
     from meristem import api
     api.predict(checkpoint, data, out, quiet=quiet)
 

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from meristem.errors import RecipeError
+from meristem.errors import DataError, RecipeError
 from meristem.modalities.facts import Facts
 from meristem.modalities.frame import Frame
 from meristem.modalities.objects import Objects
@@ -231,6 +231,18 @@ class ViewSettings(Settings):
 
 
 @dataclass(frozen=True)
+class Group:
+    """Files that are one sample together. subject: whose they say they are, '' where they do not."""
+
+    files: tuple[Path, ...]
+    subject: str = ""
+
+
+Lost = tuple[tuple[Path, ...], DataError]
+"""Files that cannot be used, and why."""
+
+
+@dataclass(frozen=True)
 class Element:
     """One sample of a file that holds several. place: `name/number` in it. subject: '' for one of its own, None: that of its
     file. split: as declared.
@@ -385,6 +397,30 @@ class Calling(Protocol):
 
     def called(self, paths: Sequence[Path]) -> Sequence[str]:
         """Of the elements in their order; nothing where the file numbers them from 0."""
+        ...
+
+
+@runtime_checkable
+class Gathering(Protocol):
+    """A modality of which several files may be one sample, wherever they lie: it is in the files who belongs together."""
+
+    @staticmethod
+    def gather(files: Sequence[Path]) -> tuple[list[Group], list[Lost]]:
+        """The samples in these files; and files that look like it and are none, with the reason. Others are in neither list."""
+        ...
+
+
+@runtime_checkable
+class Archiving(Protocol):
+    """A modality whose samples may come from an archive that predictions go back to, with references to their source."""
+
+    def archive(self, prediction: np.ndarray, header: Header, paths: Sequence[Path], names: Mapping[int, str], recipe: str,
+                path: Path) -> Path | None:
+        """`write`, in the archive's own format beside it; None where the sample came from none.
+
+        paths: of the sample, whose identity is copied from there. names: value -> class. recipe: hash of the recipe that the
+        prediction was made by. Raises DataError where the source lacks what the archive wants.
+        """
         ...
 
 

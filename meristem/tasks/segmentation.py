@@ -13,11 +13,11 @@ from pydantic import Field
 from torch import Tensor
 
 from meristem.errors import DataError
-from meristem.modalities.base import Header, View
+from meristem.modalities.base import Archiving, Header, View
 from meristem.modalities.frame import Frame
 from meristem.modalities.stream import LatticeStream
 from meristem.platform.assembly import Assembly
-from meristem.platform.data.manifest import Row
+from meristem.platform.data.manifest import Problem, Row
 from meristem.platform.data.source import Data
 from meristem.platform.evaluation.metrics import segmentation
 from meristem.platform.evaluation.results import Case
@@ -104,13 +104,23 @@ class SegmentationObjective(TaskObjective):
         return cases
 
     def write(self, assembly: Assembly, data: Data, rows: Sequence[Row], scope: Scope, out: Path) -> list[Path]:
-        """One label file per row, on the source file's grid, under the source file's name (`places`)."""
+        """One label file per row, on the source file's grid, under the source file's name (`places`).
+
+        Beside it one for the archive that a sample comes from; a sample of which that cannot be made is among the quarantined.
+        """
         assembly.eval()
-        written = []
+        written: list[Path] = []
         for row, place in zip(rows, places(rows, data), strict=True):
             path = out / place
             path.parent.mkdir(parents=True, exist_ok=True)
-            written.append(data.modality.write(self._labels(assembly, data, row), data.cache.header(row.index), path))
+            labels, header = self._labels(assembly, data, row), data.cache.header(row.index)
+            written.append(data.modality.write(labels, header, path))
+            if isinstance(data.modality, Archiving):
+                try:
+                    archived = data.modality.archive(labels, header, row.paths, scope.values, assembly.recipe.hash, path)
+                    written += [archived] if archived else []
+                except DataError as error:
+                    data.cache.quarantine += (Problem(row.case, error.reason, error.what, error.remedy, row.local),)
         return written
 
 

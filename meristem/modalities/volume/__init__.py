@@ -1,4 +1,4 @@
-"""Volumes: NIfTI files, positions in millimetres."""
+"""Volumes: NIfTI files and DICOM series, positions in millimetres."""
 
 from meristem.modalities.volume.volume import Volume, VolumeOptions, VolumeViewOptions
 

@@ -10,6 +10,7 @@ import math
 import struct
 import zlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from nibabel.volumeutils import apply_read_scaling
 
 from meristem.errors import DataError
 from meristem.modalities.documents import MISSHAPEN
+from meristem.modalities.volume.opened import Opened
 
 TO_MM = {"meter": 1000.0, "micron": 0.001}
 DAMAGED = (*MISSHAPEN, ImageFileError, HeaderDataError, HeaderTypeError, EOFError, OSError, ArithmeticError,
@@ -61,6 +63,17 @@ def open_nifti(path: Path, what: str, assume: Literal["identity"] | None, most: 
         raise DataError("truncated", f"{what} is too small for the {bytes_claimed:,} bytes of voxels its header claims",
                         "Copy or download it again.")
     return image, _affine(image, what, assume)
+
+
+def opened(path: Path, what: str, assume: Literal["identity"] | None, most: int) -> Opened:
+    """See `open_nifti`."""
+    image, affine = open_nifti(path, what, assume, most)
+    shape = tuple(int(n) for n in image.shape)
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    kind = image.get_data_dtype()
+    plain = kind == np.uint8 and image.dataobj.slope == 1 and image.dataobj.inter == 0
+    return Opened(shape, affine, partial(decode, image, what), placement(image), kind.name, plain)
 
 
 def _headless(path: Path) -> bool:

@@ -1,8 +1,9 @@
-"""Volumes in NIfTI files: MR, CT and the like, one or many channels."""
+"""Volumes in NIfTI files and DICOM series: MR, CT, PET and the like, one or many channels."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Literal, Self
 
@@ -13,13 +14,14 @@ from pydantic import model_validator
 from scipy.ndimage import affine_transform
 
 from meristem.errors import DataError
-from meristem.modalities.base import EXCLUDED, Axis, Header, Sample
+from meristem.modalities.base import EXCLUDED, Axis, Group, Header, Lost, Sample
 from meristem.modalities.facts import Facts
 from meristem.modalities.lattice import Lattice, LatticeOptions, LatticeViewOptions, anchors
 from meristem.modalities.likeness import Likeness, cosines, ranks, thinned, turns
 from meristem.modalities.objects import Objects
-from meristem.modalities.volume import intake
-from meristem.modalities.volume.nifti import as_labels, decode, open_nifti, placement, same_grid, save
+from meristem.modalities.volume import intake, nifti
+from meristem.modalities.volume.nifti import as_labels, same_grid, save
+from meristem.modalities.volume.opened import Opened, named_dicom
 from meristem.modalities.volume.values import moments, percentiles, quantised
 
 WAVES = 8  # cosines along each axis in a fingerprint
@@ -33,13 +35,15 @@ the middle 70 % of values: 22; to the upper 60 %: 47; resampled to 80 or 150 %, 
 cropped, by a recipe's `crop_foreground` too, is not known again.
 """
 SLACK = 0.05  # of a voxel, by which rounded numbers may lie outside
+LEAN = 0.5  # of a voxel, by which opposite faces of an upright volume may be shifted against each other
 
 
 class VolumeOptions(LatticeOptions):
     """How volumes are read.
 
-    channels: files per case, or length of a 4D file's last axis. spacing: mm per axis to resample to, None keeps the file's.
-    orientation: axis codes of the stored array. normalise:
+    channels: files or DICOM series per case, or length of a 4D file's last axis. spacing: mm per axis to resample to, None
+    keeps the file's; grids that lean (gantry tilt) are then refused, since encoders see upright ones. orientation: axis codes
+    of the stored array. normalise:
       zscore      clip to the percentiles `clip`, then mean 0 and std 1;
       window      `window` = (low, high) to (−1, 1), as CT is shown;
       percentile  the percentiles `clip` to (−1, 1).
@@ -82,14 +86,15 @@ class VolumeViewOptions(LatticeViewOptions):
 
 
 class Volume(Lattice):
-    """NIfTI volumes in a common orientation, optionally resampled and cropped, positions in millimetres.
+    """NIfTI and DICOM volumes in a common orientation, optionally resampled and cropped, positions in millimetres.
 
     Stored as int16 over the clipped range, so a value is wrong by at most 1/131070 of that range: under 1e-3 of the standard
     deviation unless the range spans more than 130 of them. uint8 files that are not resampled stay as they are.
     """
 
     name = "volume"
-    suffixes = (".nii", ".nii.gz")
+    version = 1
+    suffixes = (".nii", ".nii.gz", ".dcm")
     Options = VolumeOptions
     ViewOptions = VolumeViewOptions
     axes = tuple(Axis(name, "mm", 0.5, 512.0) for name in "xyz")
@@ -98,18 +103,18 @@ class Volume(Lattice):
     options: VolumeOptions
 
     def read(self, paths: Sequence[Path], fields: Mapping[str, Path] = {}) -> Sample:
-        """One file (3D, or 4D with channels last) or one per channel; fields are label files on the same grid.
+        """One file (3D, or 4D with channels last) or one per channel, a DICOM series counting as one; fields are label files on
+        the same grid.
 
-        Raises DataError: unreadable, truncated, dimensions, no-affine, shape, nan, empty, label.
+        Raises DataError: unreadable, truncated, dimensions, no-affine, shape, nan, empty, label, leaning; of DICOM also those
+        of `dicom.open_series`.
         """
         options = self.options
-        names = ["the volume"] if len(paths) == 1 else [f"channel {i}" for i in range(len(paths))]
-        opened = [open_nifti(p, name, options.assume_affine, options.max_voxels) for p, name in zip(paths, names, strict=True)]
-        source, affine = opened[0]
-        grid = tuple(source.shape[:3])
-        for (image, other), name in zip(opened[1:], names[1:], strict=True):
-            same_grid(tuple(image.shape[:3]), other, grid, affine, name, names[0])
-        decoded = [decode(image, name) for (image, _), name in zip(opened, names, strict=True)]
+        opened = self._opened(paths)
+        source, affine, grid = opened[0], opened[0].affine, opened[0].shape[:3]
+        for i, other in enumerate(opened[1:], 1):
+            same_grid(other.shape[:3], other.affine, grid, affine, f"channel {i}", "channel 0")
+        decoded = [each.decode() for each in opened]
         several = [np.moveaxis(a, 3, 0) if a.ndim == 4 else a[None] for a in decoded]
         array = several[0] if len(several) == 1 else np.concatenate(several)
         if len(array) != self.channels:
@@ -118,9 +123,9 @@ class Volume(Lattice):
         array = self._sound(array)
         masks = {} if options.excluded is None else {EXCLUDED: (array == options.excluded).all(0).astype(np.uint8)}
         for name, path in fields.items():
-            image, other = open_nifti(path, f"the {name}", options.assume_affine, options.max_voxels)
-            values = decode(image, f"the {name}")
-            same_grid(values.shape, other, grid, affine, f"the {name}", names[0])
+            label = nifti.opened(path, f"the {name}", options.assume_affine, options.max_voxels)
+            values = label.decode()
+            same_grid(values.shape, label.affine, grid, affine, f"the {name}", "the volume")
             masks[name] = as_labels(values, f"the {name}", options.labels)
 
         array, stored, resampled = self._place(array, affine, "bilinear")
@@ -129,16 +134,47 @@ class Volume(Lattice):
             box = self._foreground(array)
             stored[:3, 3] += stored[:3, :3] @ [side.start for side in box]
             array, masks = array[(slice(None), *box)], {name: mask[box] for name, mask in masks.items()}
-        whole = not resampled and all(
-            image.get_data_dtype() == np.uint8 and image.dataobj.slope == 1 and image.dataobj.inter == 0 for image, _ in opened)
+        whole = not resampled and all(each.plain for each in opened)
         array, scale, offset, pad, levels = self._quantise(array, whole)
         header = Header(
             array.shape, tuple(tuple(row) for row in stored.tolist()), tuple(np.linalg.norm(stored[:3, :3], axis=0).tolist()),
-            scale, offset, pad, {**placement(source), "affine": affine.tolist(), "levels": levels},
+            scale, offset, pad, {**source.placement, "affine": affine.tolist(), "levels": levels},
             anchors(masks["mask"]) if "mask" in masks else ())
         ranked = np.sum([ranks(channel) for channel in thinned(array, SHOWN)], axis=0)
         return Sample(array, header, {name: np.ascontiguousarray(mask) for name, mask in masks.items()},
                       fingerprint=ALIKE.pack(cosines(ranked, WAVES)))
+
+    def _opened(self, paths: Sequence[Path]) -> list[Opened]:
+        """What is known of the files before their voxels are decoded: a NIfTI file or a DICOM series each."""
+        options, found = self.options, list[Opened]()
+        for is_dicom, some in groupby(paths, named_dicom):
+            files = list(some)
+            if is_dicom:
+                from meristem.modalities.volume import dicom  # pydicom is slow to import
+
+                found += dicom.opened(files, "the volume", options.max_voxels)
+            else:
+                found += [nifti.opened(f, "the volume" if len(paths) == 1 else f"channel {len(found) + i}",
+                                       options.assume_affine, options.max_voxels) for i, f in enumerate(files)]
+        return found
+
+    @staticmethod
+    def gather(files: Sequence[Path]) -> tuple[list[Group], list[Lost]]:
+        """See `Gathering`: DICOM series."""
+        if not any(map(named_dicom, files)):
+            return [], []
+        from meristem.modalities.volume import dicom
+
+        return dicom.gather(files)
+
+    @staticmethod
+    def recognised(path: Path) -> bool:
+        """Of DICOM files, whether they are slices of volumes."""
+        if not named_dicom(path):
+            return True
+        from meristem.modalities.volume import dicom
+
+        return dicom.recognised(path)
 
     def _sound(self, array: np.ndarray) -> np.ndarray:
         """Finite and not constant, or DataError."""
@@ -157,11 +193,16 @@ class Volume(Lattice):
 
     def _place(self, array: np.ndarray, affine: np.ndarray, mode: str) -> tuple[np.ndarray, np.ndarray, bool]:
         """(C, *S) to the wanted orientation and spacing; its affine there; whether it was resampled, else it is a view."""
+        wanted, leaning = self.options.spacing, lean(affine, array.shape[1:]) > LEAN
+        if leaning and wanted is None:
+            found = np.linalg.norm(affine[:3, :3], axis=0)
+            raise DataError("leaning", "its axes are not at right angles (gantry tilt, or a sheared affine)",
+                            "Have it resampled onto an upright grid: "
+                            f"modality.volume.spacing=[{', '.join(f'{mm:.3g}' for mm in found)}], or as finely as you like.")
         turn = ornt_transform(io_orientation(affine), axcodes2ornt(self.options.orientation))
         stored = affine @ inv_ornt_aff(turn, array.shape[1:])
         array = np.moveaxis(apply_orientation(np.moveaxis(array, 0, 3), turn), 3, 0)
-        wanted = self.options.spacing
-        if wanted is None or np.allclose(np.linalg.norm(stored[:3, :3], axis=0), wanted, rtol=1e-3):
+        if wanted is None or (not leaning and np.allclose(np.linalg.norm(stored[:3, :3], axis=0), wanted, rtol=1e-3)):
             return array, stored, False
         from monai.data import MetaTensor  # takes seconds, and is needed only where files are resampled
         from monai.transforms import Spacing
@@ -271,7 +312,7 @@ class Volume(Lattice):
 
     def facts(self, paths: Sequence[Path], sample: Sample) -> Facts:
         """See `Telling`."""
-        return intake.facts(paths, self.options.assume_affine, self.options.max_voxels)
+        return intake.facts(self._opened(paths))
 
     def identity(self, path: Path) -> Sequence[str]:
         """See `Identifying`."""
@@ -279,4 +320,28 @@ class Volume(Lattice):
 
     def write(self, prediction: np.ndarray, header: Header, path: Path) -> Path:
         """`restore`, then a NIfTI of uint8 or int16 labels with the source's affine. Returns the file written."""
+        if not path.name.lower().endswith((".nii", ".nii.gz")):
+            path = path.with_name(f"{stem(path)}.nii.gz")
         return save(self.restore(prediction, header), header.source, path)
+
+    def archive(self, prediction: np.ndarray, header: Header, paths: Sequence[Path], names: Mapping[int, str], recipe: str,
+                path: Path) -> Path | None:
+        """See `Archiving`: of DICOM series, a DICOM SEG beside the NIfTI."""
+        if header.source.get("files") != "dicom":
+            return None
+        from meristem.modalities.volume import seg
+
+        return seg.save(self.restore(prediction, header), np.array(header.source["affine"]), paths, names, recipe,
+                        path.with_name(f"{stem(path)}.seg.dcm"))
+
+
+def lean(affine: np.ndarray, shape: Sequence[int]) -> float:
+    """Voxels by which the far end of an axis is shifted along another, where axes are not at right angles: the most of all."""
+    axes = affine[:3, :3]
+    size = np.linalg.norm(axes, axis=0)
+    shift = np.abs(axes.T @ axes) / size[:, None] ** 2 * (np.array(shape) - 1)
+    return float((shift - np.diag(np.diag(shift))).max())
+
+
+def stem(path: Path) -> str:
+    return path.name[:-4] if path.name.lower().endswith(".dcm") else path.name

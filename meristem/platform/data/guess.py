@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image as Pillow
 
 from meristem.errors import DataError
-from meristem.modalities.base import Modality, member_files, modalities, modality_class
+from meristem.modalities.base import Gathering, Modality, member_files, modalities, modality_class
 from meristem.platform.data import lists
 from meristem.platform.data.annotated import format_of
 from meristem.platform.data.layouts import Search, nested, sequences
@@ -58,14 +58,18 @@ def _count(names: Sequence[str], kind: type[Modality]) -> int:
 
 
 def _own(files: Sequence[Path], kind: type[Modality]) -> int:
-    """How many files a modality would read: by their suffixes, and by the share of some that it recognises."""
+    """How many files a modality would read: by their suffixes, and by the share of some that it recognises.
+
+    Files that are told by what is in them (`Gathering`) need no suffix, or have a number for one.
+    """
     recognised = getattr(kind, "recognised", None)
     if recognised is None:
         return _count([f.name.lower() for f in files], kind)
     by_suffix: dict[str, list[Path]] = defaultdict(list)
     for f in files:
-        if f.name.lower().endswith(kind.suffixes):
-            by_suffix[f.suffix.lower()].append(f)
+        bare = isinstance(kind, Gathering) and not f.suffix.strip(".0123456789") and f.is_file()
+        if bare or f.name.lower().endswith(kind.suffixes):
+            by_suffix["" if bare else f.suffix.lower()].append(f)
     some = {suffix: [recognised(f) for f in found[::-(-len(found) // LOOKED_INTO)]] for suffix, found in by_suffix.items()}
     return sum(round(len(by_suffix[suffix]) * sum(seen) / len(seen)) for suffix, seen in some.items())
 
@@ -79,7 +83,8 @@ def _listed(root: Path, kinds: Mapping[str, type[Modality]]) -> tuple[list[str],
     counts = Counter({name: _count(names, kind) for name, kind in kinds.items()})
     if not counts.total():
         places = [place for f, t in text.items() for place in lists.folders(t, f.parent)]
-        counts = Counter({name: sum(bool(member_files(p, kind.members)) for p in places) for name, kind in kinds.items()})
+        counts = Counter({name: sum(_own(list(p.iterdir()), kind) > 0 if isinstance(kind, Gathering) else
+                                    bool(member_files(p, kind.members)) for p in places) for name, kind in kinds.items()})
     return names, counts
 
 

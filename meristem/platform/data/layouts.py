@@ -14,7 +14,7 @@ import numpy as np
 
 from meristem.errors import DataError
 from meristem.modalities import npy
-from meristem.modalities.base import Element, Modality, member_files, natural, split_element
+from meristem.modalities.base import Element, Gathering, Group, Modality, member_files, natural, split_element
 from meristem.modalities.documents import read_json
 from meristem.modalities.objects import Objects
 
@@ -99,6 +99,7 @@ class Search:
         self.members = tuple(s.lower() for s in modality.members)
         self._modality = modality
         self.frames: dict[Path, int] = {}  # folder that is a sample, relative to where it was looked for -> files in it
+        self.groups: dict[Path, Group] = {}  # files that are a sample together, by the folder they fill or by the first
         self.found: list[Found] = []
         self.lost: list[tuple[str, str, str, str]] = []  # reason, local, message, remedy
         self.pairs: list[tuple[Path, Path]] = []
@@ -150,15 +151,46 @@ class Search:
                      **{**more, **said})
 
     def files(self, root: Path) -> list[Path]:
-        """All samples below root, relative to it, sorted: readable files, and folders of numbered members without one."""
-        found = []
-        for here, names in walk(root):
-            files = [here / n for n in names if self.suffix(n)]
+        """All samples below root, relative to it, sorted: readable files, files that belong together by their folder or the
+        first of them, and folders of numbered members without one.
+        """
+        inside = list(walk(root))
+        taken = self._gather(root, [root / here / n for here, names in inside for n in names])
+        found = list(self.groups)
+        for here, names in inside:
+            files = [here / n for n in names if self.suffix(n) and root / here / n not in taken]
             if not files and here.name and (count := self._numbered(names)):
                 self.frames[here] = count
                 files = [here]
             found += files
         return sorted(found)
+
+    def _gather(self, root: Path, files: Sequence[Path]) -> set[Path]:
+        """Fill `groups`, and set aside what is of no use; returns the files that are thereby dealt with."""
+        self.groups = {}
+        if not isinstance(self._modality, Gathering):
+            return set()
+        groups, lost = self._modality.gather(files)
+        fill = Counter(folder for g in groups for folder in {f.parent for f in g.files})
+        for g in groups:
+            folder = g.files[0].parent
+            alone = all(f.parent == folder for f in g.files) and fill[folder] == 1
+            place = (folder if folder != root else Path(root.name)) if alone else g.files[0]
+            self.groups[place.relative_to(root) if place.is_absolute() else place] = g
+        for some, error in lost:
+            self.refuse(relative(some[0], root), error)
+        return {f for g in groups for f in g.files} | {f for some, _ in lost for f in some}
+
+    def _owner(self, group: Group, root: Path) -> str:
+        """Whose a group is, as its files say; else of whom all is below the first folder that is no split and no `images`."""
+        above = group.files[0].parent.relative_to(root).parts
+        return group.subject or next((p for p in above if p.lower() not in {*SPLITS, *IMAGE_FOLDERS}), root.name)
+
+    def one(self, path: Path) -> None:
+        """A single file."""
+        self.layout = "file"
+        groups: Sequence[Group] = self._modality.gather([path])[0] if isinstance(self._modality, Gathering) else ()
+        self.add((path,), path.name, next((g.subject for g in groups if g.subject), self.stem(path.name)))
 
     def _numbered(self, names: Iterable[str]) -> int:
         """How many members these are; 0 where most have no number."""
@@ -189,18 +221,31 @@ class Search:
         told = any(e.label for inside in several.values() for e in inside or ())  # by the files: folders need not tell
         if not matched and not told:
             classes, patients = self._folders(list(images))
+            if self.groups and not self._mixed(classes):
+                patients, classes = patients or bool(classes), {}
             self.layout = "one folder per class" if classes else "one folder per subject" if patients else "folder"
         if any(f in self.frames for f in images):
             self.layout += ", numbered files in folders"
+        if self.groups and self.layout == "folder":
+            self.layout = "series in folders"
         subjects = self._subjects(list(images), bool(classes) or told, patients)
+        subjects |= {place: self._owner(g, root) for place, g in self.groups.items()}
         parts = self._parts(root) if classes else {}
         for image in images:
             label, split = classes.get(image), split_of(image)
             if (inside := several[image]) is not None:
                 self.within(root / image, image.as_posix(), inside, subjects[image], label=label, split=split)
                 continue
-            self.add((root / image,), image.as_posix(), subjects[image], label=label, split=split,
+            paths = self.groups[image].files if image in self.groups else (root / image,)
+            self.add(paths, image.as_posix(), subjects[image], label=label, split=split,
                      mask=root / matched[image] if image in matched else parts.get(label or ""))
+
+    def _mixed(self, classes: dict[Path, str]) -> bool:
+        """Whether every folder of a class holds several patients: else the folders are patients, whose names are no classes."""
+        whose: dict[str, set[str]] = defaultdict(set)
+        for place, label in classes.items():
+            whose[label].add(self.groups[place].subject if place in self.groups else place.as_posix())
+        return all(len(subjects) > 1 for subjects in whose.values())
 
     def _parts(self, root: Path) -> dict[str, Path]:
         """Class -> `parts.json#class/first`: where its parts are named, and the number of its first among those of all."""
@@ -343,7 +388,13 @@ class Search:
                label: str | None = None, meta: dict[str, float | str] | None = None) -> None:
         """Add a sample that a list names, when its files are there."""
         self.by_list = True
-        paths = tuple(root / image for image in images)
+        groups = [self._inside(root / image) for image in images]
+        for group in groups:
+            if isinstance(group, DataError):
+                self.refuse(relative(root / images[0], root), group)
+                return
+        paths = tuple(f for group in groups if isinstance(group, Group) for f in group.files)
+        subject = subject or next((g.subject for g in groups if isinstance(g, Group) and g.subject), "")
         masks = (root / mask,) if mask else ()
         for p in (*paths, *masks):
             element = split_element(p)
@@ -351,8 +402,17 @@ class Search:
                 message = "is listed but holds no file of a known kind" if p.is_dir() else "is listed but does not exist"
                 self.lost.append(("missing", relative(p, root), message, "Correct the list, or add the file."))
                 return
-        self.add(paths, relative(paths[0], root), subject, mask=masks[0] if masks else None, label=label, split=split,
+        self.add(paths, relative(root / images[0], root), subject, mask=masks[0] if masks else None, label=label, split=split,
                  meta=meta or {})
+
+    def _inside(self, path: Path) -> Group | DataError:
+        """The files of the only group in a folder; the path itself where that is none of groups; or why there is no one."""
+        if not isinstance(self._modality, Gathering) or not path.is_dir():
+            return Group((path,))
+        groups, _ = self._modality.gather([f for f in sorted(path.iterdir()) if f.is_file() and not f.name.startswith(".")])
+        if len(groups) > 1:
+            return DataError("series", f"is listed, and a folder of {len(groups)} series", "List folders of one series each.")
+        return groups[0] if groups else Group((path,))
 
     def name_subjects(self) -> None:
         """Subjects, by their paths, of the samples that no list gave one."""

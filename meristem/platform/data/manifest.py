@@ -165,8 +165,7 @@ def _fill(search: Search, path: Path) -> Path:
     elif path.suffix.lower() == ".npz" and not search.suffix(path.name):
         search.arrays(path.resolve())
     elif path.is_file():
-        search.layout = "file"
-        search.add((path.resolve(),), path.name, search.stem(path.name))
+        search.one(path.resolve())
     elif by_split := lists.of_splits(search, root):
         root = lists.read(search, by_split)
     else:
