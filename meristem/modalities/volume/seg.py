@@ -27,6 +27,8 @@ from meristem.modalities.volume import dicom
 from meristem.modalities.volume.nifti import same_grid
 
 SCHEME = "99MERISTEM"
+UNKNOWN = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID", "AccessionNumber",
+           "ReferringPhysicianName", "PositionReferenceIndicator")  # of type 2: empty where the source lacks them
 SERIES = 10_000  # added to the source's series number
 CATEGORIES = {  # context group of property types (PS3.16) -> category of what is in it; the first that has a type counts
     7159: codes.SCT.MorphologicallyAbnormalStructure, 7166: codes.SCT.Tissue, 7157: codes.SCT.PhysicalObject,
@@ -79,13 +81,21 @@ def _lacking(error: Exception) -> str:
     return f"{named[1]} is missing" if named else type(error).__name__
 
 
+def _header(path: Path) -> pydicom.Dataset:
+    ds = pydicom.dcmread(path, stop_before_pixels=True)
+    for name in UNKNOWN:
+        if name not in ds:
+            setattr(ds, name, "")
+    return ds
+
+
 def _segmentation(frames: np.ndarray, source: dicom.Series, names: Mapping[int, str], recipe: str) -> hd.seg.Segmentation:
     order = [s.file for s in source.slices]
     if len(source.files) == 1:
-        images = [pydicom.dcmread(source.files[0], stop_before_pixels=True)]
+        images = [_header(source.files[0])]
         frames = frames[np.argsort([s.frame for s in source.slices])]
     elif len(set(order)) == len(order):
-        images = [pydicom.dcmread(source.files[i], stop_before_pixels=True) for i in order]
+        images = [_header(source.files[i]) for i in order]
     else:
         raise ValueError("several files of several frames")
     first = images[0]
@@ -106,4 +116,4 @@ def _segmentation(frames: np.ndarray, source: dicom.Series, names: Mapping[int, 
         series_instance_uid=hd.UID(), series_number=int(first.get("SeriesNumber") or 0) + SERIES, sop_instance_uid=hd.UID(),
         instance_number=1, manufacturer="Meristem", manufacturer_model_name="meristem", software_versions=release,
         device_serial_number=recipe, content_label="SEGMENTATION", content_description="Segmentation by a trained model",
-        pixel_measures=measures, series_description="Segmentation by meristem")
+        pixel_measures=measures, omit_empty_frames=bool(frames.any()), series_description="Segmentation by meristem")
