@@ -153,7 +153,7 @@ def test_csv_with_channels_and_mistakes(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("path_1,path_0\na1.npy,a0.npy\n")
     assert [p.name for p in Manifest.discover(tmp_path / "t.csv", Npy()).rows[0].paths] == ["a0.npy", "a1.npy"]
     (tmp_path / "t.csv").write_text("path,split\na0.npy,holdout\n")
-    with pytest.raises(DataError, match=r"line 2.*holdout"):
+    with pytest.raises(DataError, match=r"line 2.*none of train"):
         Manifest.discover(tmp_path / "t.csv", Npy())
     (tmp_path / "t.csv").write_text("image\na0.npy\n")
     with pytest.raises(DataError, match="no column `path`"):
