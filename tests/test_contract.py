@@ -182,6 +182,9 @@ class Noise:
     def tables(self, row: int) -> dict[str, np.ndarray]:
         return {}
 
+    def fields(self, row: int) -> tuple[str, ...]:
+        return ()
+
     def header(self, row: int) -> Header:
         return self._header
 

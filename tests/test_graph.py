@@ -298,12 +298,13 @@ def test_a_graph_too_large_for_encodings_says_so(data: Data) -> None:
         small.read(data.manifest.rows[1].paths)
 
 
-def test_predictions_come_back_in_the_order_and_by_the_names_of_the_file(tmp_path: Path) -> None:
+def test_predictions_come_back_in_the_order_of_the_file_which_alone_holds_the_names(tmp_path: Path) -> None:
     (tmp_path / "e.csv").write_text("source,target\nb,a\na,c\n")
     modality = Graph(GraphOptions())
     sample = modality.read([tmp_path / "e.csv"])
     written = modality.write(np.array([2, 0, 1]), sample.header, tmp_path / "out.nii.gz")
-    assert written.read_text().split() == ["node,class", "a,2", "b,0", "c,1"]
+    assert written.read_text().split() == ["node,class", "0,2", "1,0", "2,1"]
+    assert list(modality.called([tmp_path / "e.csv"])) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("encoder", ["transformer", "message_passing"])

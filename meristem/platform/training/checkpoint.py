@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from meristem.errors import CheckpointError
 from meristem.modalities.base import Modality
+from meristem.modalities.documents import MISSHAPEN
 from meristem.modalities.rng import Rng
 from meristem.platform.encoders.base import Encoder
 from meristem.platform.encoders.lora import merged
@@ -126,10 +127,12 @@ def read_card(path: Path, joint: bool = False) -> dict[str, Any]:
     folder = locate(path)
     try:
         card: dict[str, Any] = json.loads((folder / "card.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder.name} has no readable card.json: {error}", "It is damaged; use another.") from None
-    if card.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint format {card.get('format')!r} is not {FORMAT}", "Use the version that wrote it.")
+        form, _ = card["format"], card["kind"]
+    except (OSError, *MISSHAPEN) as error:
+        raise CheckpointError(f"{folder.name} has no readable card.json ({type(error).__name__})",
+                              "It is damaged; use another.") from None
+    if form != FORMAT:
+        raise CheckpointError(f"the checkpoint's format is not {FORMAT}", "Use the version that wrote it.")
     if card["kind"] == "joint" and not joint:
         members = " or ".join(f"{path.name}/{name}" for name in card["members"])
         raise CheckpointError(f"{path.name} is a joint run of {len(card['members'])} kinds of data",
@@ -148,8 +151,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         weights: dict[str, Tensor] = load_file(folder / "weights.safetensors")
         return weights
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder.name}/weights.safetensors cannot be read: {error}") from None
+    except (OSError, SafetensorError, RuntimeError, *MISSHAPEN) as error:
+        raise CheckpointError(f"{folder.name}/weights.safetensors cannot be read ({type(error).__name__})",
+                              "Use another checkpoint of the run.") from None
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -158,8 +162,9 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         return state
-    except (OSError, RuntimeError, zipfile.BadZipFile, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{folder.name}/state.pt cannot be read: {error}", "Use an older checkpoint.") from None
+    except (OSError, RuntimeError, zipfile.BadZipFile, EOFError, pickle.UnpicklingError, *MISSHAPEN) as error:
+        raise CheckpointError(f"{folder.name}/state.pt cannot be read ({type(error).__name__})",
+                              "Use an older checkpoint.") from None
 
 
 # ---------------------------------------------------------------------------------------------- fitting weights to an encoder
