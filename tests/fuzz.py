@@ -397,9 +397,9 @@ def main() -> None:
         known[name].write(place.seeds / name)
     started, rounds, had = time.monotonic(), 0, Counter[str]()
     while (left := given.seconds - (time.monotonic() - started)) > 0:
-        each = max(min(SLICE, left / len(names)), 0.2)
+        how, rest = (guided, 1) if guide and rounds % 2 else (blind, 1 + guide)  # each has its turn, however short the time is
+        each = max(min(SLICE, left / len(names) / rest), 0.2)
         for name in names:
-            how = guided if guide and rounds % 2 else blind
             had[name] += spell(how, name, place, given.seed, had[name], time.monotonic() + each, counts)
         rounds += 1
     line = {"fuzz": counts.inputs.total(), "findings": counts.findings.total(), "accepted": counts.accepted, "seed": given.seed,

@@ -149,6 +149,12 @@ def test_a_list_with_a_field_without_end_is_no_list(tmp_path: Path) -> None:
     assert len(Manifest.discover(tmp_path, modality("image", channels=1))) == 8
 
 
+def test_a_pipe_that_is_named_as_data_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.npz")
+    assert reason(lambda: Manifest.discover(tmp_path / "a.npz", modality("image", channels=1))) == "missing"
+    assert reason(lambda: guess_modality(tmp_path / "a.npz")) == "missing"
+
+
 def test_a_pipe_among_frames_makes_the_film_unusable(tmp_path: Path) -> None:
     made_files.films(tmp_path)
     (tmp_path / "2" / "5.png").unlink()

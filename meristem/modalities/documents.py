@@ -20,6 +20,8 @@ MISSHAPEN = (AttributeError, IndexError, KeyError, TypeError, ValueError, Overfl
 def read_json(path: Path, what: str, remedy: str = "Export it again.") -> Any:
     """What a file holds. what: its role, for the message. Raises DataError (unreadable) for whatever is no JSON in UTF-8."""
     try:
+        if not path.is_file():
+            raise OSError("no file")  # of which a pipe would be waited for
         text = path.read_text(encoding="utf-8-sig")
         found = json.loads(text)
         if re.search(r"\\u[dD][89a-fA-F]", text):

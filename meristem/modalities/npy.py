@@ -70,6 +70,9 @@ def shape(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 def _array(file: IO[bytes], size: int) -> np.ndarray:
     claimed, kind = shape(file)
+    if kind.kind not in "fiub" or kind.itemsize > 8:
+        raise DataError("unreadable", f"holds {kind} where numbers are meant",
+                        "Save it as integers or floats of up to 64 bits.")
     if math.prod(claimed) * kind.itemsize > size - file.tell():
         raise DataError("truncated", f"announces an array of {'×'.join(map(str, claimed))}, more than there are bytes", AGAIN)
     file.seek(0)

@@ -30,7 +30,7 @@ def _array(file: Path, member: str, modified: int, size: int, max_pixels: int) -
         shape, _ = npy.shape(stream)
     check_size(math.prod(shape[1:]), max_pixels)
     array = npy.read(file, member)
-    if array.dtype.kind not in "fiub" or not array.ndim:
+    if not array.ndim:
         raise ValueError("no pictures")
     array.flags.writeable = False
     return array

@@ -29,7 +29,7 @@ def guess_modality(path: str | Path) -> str:
     Raises DataError when none reads any.
     """
     root = Path(path).expanduser()
-    if not root.exists():
+    if not root.is_file() and not root.is_dir():
         raise DataError("missing", f"no data at {root}", "Give an existing folder, CSV, list, dataset.json, npz or data file.")
     kinds = {name: modality_class(name) for name in modalities()}
     annotated = [name for name, kind in kinds.items() if format_of(Search(kind), root)]

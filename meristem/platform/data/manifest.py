@@ -118,7 +118,7 @@ class Manifest:
         Raises DataError when nothing is found or the description of the data is wrong.
         """
         path = Path(path).expanduser()
-        if not path.exists():
+        if not path.is_file() and not path.is_dir():  # a pipe would be waited for
             raise DataError("missing", f"no data at {path}", "Give an existing folder, CSV, dataset.json, npz or data file.")
         search = Search(modality)
         try:

@@ -96,6 +96,15 @@ class Boxes(Model):
     level: tuple[int, ...] = ()
     size: tuple[FiniteFloat, ...] = ()
 
+    @model_validator(mode="after")
+    def _as_many(self) -> Self:
+        n = len(self.box)
+        if len(self.label) != n or any(x and len(x) != n for x in (self.score, self.ignore, self.level, self.size)):
+            raise ValueError(f"{n} boxes have another number of labels, scores, levels or sizes")
+        if len({len(b) for b in self.box}) > 1 or min(self.label, default=0) < 0:
+            raise ValueError("boxes are not of as many numbers each, or a class is negative")
+        return self
+
 
 class Case(Model):
     """One tested case under pseudonyms: `metrics` (name -> class -> value), or `target` and `probabilities`, or `truth` and
