@@ -27,6 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_skeletons import mocap
 from PIL import Image
+from pydantic import ValidationError
 from test_graph_files import connectome, planetoid, tudataset
 
 from meristem import api
@@ -39,6 +40,7 @@ from meristem.platform import recipe as recipes
 from meristem.platform.data.guess import guess_modality
 from meristem.platform.data.manifest import Manifest
 from meristem.platform.data.source import open_data
+from meristem.platform.evaluation.results import Boxes
 
 
 def reason(call: Callable[[], Any]) -> str:
@@ -89,6 +91,21 @@ def test_an_array_is_believed_as_far_as_there_are_bytes(tmp_path: Path, shape: s
         archive.writestr("points.npy", raw)
     assert reason(lambda: npy.read(tmp_path / "a.npy")) in ("truncated", "unreadable")
     assert reason(lambda: npy.read(tmp_path / "b.npz", "points")) in ("truncated", "unreadable")
+
+
+@pytest.mark.parametrize("kind", ["<c16", "|V7", "<U9", "<M8[s]", [("a", "<f4")], "<f16"])
+def test_an_array_of_no_numbers_is_refused(tmp_path: Path, kind: Any) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((9, 3), np.dtype(kind)))
+    assert reason(lambda: npy.read(tmp_path / "a.npy")) == "unreadable"
+
+
+@pytest.mark.parametrize("wrong", [{"label": (0,)}, {"label": (0, -1)}, {"score": (0.5,)}, {"level": (1,)},
+                                   {"box": ((0.0, 1.0), (0.0,))}])
+def test_boxes_of_a_report_are_counted(wrong: dict[str, Any]) -> None:
+    whole: dict[str, Any] = {"box": ((0.0, 1.0), (2.0, 3.0)), "label": (0, 1)}
+    assert Boxes(**whole)
+    with pytest.raises(ValidationError):
+        Boxes(**{**whole, **wrong})
 
 
 def test_an_archive_that_unpacks_to_far_more_is_a_bomb_and_its_members_go_nowhere(tmp_path: Path) -> None:
