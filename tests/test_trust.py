@@ -23,7 +23,7 @@ def test_counts_are_stamped_once_and_told(tmp_path: Path, monkeypatch: pytest.Mo
     old = {**MADE["golden"], "when": "2001-02-03", "versions": {"torch": "0.1"}}
     (tmp_path / "golden.json").write_text(json.dumps(old))
     trust.main()
-    text = (tmp_path / "trust.md").read_text()
+    text = " ".join((tmp_path / "trust.md").read_text().split())
     assert "1,234 disturbances of 1,000 trainings, 3 lost (kill 700, disk 534)" in text
     assert "321 words planted in 2 data sets, 90 commands, 500 artefacts in 12,000 pieces and 77,777 printed bytes" in text
     assert "10,000 inputs to 2 readers, 2 findings" in text

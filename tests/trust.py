@@ -88,8 +88,9 @@ public database for known vulnerabilities of what it names. `make wheels` gather
 without a network, an environment from it. `tests/test_supply.py` builds the sdist, from it the wheel, compares the wheel with
 the source tree file by file, and installs and runs it without an index.
 
-The whole suite runs on Python 3.11 with torch 2.15. The golden trainings gave the same numbers within their tolerance on Python
-3.13 with everything from the lock, and on Python 3.12 with torch 2.11, the oldest that is supported. Other pairs are not tested.
+The whole suite runs on Python 3.11 with torch 2.15. The golden trainings gave the same numbers within their tolerance on
+Python 3.13 with everything from the lock, and on Python 3.12 with torch 2.11, the oldest that is supported. Other pairs are
+not tested.
 
 ## Limits
 

@@ -34,7 +34,7 @@ from meristem.modalities import npy
 from meristem.modalities.base import Draw, Modality, Sample, member_files, split_element
 from meristem.platform.data.manifest import Manifest, Problem, Row, pseudonym, user_key
 from meristem.platform.data.samples import TABLE, Block, Entry, Samples
-from meristem.platform.data.workers import killed, notice_deaths_where_waited
+from meristem.platform.data.workers import DEATH, killed, notice_deaths_where_waited
 
 LAYOUT = 4  # of the files in a cache; another number, another folder
 LARGE = 4 << 20  # bytes above which a sample gets a chunked file: below, reading it raw is cheaper than opening one
@@ -235,7 +235,7 @@ def each(decoding: Decoding, workers: int) -> Iterator[Result]:
         notice_deaths_where_waited()
     try:
         yield from stream
-    except RuntimeError as error:
+    except DEATH as error:
         if not killed(error):
             raise
         raise MeristemError("a process that decodes files was killed", "Memory may be short: close other programs, or decode "

@@ -24,7 +24,7 @@ from meristem.modalities.stream import Edges
 from meristem.platform.data.composer import Matching
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.samples import Order, Samples
-from meristem.platform.data.workers import killed, notice_deaths_where_waited
+from meristem.platform.data.workers import DEATH, killed, notice_deaths_where_waited
 from meristem.platform.objectives import Items
 from meristem.platform.recipe import Recipe
 from meristem.platform.step import Batch
@@ -50,7 +50,7 @@ class Loader:
             asked = time.perf_counter()
             try:
                 batch = next(stream, None)
-            except RuntimeError as error:
+            except DEATH as error:
                 if not killed(error):
                     raise
                 deaths += 1

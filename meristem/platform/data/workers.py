@@ -6,9 +6,13 @@ import signal
 import threading
 
 
-def killed(error: RuntimeError) -> bool:
-    """Whether a loader's error is that one of its processes was killed, not that it failed."""
-    return str(error).startswith("DataLoader worker")
+DEATH = (RuntimeError, ConnectionError, EOFError)  # what a loader raises of it
+
+
+def killed(error: Exception) -> bool:
+    """Whether a loader's error is that one of its processes was killed, perhaps as it handed over a batch, not that it failed."""
+    text = str(error)
+    return text.startswith("DataLoader worker") or (not isinstance(error, RuntimeError) and not text.startswith("Caught"))
 
 
 def notice_deaths_where_waited() -> None:
