@@ -5,12 +5,11 @@ from __future__ import annotations
 import signal
 import threading
 
-
 DEATH = (RuntimeError, ConnectionError, EOFError)  # what a loader raises of it
 
 
 def killed(error: Exception) -> bool:
-    """Whether a loader's error is that one of its processes was killed, perhaps as it handed over a batch, not that it failed."""
+    """Whether a loader's error is that one of its processes was killed, as it worked or handed over, not that it failed."""
     text = str(error)
     return text.startswith("DataLoader worker") or (not isinstance(error, RuntimeError) and not text.startswith("Caught"))
 
