@@ -45,14 +45,14 @@ def seen(kind: Skeleton, array: np.ndarray, **view: Any) -> View:
     header = Header(array.shape, ((period, 0.0, 2.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)), (period, 1.0), pad=(float("nan"),))
 
     class Stored:
-        def fields(self, row: int) -> tuple[str, ...]:
-        return ()
-
-    def header(self, row: int) -> Any:
+        def header(self, row: int) -> Any:
             return header
 
         def tables(self, row: int) -> dict[str, np.ndarray]:
             return {}
+
+        def fields(self, row: int) -> tuple[str, ...]:
+            return ()
 
         def windows(self, row: int, draws: Any) -> list[np.ndarray]:
             return [array[:, d.start[0]:d.start[0] + d.size[0]] for d in draws]
