@@ -32,6 +32,9 @@ class Clips:
     def tables(self, row: int) -> dict[str, np.ndarray]:
         return {}
 
+    def fields(self, row: int) -> tuple[str, ...]:
+        return ()
+
     def windows(self, row: int, draws: Sequence[Draw]) -> list[np.ndarray]:
         film = np.random.default_rng(row).integers(0, 256, (3, 60, 40, 48), np.uint8)
         return [film[(slice(None), list(d.index), *(slice(a, a + n) for a, n in zip(d.start[1:], d.size[1:], strict=True)))]
