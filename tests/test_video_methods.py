@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from meristem.modalities.base import Draw, Header
 from meristem.platform.assembly import Assembly, total
 from meristem.platform.data.loader import _Batches
+from meristem.platform.data.samples import Samples
 from meristem.platform.objectives import Loss
 from meristem.platform.recipe import load
 from meristem.platform.step import Batch, Step
@@ -24,6 +25,8 @@ PASSES = {"cvrl": ["encoder(v)"], "rspnet": ["encoder(query)", "teacher(key)", "
 
 class Clips:
     """A cache of films of noise: 60 frames of 40 × 48, each film its own."""
+
+    order, ahead, expect = Samples.order, Samples.ahead, Samples.expect
 
     def header(self, row: int) -> Header:
         return Header((3, 60, 40, 48), tuple(tuple(float(i == j) for j in range(4)) for i in range(4)), (0.04, 1.0, 1.0),
