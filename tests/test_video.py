@@ -330,7 +330,7 @@ def drawn(pixels: np.ndarray, view: VideoViewOptions, modality: Video, opens: An
     """Views of one video as the loader draws them."""
     opens(Made(pixels, times))
     head = modality.read([Path("x")]).header
-    cache: Any = SimpleNamespace(header=lambda row: head, tables=lambda row: {},
+    cache: Any = SimpleNamespace(header=lambda row: head, tables=lambda row: {}, fields=lambda row: (),
                                  windows=lambda row, draws: modality.fetch([Path("x")], head, draws))
     rows: Any = [SimpleNamespace(index=i) for i in range(count)]
     return whole(cache, rows, modality, view)
