@@ -692,8 +692,8 @@ def test_masks_follow_their_clip(davis: Path, tmp_path: Path) -> None:
     rows = [r for r in manifest.rows if (cache.field(r.index, "mask") >= 0).all()]
     assert len(rows) == 1
     settings_ = options((4, 24, 24), window="crop", turn=True, flip=[0, 0.5, 0.5], direction=0.5, count=8)
-    recipe: Any = SimpleNamespace(train=SimpleNamespace(batch=1, seed=0, workers=0, window=8), modality=modality, views={"x": settings_},
-                                  compose=None)
+    recipe: Any = SimpleNamespace(train=SimpleNamespace(batch=1, seed=0, workers=0, window=8), modality=modality,
+                                  views={"x": settings_}, compose=None)
     batch, = loader(cache, rows, recipe, fields=["mask"], steps=1)
     view = modality.augment(batch.views["x"], settings_)
     t, y, x = (view.array * 255).round().unbind(1)
