@@ -12,6 +12,7 @@ import av
 import laspy
 import nibabel as nib
 import numpy as np
+from made_dicom import write_series
 from made_skeletons import kinect, mocap, moves, openpose
 from PIL import Image, PngImagePlugin
 from plyfile import PlyData, PlyElement
@@ -45,15 +46,9 @@ class Canaries:
         return self.words.setdefault(place, f"1.2.826.0.1.7946501.{len(self.words)}.19")
 
 
-def dicom(path: Path, frames: np.ndarray, c: Canaries) -> None:
-    """A picture (H, W), or a film (n, H, W) of ultrasound, of uint8."""
-    film, kind = frames.ndim == 3, "cine" if frames.ndim == 3 else "DICOM"
-    ds = Dataset()
-    ds.file_meta = FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = UltrasoundMultiFrameImageStorage if film else \
-        SecondaryCaptureImageStorage
-    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = c.uid(f"{kind} SOPInstanceUID")
+def identify(ds: Dataset, c: Canaries, kind: str, number: int = 0) -> None:
+    """Fill whatever elements of a DICOM file can say whose it is. number: of the file, among those of its kind."""
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = c.uid(f"{kind} SOPInstanceUID {number}")
     ds.file_meta.SourceApplicationEntityTitle = c.word(f"{kind} SourceApplicationEntityTitle")
     for uid in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "DeviceUID"):
         setattr(ds, uid, c.uid(f"{kind} {uid}"))
@@ -69,6 +64,17 @@ def dicom(path: Path, frames: np.ndarray, c: Canaries) -> None:
     inside = Dataset()
     inside.ReferencedSOPInstanceUID, inside.PersonName = c.uid(f"{kind} in a sequence"), c.word(f"{kind} name in a sequence")
     ds.RequestAttributesSequence = [inside]
+
+
+def dicom(path: Path, frames: np.ndarray, c: Canaries) -> None:
+    """A picture (H, W), or a film (n, H, W) of ultrasound, of uint8."""
+    film = frames.ndim == 3
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = UltrasoundMultiFrameImageStorage if film else \
+        SecondaryCaptureImageStorage
+    identify(ds, c, "cine" if film else "DICOM")
     ds.Modality, ds.SamplesPerPixel, ds.PhotometricInterpretation = "US", 1, "MONOCHROME2"
     ds.Rows, ds.Columns = frames.shape[-2:]
     ds.BitsAllocated = ds.BitsStored = 8
@@ -150,6 +156,21 @@ def volumes(root: Path, c: Canaries) -> str:
              "reference": c.word("reference of a data set"), "modality": {"0": "MRI"},
              "labels": {"0": "background", "1": "organ"}, "training": listed, "test": []}
     (root / "dataset.json").write_text(json.dumps(about))
+    return ""
+
+
+def series(root: Path, c: Canaries) -> str:
+    """Slices of MR in a folder for each patient, in a folder for each class; one patient's lack a slice."""
+    rng = np.random.default_rng(0)
+    for i in range(2 * EACH):
+        pixels = (rng.normal(100 + 60 * (i % 2), 20, (16, 18, 14))).clip(0, 999).astype(np.int16)
+
+        def named(ds: Dataset, k: int, i: int = i) -> None:
+            identify(ds, c, f"series {i}", k)
+
+        folder = root / ("dark", "light")[i % 2] / c.name(f"patient {i}")
+        write_series(folder, pixels, np.diag([1.0, 1, 2, 1]), "MR", names=c.name("slice") + "_{:03d}.dcm", each=named,
+                     order=[k for k in range(14) if (i, k) != (5, 6)])
     return ""
 
 
@@ -297,6 +318,7 @@ class Planted:
 PLANTED = {
     "image": Planted(images, "image"),
     "volume": Planted(volumes, "volume", "segmentation", ("task.segmentation.decoder=linear",)),
+    "series": Planted(series, "volume"),
     "video": Planted(films, "video", over=("views.x={clips: 1, crops: 1}",)),
     "points": Planted(clouds, "points"),
     "graph": Planted(graphs, "graph"),

@@ -34,6 +34,10 @@ class Harness:
     tested: str
     said: Callable[[Line], str]
 
+    @property
+    def there(self) -> bool:
+        return (ROOT / "tests" / f"{self.name}.py").is_file()
+
 
 def _of(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {n:,}" for name, n in counts.items())
@@ -88,15 +92,16 @@ public database for known vulnerabilities of what it names. `make wheels` gather
 without a network, an environment from it. `tests/test_supply.py` builds the sdist, from it the wheel, compares the wheel with
 the source tree file by file, and installs and runs it without an index.
 
-The whole suite runs on Python 3.11 with torch 2.15. The golden trainings gave the same numbers within their tolerance on
-Python 3.13 with everything from the lock, and on Python 3.12 with torch 2.11, the oldest that is supported. Other pairs are
-not tested.
+The suite runs on Python 3.11 with torch 2.15. The golden trainings gave the same numbers, within their tolerance, on Python
+3.13 with everything from the lock, and on Python 3.12 with torch 2.11, the oldest that is supported. Other pairs are not
+tested.
 
 ## Limits
 
 - A message repeats the arguments of its own command as they were typed: a path in `--data` or `--out` stands in its errors,
   and a message about a list or an annotation file names that file.
-- Predictions go by the names of their source files, and of graphs by the names of their nodes: that is what they are for.
+- Predictions go by the names of their source files, and of graphs by the names of their nodes: that is what they are for. A
+  DICOM SEG refers to its source, and is as identified as that.
 - `data check --names` shows true names, on the terminal only. `MERISTEM_TRACEBACK=1` shows messages of libraries, which may.
 - In Python, exceptions are passed on as they are: only the command line withholds what libraries say in them.
 - Names of classes are shown, by which reports would be nothing. A folder of a class that is called by a patient is one.
@@ -122,7 +127,7 @@ def page(lines: Mapping[str, Line]) -> str:
     """The text of docs/trust.md. lines: harness -> its counts, of those that were run."""
     parts = ["<!-- Written by tests/trust.py from docs/trust/*.json; `make trust` renews both. -->", "# Trust",
              "What is promised, how each promise is tested, and the counts of the last run."]
-    for harness in HARNESSES:
+    for harness in (h for h in HARNESSES if h.there):
         line = lines.get(harness.name)
         told = "Not run yet." if line is None else (
             f"Last run, {line['when']} (" + ", ".join(f"{k} {v}" for k, v in line["versions"].items()) + f"): "
