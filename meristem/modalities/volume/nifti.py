@@ -150,6 +150,17 @@ def as_labels(values: np.ndarray, what: str, classes: Mapping[int, int]) -> np.n
     return whole.astype(np.uint8) if whole.max() < 256 else whole
 
 
+def turned(values: np.ndarray, affine: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An array (X, Y, Z) with its axes in the order and direction of those of another affine, and its own affine then.
+
+    Whoever converts a DICOM series turns some axes; a label drawn on that is still of the same voxels.
+    """
+    order = nib.orientations.io_orientation(np.linalg.inv(wanted) @ affine)
+    if np.isnan(order).any() or values.ndim != 3:
+        return values, affine
+    return nib.orientations.apply_orientation(values, order), affine @ nib.orientations.inv_ornt_aff(order, values.shape)
+
+
 def same_grid(shape: tuple[int, ...], affine: np.ndarray, other: tuple[int, ...], other_affine: np.ndarray, what: str,
               whole: str) -> None:
     """Raises DataError `shape` unless both grids agree to a hundredth of a voxel at every corner."""

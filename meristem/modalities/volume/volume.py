@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
-import torch
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from pydantic import model_validator
 from scipy.ndimage import affine_transform
@@ -20,7 +19,7 @@ from meristem.modalities.lattice import Lattice, LatticeOptions, LatticeViewOpti
 from meristem.modalities.likeness import Likeness, cosines, ranks, thinned, turns
 from meristem.modalities.objects import Objects
 from meristem.modalities.volume import intake, nifti
-from meristem.modalities.volume.nifti import as_labels, same_grid, save
+from meristem.modalities.volume.nifti import as_labels, same_grid, save, turned
 from meristem.modalities.volume.opened import Opened, named_dicom
 from meristem.modalities.volume.values import moments, percentiles, quantised
 
@@ -35,6 +34,7 @@ the middle 70 % of values: 22; to the upper 60 %: 47; resampled to 80 or 150 %, 
 cropped, by a recipe's `crop_foreground` too, is not known again.
 """
 SLACK = 0.05  # of a voxel, by which rounded numbers may lie outside
+SURE = 1e-3  # of a voxel, by which a grid is rather made too long than too short
 LEAN = 0.5  # of a voxel, by which opposite faces of an upright volume may be shifted against each other
 
 
@@ -93,7 +93,7 @@ class Volume(Lattice):
     """
 
     name = "volume"
-    version = 1
+    version = 2
     suffixes = (".nii", ".nii.gz", ".dcm")
     Options = VolumeOptions
     ViewOptions = VolumeViewOptions
@@ -124,8 +124,8 @@ class Volume(Lattice):
         masks = {} if options.excluded is None else {EXCLUDED: (array == options.excluded).all(0).astype(np.uint8)}
         for name, path in fields.items():
             label = nifti.opened(path, f"the {name}", options.assume_affine, options.max_voxels)
-            values = label.decode()
-            same_grid(values.shape, label.affine, grid, affine, f"the {name}", "the volume")
+            values, place = turned(label.decode(), label.affine, affine)
+            same_grid(values.shape, place, grid, affine, f"the {name}", "the volume")
             masks[name] = as_labels(values, f"the {name}", options.labels)
 
         array, stored, resampled = self._place(array, affine, "bilinear")
@@ -204,12 +204,12 @@ class Volume(Lattice):
         array = np.moveaxis(apply_orientation(np.moveaxis(array, 0, 3), turn), 3, 0)
         if wanted is None or (not leaning and np.allclose(np.linalg.norm(stored[:3, :3], axis=0), wanted, rtol=1e-3)):
             return array, stored, False
-        from monai.data import MetaTensor  # takes seconds, and is needed only where files are resampled
-        from monai.transforms import Spacing
-
-        tensor = MetaTensor(torch.from_numpy(np.ascontiguousarray(array)), affine=torch.from_numpy(stored))
-        tensor = Spacing(pixdim=wanted, mode=mode, padding_mode="border", dtype=np.float32)(tensor)
-        return np.asarray(tensor.as_tensor()), np.asarray(tensor.affine, np.float64).copy(), True
+        grid, shape = upright(affine, stored, array.shape[1:], wanted)
+        how = {"order": 0 if mode == "nearest" else 1,  # no label lies beside a volume that leans
+               "mode": "grid-constant" if mode == "nearest" and leaning else "nearest"}
+        move = np.linalg.inv(stored) @ grid
+        moved = [affine_transform(each.astype(np.float32), move, output_shape=shape, **how) for each in array]
+        return np.stack(moved), grid, True
 
     def _foreground(self, array: np.ndarray) -> tuple[slice, ...]:
         from monai.transforms.utils import generate_spatial_bounding_box
@@ -341,6 +341,27 @@ def lean(affine: np.ndarray, shape: Sequence[int]) -> float:
     size = np.linalg.norm(axes, axis=0)
     shift = np.abs(axes.T @ axes) / size[:, None] ** 2 * (np.array(shape) - 1)
     return float((shift - np.diag(np.diag(shift))).max())
+
+
+def upright(source: np.ndarray, turned: np.ndarray, shape: Sequence[int], spacing: Sequence[float]) -> tuple[
+        np.ndarray, tuple[int, ...]]:
+    """A grid at right angles with the voxels of one that may lean, and all of them on it: its affine and shape.
+
+    source: affine of the given grid, whose first axis and the plane of whose first two are kept. turned: the same grid's, its
+    axes in the order and direction that are wanted; shape: of that. spacing: mm along the wanted axes.
+    """
+    kept, upper = np.linalg.qr(source[:3, :3])
+    kept = kept * np.sign(np.diag(upper))
+    sides, wanted = (a[:3, :3] / np.linalg.norm(a[:3, :3], axis=0) for a in (source, turned))
+    alike = sides.T @ wanted
+    which = np.abs(alike).argmax(0)
+    axes = kept[:, which] * np.sign(alike[which, range(3)]) * np.array(spacing)
+    corners = np.array(np.meshgrid(*((0, n - 1) for n in shape), [1], indexing="ij")).reshape(4, -1)
+    places = np.linalg.inv(axes) @ (turned @ corners)[:3]
+    wide = np.floor(np.ptp(places, axis=1) + 0.5 + SURE)
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = axes, axes @ (places.min(1) + places.max(1) - wide) / 2  # both in the same middle
+    return affine, tuple(int(n) + 1 for n in wide)
 
 
 def stem(path: Path) -> str:

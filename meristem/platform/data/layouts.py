@@ -174,7 +174,7 @@ class Search:
         fill = Counter(folder for g in groups for folder in {f.parent for f in g.files})
         for g in groups:
             folder = g.files[0].parent
-            alone = all(f.parent == folder for f in g.files) and fill[folder] == 1
+            alone = len(g.files) > 1 and fill[folder] == 1 and all(f.parent == folder for f in g.files)
             place = (folder if folder != root else Path(root.name)) if alone else g.files[0]
             self.groups[place.relative_to(root) if place.is_absolute() else place] = g
         for some, error in lost:
