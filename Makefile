@@ -7,7 +7,7 @@ MERISTEM_DATA ?= ../shared/data
 
 KILLS ?= 100
 SECONDS ?= 600
-HARNESSES ?= chaos fuzz canaries golden
+HARNESSES ?= chaos fuzz round_trips canaries golden
 OFFLINE ?= .venv-offline
 HASHES ?= yes
 

@@ -219,6 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="a file for the counts too")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     ends: Counter[str] = Counter()
@@ -240,8 +241,11 @@ def main() -> None:
     each()
     lost = sum(n for end, n in ends.items() if end.startswith("lost"))
     reasons = {end.removeprefix("refused: "): n for end, n in sorted(ends.items()) if end.startswith("refused")}
-    print(json.dumps({"round_trips": ends.total(), "same": ends["same"], "refused": sum(reasons.values()), "lost": lost,
-                      "orientations": len(codes), "reasons": reasons, "kinds": dict(kinds)}))
+    line = {"round_trips": ends.total(), "same": ends["same"], "refused": sum(reasons.values()), "lost": lost,
+            "orientations": len(codes), "reasons": reasons, "kinds": dict(kinds)}
+    print(json.dumps(line))
+    if asked.out is not None:
+        asked.out.write_text(json.dumps(line, indent=1) + "\n")
     sys.exit(bool(lost))
 
 
