@@ -263,7 +263,7 @@ def zipped(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
                     link.external_attr = 0o120777 << 16  # a symbolic link
                 new.writestr(link, content)
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, zlib.error, IndexError, KeyError, RuntimeError,
-            UnicodeError, struct.error, OSError, lzma.LZMAError):
+            UnicodeError, struct.error, OSError, lzma.LZMAError, OverflowError):
         return bits(data, others, rng)
     return out.getvalue()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -157,7 +159,7 @@ def test_inflated_and_deflated_again_is_the_same_kernel(patch: str, image_run: t
     recipe = recipes.build(recipes.override(recipes.read("video/base"), [*SIZES, *CLIP, f"modality.video.patch={patch}"]),
                            recipes.Recipe)
     about |= {"recipe": recipe.dump(), "axes": [{"name": a.name, "unit": a.unit} for a in recipe.modality.axes],
-              "modality": "video"}
+              "modality": "video", "reference": {**about["reference"], "size": list(recipe.views["x"].size)}}
     checkpoint.save(tmp_path / "clip", 1, {f"encoder.{k}": v for k, v in clip.state_dict().items()}, about, {"step": 1}, keep=1)
     back, report = load(tmp_path / "clip", "image/base", [*SIZES, f"modality.image.patch=[{patch[3:]}"])
     assert report.deflated == report.adapted and report.coverage == 1.0 and report.positions == "3 -> 2 axes"
@@ -260,3 +262,33 @@ def test_a_pickle_in_state_runs_no_code(volume_folder: Path, tmp_path: Path) -> 
 def test_no_checkpoint_says_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint"):
         checkpoint.locate(tmp_path)
+
+
+@pytest.mark.parametrize(("entry", "value"), [
+    ("channels", "three"), ("channels", 0), ("transfer", None), ("axes", [{"name": 1}]), ("recipe.modality", {}),
+    ("recipe.modality", {"volume": {"patch": "large"}}), ("reference.size", [8, 1 << 18, 1 << 18]), ("reference.embedding", {}),
+    ("seen", None), ("recipe_hash", 3)])
+def test_a_damaged_card_is_refused_by_what_is_wrong_in_it(volume_folder: Path, tmp_path: Path, entry: str, value: object) -> None:
+    written(volume_folder, tmp_path / "run")
+    file = checkpoint.locate(tmp_path / "run") / "card.json"
+    about = json.loads(file.read_text())
+    *way, last = entry.split(".")
+    inner = about
+    for key in way:
+        inner = inner[key]
+    inner[last] = value
+    file.write_text(json.dumps(about))
+    with pytest.raises(CheckpointError, match=re.escape(f"card.json is damaged: '{entry}")):
+        checkpoint.read_card(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "card.json", "state.pt"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(volume_folder: Path, tmp_path: Path, name: str) -> None:
+    written(volume_folder, tmp_path / "run")
+    folder = checkpoint.locate(tmp_path / "run")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match=r"cannot be read|can be read|no checkpoint"):
+        checkpoint.read_card(folder if name != "weights.safetensors" else tmp_path / "run")
+        checkpoint.read_weights(tmp_path / "run")
+        checkpoint.read_state(tmp_path / "run")

@@ -21,7 +21,8 @@ import meristem
 from meristem.errors import MeristemError, RecipeError
 from meristem.platform import recipe as recipes
 from meristem.platform.assembly import Assembly
-from meristem.platform.training import checkpoint, optim
+from meristem.platform.step import Batch
+from meristem.platform.training import checkpoint, loop, optim
 from meristem.platform.training.loop import launch
 from meristem.platform.training.precision import sound
 from meristem.tasks.finetune import resolve
@@ -143,6 +144,75 @@ def test_a_loss_that_is_not_finite_is_skipped_and_then_given_up(volume_folder: P
     card = checkpoint.read_card(tmp_path / "a") if list((tmp_path / "a").glob("checkpoints/step-*")) else None
     if card is not None:  # whatever was written before is whole
         checkpoint.read_weights(tmp_path / "a")
+
+
+def poisoned(steps: range) -> Callable[[pytest.MonkeyPatch], None]:
+    """Makes the batches of these steps (from 0) give a loss that is not a number."""
+    def arrange(patch: pytest.MonkeyPatch) -> None:
+        prepare, schedule, now = Assembly.prepare, optim.schedule, [0]
+
+        def noted(optimiser: torch.optim.Optimizer, settings: recipes.TrainSettings, step: int) -> float:
+            now[0] = step
+            return schedule(optimiser, settings, step)
+
+        def spoilt(self: Assembly, batch: Batch) -> Batch:
+            ready = prepare(self, batch)
+            if now[0] in steps:
+                for view in ready.views.values():
+                    view.array.fill_(math.nan)
+            return ready
+
+        patch.setattr(optim, "schedule", noted)
+        patch.setattr(Assembly, "prepare", spoilt)
+    return arrange
+
+
+def test_a_loss_that_stays_away_takes_the_run_back_to_its_last_checkpoint(
+        volume_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned(range(5, 16))(monkeypatch)  # of eleven, the last falls on the weights of step 3
+    restored: list[str] = []
+    said: list[str] = []
+    load = checkpoint.read_weights
+    monkeypatch.setattr(loop.Reporter, "say", lambda self, text: said.append(text))
+    monkeypatch.setattr(checkpoint, "read_weights", lambda path: restored.append(path.name) or load(path))
+    weights = run(volume_folder, tmp_path / "a", steps=20)
+    assert restored[0] == "step-00000003" and all(bool(x.isfinite().all()) for x in weights.values())
+    assert any("not finite for 10 steps in a row, at step 15. The model is that of step 3 again" in text for text in said)
+    last = json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["skipped"] == 11 and last["rolled_back"] == 1 and math.isfinite(last["loss"])
+
+
+def test_a_run_that_went_back_too_often_gives_up(volume_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned(range(5, 100))(monkeypatch)
+    with pytest.raises(MeristemError, match="at step 45, although the run went back to its last checkpoint 3 times"):
+        run(volume_folder, tmp_path / "a", steps=100)
+    weights = checkpoint.read_weights(tmp_path / "a")
+    assert checkpoint.read_card(tmp_path / "a")["step"] == 15 and all(bool(x.isfinite().all()) for x in weights.values())
+
+
+def test_a_broken_batch_leaves_running_statistics_alone(volume_folder: Path, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned(range(1, 2))(monkeypatch)
+    weights = run(volume_folder, tmp_path / "a", steps=2, recipe="volume/simclr",
+                  tiny=[*TINY[:3], "views.v.size=[16,16,16]", "train.batch=4", "train.workers=0"])
+    moved = [name for name in weights if name.endswith("num_batches_tracked")]
+    assert moved and all(int(weights[name]) == 1 for name in moved)
+    assert all(bool(x.isfinite().all()) for x in weights.values())
+
+
+def test_the_best_checkpoint_outlives_those_after_it(volume_folder: Path, tmp_path: Path) -> None:
+    """Each card tells the mean loss since the one before; the lowest stays, whatever `keep` lets go."""
+    run(volume_folder, tmp_path / "a", "train.keep=30", "train.lr=0.03", "train.clip=0", steps=12)
+    kept = sorted((tmp_path / "a" / "checkpoints").glob("step-*"))
+    losses = [json.loads((folder / "card.json").read_text())["loss"] for folder in kept]
+    logged = [json.loads(line)["loss"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 4 and min(logged) < max(losses) and max(logged) > min(losses)
+    assert (tmp_path / "a" / "checkpoints" / "best").resolve() == kept[losses.index(min(losses))]
+    for step, loss in ((3, 1.0), (6, 0.5), (9, 0.7), (12, 0.8), (15, math.nan)):
+        checkpoint.save(tmp_path / "b", step, {}, {"loss": loss}, {}, keep=1)
+    there = sorted(folder.name for folder in (tmp_path / "b" / "checkpoints").iterdir())
+    assert there == ["best", "step-00000006", "step-00000015"]
+    assert (tmp_path / "b" / "checkpoints" / "best").resolve().name == "step-00000006"
 
 
 def test_log_lines_carry_pace_wait_and_lights(volume_folder: Path, tmp_path: Path) -> None:

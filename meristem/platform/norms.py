@@ -1,4 +1,4 @@
-"""Batch normalisation whose statistics are those of all processes."""
+"""Normalisation by statistics of a batch: those of all processes, and running ones that a broken batch leaves alone."""
 
 from __future__ import annotations
 
@@ -45,6 +45,23 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     def _along(value: Tensor, x: Tensor) -> Tensor:
         """(D,) to the shape that broadcasts to x (M, D, *S)."""
         return value.view(-1, *[1] * (x.ndim - 2))
+
+
+class Statistics:
+    """The running statistics of a module's norms, as they were before a step: its forward pass has moved them already when its
+    loss turns out not to be finite."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.live = [x for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._NormBase) for x in norm.buffers()]
+        self.kept = [x.clone() for x in self.live]
+
+    def keep(self) -> None:
+        for kept, live in zip(self.kept, self.live, strict=True):
+            kept.copy_(live)
+
+    def restore(self) -> None:
+        for kept, live in zip(self.kept, self.live, strict=True):
+            live.copy_(kept)
 
 
 def synchronised(module: nn.Module, device: torch.device) -> nn.Module:

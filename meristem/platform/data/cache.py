@@ -41,7 +41,7 @@ LARGE = 4 << 20  # bytes above which a sample gets a chunked file: below, readin
 CHUNK, BLOCK = 1 << 18, 1 << 15  # elements (64³, 32³): a crop unpacks only the blocks it touches
 MUCH = 64 << 20  # bytes of files from which on starting processes to decode them pays
 SHARD_BYTES, SHARD_SECONDS = 64 << 20, 30.0  # an interruption loses at most this much work on small samples
-FREE = 0.05  # share of the disk that is left free
+FREE = (0.05, 2 << 30)  # what is left free: a share of the disk, at most so many bytes
 Progress = Callable[[int, int], None]
 
 
@@ -364,7 +364,8 @@ def _locked(home: Path) -> Iterator[None]:
 
 def _leave_room(home: Path) -> None:
     disk = shutil.disk_usage(home)
-    if disk.free < FREE * disk.total:
+    share, most = FREE
+    if disk.free < min(share * disk.total, most):
         raise MeristemError(f"the cache would fill the disk: {disk.free / 2**30:.1f} of {disk.total / 2**30:.1f} GiB are left",
                             "Give another place with --cache, or remove old folders of the cache; what is stored stays valid.")
 

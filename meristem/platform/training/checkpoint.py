@@ -6,11 +6,10 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import shutil
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,12 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from meristem.errors import CheckpointError
+from meristem.errors import CheckpointError, DataError
 from meristem.modalities.base import Modality
-from meristem.modalities.documents import MISSHAPEN
+from meristem.modalities.documents import MISSHAPEN, read_json
 from meristem.modalities.rng import Rng
 from meristem.platform.encoders.base import Encoder
 from meristem.platform.encoders.lora import merged
+from meristem.platform.training.card import wrong
 
 FORMAT = 1
 LIBRARIES = ("meristem", "torch", "timm", "monai", "numpy", "nibabel", "lightning-fabric")
@@ -67,7 +67,11 @@ def write_text(path: Path, text: str) -> None:
 
 def save(run: Path, step: int, weights: Mapping[str, Tensor], card: Mapping[str, Any], state: Mapping[str, Any],
          keep: int) -> Path:
-    """Write `run`/checkpoints/step-N with weights.safetensors, card.json and state.pt; keep the last `keep`.
+    """Write `run`/checkpoints/step-N with weights.safetensors, card.json and state.pt; keep the last `keep`, and the best.
+
+    The best, to which a link `best` points, is that whose card tells the lowest `loss`: the mean over the steps since the one
+    before it. Where an objective becomes harder as a run goes on, early checkpoints look better by it than they are.
+
 
     The folder is made under a temporary name, fsynced and renamed, so a kill at any moment leaves only whole checkpoints.
     state: tensors and plain values only, so that it loads with weights_only.
@@ -90,9 +94,26 @@ def save(run: Path, step: int, weights: Mapping[str, Tensor], card: Mapping[str,
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"the checkpoint of step {step} cannot be written: {_reason(error)}",
                               "Make room on the disk, then go on with --resume: earlier checkpoints are intact.") from None
-    for old in sorted(root.glob("step-*"))[:-keep]:
-        _remove(old)
+    found = sorted(root.glob("step-*"))
+    best = min(reversed(found), key=_loss)
+    with suppress(OSError):  # on file systems without links, the cards tell
+        link = root / ".best.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(best.name)
+        link.replace(root / "best")
+    for old in found[:-keep]:
+        if old != best:
+            _remove(old)
     return final
+
+
+def _loss(folder: Path) -> float:
+    """The loss on a checkpoint's card; infinite where it tells none."""
+    try:
+        loss = float(read_json(folder / "card.json", "card.json")["loss"])
+    except (DataError, *MISSHAPEN):  # one that was damaged later is not in the way of new ones
+        return math.inf
+    return loss if math.isfinite(loss) else math.inf
 
 
 def _remove(folder: Path) -> None:
@@ -126,13 +147,18 @@ def read_card(path: Path, joint: bool = False) -> dict[str, Any]:
     """card.json of a run or checkpoint folder. Raises CheckpointError; for that of a joint run too unless `joint`."""
     folder = locate(path)
     try:
-        card: dict[str, Any] = json.loads((folder / "card.json").read_text())
-        form, _ = card["format"], card["kind"]
-    except (OSError, *MISSHAPEN) as error:
-        raise CheckpointError(f"{folder.name} has no readable card.json ({type(error).__name__})",
+        card: dict[str, Any] = read_json(folder / "card.json", f"{folder.name}/card.json")
+        form, bad = card["format"], wrong(card)
+    except DataError as error:
+        raise CheckpointError(error.what, "It is damaged; use another.") from None
+    except MISSHAPEN as error:
+        raise CheckpointError(f"{folder.name}/card.json is no card ({type(error).__name__})",
                               "It is damaged; use another.") from None
     if form != FORMAT:
         raise CheckpointError(f"the checkpoint's format is not {FORMAT}", "Use the version that wrote it.")
+    if bad:
+        raise CheckpointError(f"{folder.name}/card.json is damaged: '{bad}' is missing or not what it should be",
+                              "Use another checkpoint of the run.")
     if card["kind"] == "joint" and not joint:
         members = " or ".join(f"{path.name}/{name}" for name in card["members"])
         raise CheckpointError(f"{path.name} is a joint run of {len(card['members'])} kinds of data",
@@ -146,10 +172,17 @@ def identity(path: Path) -> str:
     return f"{found['recipe_hash']}-{found['step']}-{digest(found)}"
 
 
+def _file(folder: Path, name: str) -> Path:
+    """A file of a checkpoint. Raises OSError for what is none: a pipe would be waited for, a device read for ever."""
+    if not (folder / name).is_file():
+        raise FileNotFoundError(name)
+    return folder / name
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     folder = locate(path)
     try:
-        weights: dict[str, Tensor] = load_file(folder / "weights.safetensors")
+        weights: dict[str, Tensor] = load_file(_file(folder, "weights.safetensors"))
         return weights
     except (OSError, SafetensorError, RuntimeError, *MISSHAPEN) as error:
         raise CheckpointError(f"{folder.name}/weights.safetensors cannot be read ({type(error).__name__})",
@@ -160,9 +193,11 @@ def read_state(path: Path) -> dict[str, Any]:
     """Optimiser, counters and generators for resuming. Only tensors and plain values are ever unpickled."""
     folder = locate(path)
     try:
-        state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(_file(folder, "state.pt"), map_location="cpu", weights_only=True)
         return state
-    except (OSError, RuntimeError, zipfile.BadZipFile, EOFError, pickle.UnpicklingError, *MISSHAPEN) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle runs its machine into whatever its next word means
         raise CheckpointError(f"{folder.name}/state.pt cannot be read ({type(error).__name__})",
                               "Use an older checkpoint.") from None
 
@@ -320,9 +355,10 @@ def load_encoder(path: Path, encoder: Encoder, modality: Modality, sees: frozens
         report.positions = _moved([(a["name"], a["unit"]) for a in card["axes"]], [(a.name, a.unit) for a in modality.axes])
     same = kind == modality.name and not report.adapted and not report.missing
     if same and card["reference"]["sees"] == sorted(sees):
-        now = reference_embedding(encoder, modality, sees, tuple(card["reference"]["size"]))
-        report.similarity = float(F.cosine_similarity(torch.tensor(now), torch.tensor(card["reference"]["embedding"]), dim=0))
-        if report.similarity < 0.99:
+        now, then = reference_embedding(encoder, modality, sees, tuple(card["reference"]["size"])), card["reference"]["embedding"]
+        report.similarity = float(F.cosine_similarity(torch.tensor(now), torch.tensor(then), dim=0)) if len(now) == len(then) \
+            else math.nan
+        if not report.similarity >= 0.99:
             raise CheckpointError("the weights load, but the reference input is embedded differently "
                                   f"(cosine {report.similarity:.3f})",
                                   "Patch, axes or encoder settings differ from those of the checkpoint.")

@@ -34,7 +34,8 @@ from meristem.platform.training.combine import combined
 from meristem.platform.training.energy import Meter
 from meristem.platform.training.progress import Reporter
 
-PATIENCE = 10  # steps in a row with a loss that is not finite before a run gives up
+PATIENCE = 10  # steps in a row with a loss that is not finite before a run goes back to its last checkpoint
+ROLLBACKS = 3  # times that a run goes back before it gives up
 LOST = 0.05  # share of steps so skipped above which the user is told
 
 Batches = Callable[[int, int, int], Generator[Batch, None, None]]
@@ -171,11 +172,6 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
     if settings.precision == "bf16" and fabric.device.type == "cpu":
         precision.sound(raw)
     average = Teacher({"assembly": raw}) if settings.ema is not None else None
-    state = None if resume is None else checkpoint.read_state(resume)
-    if resume is not None and state is not None:  # before the weights are sharded
-        raw.load_state_dict(state["raw"] if state["raw"] else checkpoint.read_weights(resume))
-        if average is not None:
-            average.copies["assembly"].load_state_dict(checkpoint.read_weights(resume))
     sharded = isinstance(fabric.strategy, ModelParallelStrategy)
     spare = copy.deepcopy(raw).cpu() if sharded else None  # a net of whole weights, for what is said and done with them
     optim.freeze(raw, settings)
@@ -189,18 +185,28 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
     optimiser = optim.optimiser(raw, settings)
     optimizer = fabric.setup_optimizers(optimiser)
 
-    start = skipped = in_a_row = 0
+    def restore(path: Path) -> dict[str, Any]:
+        """Weights, averages, optimiser and scaler of a checkpoint; the rest of its state is returned."""
+        state, weights = checkpoint.read_state(path), checkpoint.read_weights(path)
+        sharding.fill(raw, state["raw"] or weights)
+        if average is not None:
+            sharding.fill(average.copies["assembly"], weights)
+        optimiser.load_state_dict(sharding.sliced(state["optimiser"], (p for g in optimiser.param_groups for p in g["params"])))
+        fabric.strategy.precision.load_state_dict(state["precision"])
+        return state
+
+    start = skipped = in_a_row = rolled = 0
     told = False
+    total, counted = 0.0, 0  # losses since the last checkpoint that was due
     before: float = 0.0
     earlier: float | None = 0.0
     meter = Meter(fabric.device.index if fabric.device.type == "cuda" else None, fabric.local_rank == 0)
     last: dict[str, float] = {}
     shown: dict[str, Tensor] = {}  # the newest value of each loss: in a joint run not every step has all
-    if state is not None:
-        optimiser.load_state_dict(sharding.sliced(state["optimiser"], (p for g in optimiser.param_groups for p in g["params"])))
-        fabric.strategy.precision.load_state_dict(state["precision"])
-        start, skipped, before, last = state["step"], state["skipped"], state["seconds"], state["last"]
-        earlier = state["joules"]
+    if resume is not None:
+        state = restore(resume)
+        start, skipped, in_a_row, rolled = state["step"], state["skipped"], state["in_a_row"], state["rolled"]
+        (total, counted), before, last, earlier = state["losses"], state["seconds"], state["last"], state["joules"]
         if str(fabric.global_rank) in state["generators"]:
             _restore(state["generators"][str(fabric.global_rank)], fabric)
 
@@ -220,18 +226,22 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
         if directory is None:
             return
         final = usable(first)
-        state = {"step": step, "skipped": skipped, "optimiser": sharding.whole(optimiser.state_dict(), first),
-                 "generators": generators, "precision": fabric.strategy.precision.state_dict(), "last": last,
+        state = {"step": step, "skipped": skipped, "in_a_row": in_a_row, "rolled": rolled,
+                 "losses": [0.0, 0] if step % settings.checkpoint_every == 0 else [total, counted],
+                 "optimiser": sharding.whole(optimiser.state_dict(), first), "generators": generators,
+                 "precision": fabric.strategy.precision.state_dict(), "last": last,
                  "joules": joules, "seconds": before + time.perf_counter() - began,
                  "raw": sharding.whole(raw.state_dict(), first) if average is not None else {}}
         if first:
-            checkpoint.save(directory, step, final.state_dict(), card(final) if card is not None else {}, state, settings.keep)
+            about = {**(card(final) if card is not None else {}), **({"loss": total / counted} if counted else {})}
+            checkpoint.save(directory, step, final.state_dict(), about, state, settings.keep)
 
     began = time.perf_counter()
     step = start
     saved = start if resume is not None else -1
     waited = window_began = 0.0
     seen_since = 0
+    statistics = norms.Statistics(raw)
     reporter.start(start)
     stream = batches(start, fabric.global_rank, fabric.world_size)
     with _StopSignal() as stop, _memory(settings), closing(stream):  # its processes would outlive an error, and be waited for
@@ -245,6 +255,7 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
             rate = optim.schedule(optimiser, settings, step)
             optim.rest(raw, settings, step)
 
+            statistics.keep()
             values: dict[str, Tensor] = {}
             micro = batch.split(settings.accumulate) if settings.accumulate > 1 else [batch]
             for i, part in enumerate(micro):
@@ -265,7 +276,7 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
                 norm = sharding.whole(torch.as_tensor(norm), True)
                 sound = settings.precision == "fp16" or bool(norm.isfinite())  # fp16: its scaler sees to it
             if sound:
-                in_a_row = 0
+                in_a_row, total, counted = 0, total + loss, counted + 1
                 optimizer.step()
                 lights = _lights(raw) if (step + 1) % settings.log_every == 0 else {}
                 raw.after(progress)
@@ -273,10 +284,15 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
                     average.follow({"assembly": raw}, min(settings.ema, (1 + step) / (10 + step)))
             else:  # the update is skipped on every rank alike, since the value is a sum over ranks
                 skipped, in_a_row, lights = skipped + 1, in_a_row + 1, {}
+                statistics.restore()
                 if in_a_row >= PATIENCE:
-                    raise MeristemError(f"loss or gradient were not finite for {PATIENCE} steps in a row, at step {step + 1}",
-                                        "Lower train.lr, or check the data with `meristem data check`. "
-                                        "The last checkpoint is intact.")
+                    if directory is None or saved < 0 or rolled >= ROLLBACKS:
+                        raise MeristemError(_lost(step, rolled), "Lower train.lr, or check the data with `meristem data "
+                                            "check`. The last checkpoint is intact.")
+                    restore(checkpoint.locate(directory))
+                    in_a_row, rolled = 0, rolled + 1
+                    reporter.say(f"warning: {_lost(step, 0)}. The model is that of step {saved} again, and learns from what "
+                                 f"comes next ({rolled} of {ROLLBACKS} times).")
             optimizer.zero_grad()
             step += 1
             seen_since += settings.batch
@@ -287,7 +303,8 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
                 last = {"loss": loss, "lr": rate, "samples_per_s": seen_since / elapsed, "data_wait": waited / elapsed,
                         **lights,
                         **({f"loss/{k}": float(v) for k, v in shown.items()} if len(shown) > 1 else {}),
-                        **({"skipped": float(skipped)} if skipped else {})}
+                        **({"skipped": float(skipped)} if skipped else {}),
+                        **({"rolled_back": float(rolled)} if rolled else {})}
                 reporter.record(step, last)
                 meter.read()
                 waited, seen_since, window_began = 0.0, 0, time.perf_counter()
@@ -296,7 +313,7 @@ def train(settings: TrainSettings, assembly: Assembly, batches: Batches, fabric:
                     told = True
             if step % settings.checkpoint_every == 0 and step < settings.steps and in_a_row == 0:
                 save(step)
-                saved = step
+                saved, total, counted = step, 0.0, 0
         if step != saved:
             save(step)
     parts.plain(raw)
@@ -318,6 +335,12 @@ def _warning(skipped: int, steps: int, precision: str) -> str:
     remedy = "Lower train.lr" if precision == "fp32" else "Set train.precision=fp32, or lower train.lr"
     return (f"warning: {skipped:,} of {steps:,} steps were skipped because their loss or gradient was not finite; the model "
             f"learns from the others only. {remedy}.")
+
+
+def _lost(step: int, rolled: int) -> str:
+    """What happened to a run whose loss stays away."""
+    back = f", although the run went back to its last checkpoint {rolled} times" if rolled else ""
+    return f"loss or gradient were not finite for {PATIENCE} steps in a row, at step {step + 1}{back}"
 
 
 def _any(fabric: Fabric, flag: bool) -> bool:

@@ -8,11 +8,10 @@ Checkpoints hold whole tensors, so that a run goes on with any number of process
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -41,16 +40,24 @@ def whole(state: Any, keep: bool) -> Any:
     return tree_map(joined, state)
 
 
+def fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load whole tensors into a module that may hold slices of its own."""
+    own = module.state_dict()
+    module.load_state_dict({name: _slice(x, own[name]) if name in own else x for name, x in weights.items()})
+
+
 def sliced(state: dict[str, Any], parameters: Iterable[nn.Parameter]) -> dict[str, Any]:
     """An optimiser's state dict with this process's slices in the place of whole tensors; parameters: in the optimiser's order.
 
     The inverse of `whole`.
     """
-    def slice_of(x: Any, like: nn.Parameter) -> Any:
-        if not (isinstance(x, torch.Tensor) and isinstance(like, DTensor) and x.shape == like.shape):
-            return x  # a count of steps
-        return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
     found = dict(enumerate(parameters))
-    states = {i: {name: slice_of(x, found[i]) for name, x in of.items()} for i, of in state["state"].items()}
+    states = {i: {name: _slice(x, found[i]) for name, x in of.items()} for i, of in state["state"].items()}
     return {**state, "state": states}
+
+
+def _slice(x: Any, like: Tensor) -> Any:
+    """This process's part of a whole tensor, where `like` is such a part of one of its shape; else what was given."""
+    if not (isinstance(x, Tensor) and isinstance(like, DTensor) and x.shape == like.shape):
+        return x  # a count of steps
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
