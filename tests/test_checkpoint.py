@@ -268,7 +268,8 @@ def test_no_checkpoint_says_what_to_give(tmp_path: Path) -> None:
     ("channels", "three"), ("channels", 0), ("transfer", None), ("axes", [{"name": 1}]), ("recipe.modality", {}),
     ("recipe.modality", {"volume": {"patch": "large"}}), ("reference.size", [8, 1 << 18, 1 << 18]), ("reference.embedding", {}),
     ("seen", None), ("recipe_hash", 3)])
-def test_a_damaged_card_is_refused_by_what_is_wrong_in_it(volume_folder: Path, tmp_path: Path, entry: str, value: object) -> None:
+def test_a_damaged_card_is_refused_by_what_is_wrong_in_it(volume_folder: Path, tmp_path: Path, entry: str,
+                                                          value: object) -> None:
     written(volume_folder, tmp_path / "run")
     file = checkpoint.locate(tmp_path / "run") / "card.json"
     about = json.loads(file.read_text())

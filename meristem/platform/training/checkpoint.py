@@ -355,7 +355,8 @@ def load_encoder(path: Path, encoder: Encoder, modality: Modality, sees: frozens
         report.positions = _moved([(a["name"], a["unit"]) for a in card["axes"]], [(a.name, a.unit) for a in modality.axes])
     same = kind == modality.name and not report.adapted and not report.missing
     if same and card["reference"]["sees"] == sorted(sees):
-        now, then = reference_embedding(encoder, modality, sees, tuple(card["reference"]["size"])), card["reference"]["embedding"]
+        then = card["reference"]["embedding"]
+        now = reference_embedding(encoder, modality, sees, tuple(card["reference"]["size"]))
         report.similarity = float(F.cosine_similarity(torch.tensor(now), torch.tensor(then), dim=0)) if len(now) == len(then) \
             else math.nan
         if not report.similarity >= 0.99:
