@@ -1,7 +1,8 @@
 """Inside a measured program: when optimiser steps ended, and what the program had used by then. Standard library and torch.
 
 `watch()` before the program starts notes marks in the file that the environment names (`programs.run` sets it). It works for
-any program whose optimiser is torch's: ours and every peer's. Linux.
+any program whose optimiser is torch's: ours and every peer's. Where the environment names a file for it, the steps between the
+last two marks run under torch's profiler (`profiles.py`). Linux.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-FILE, STEPS = "BENCHMARK_MARKS", "BENCHMARK_STEPS"
+FILE, STEPS, PROFILE = "BENCHMARK_MARKS", "BENCHMARK_STEPS", "BENCHMARK_PROFILE"
 TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -44,14 +45,28 @@ def watch() -> None:
     """Note the end of the optimiser steps that the environment lists."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    wanted, path = {int(n) for n in os.environ[STEPS].split(",")}, Path(os.environ[FILE])
+    wanted, path = [int(n) for n in os.environ[STEPS].split(",")], Path(os.environ[FILE])
     done = 0
+    profiler: Any = None
 
     def note(*_: Any) -> None:
-        nonlocal done
+        nonlocal done, profiler
         done += 1
+        if done == wanted[-1] and profiler is not None:
+            profiler.stop()
         if done in wanted:
             with path.open("a") as file:
-                file.write(json.dumps({"step": done, "at": time.time(), "cpu": cpu_seconds(os.getpid())}) + "\n")
+                file.write(json.dumps({"step": done, "at": time.time(), "cpu": cpu_seconds(os.getpid()),
+                                       "own": time.process_time()}) + "\n")
+        if PROFILE in os.environ and done == wanted[-2]:
+            import torch
+
+            profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
+            profiler.start()
+        elif profiler is not None and done == wanted[-1]:
+            Path(os.environ[PROFILE]).write_text(json.dumps(
+                [{"operator": e.key, "shapes": e.input_shapes, "count": e.count, "seconds": e.self_cpu_time_total / 1e6}
+                 for e in profiler.key_averages(group_by_input_shape=True)]))
+            profiler = None
 
     register_optimizer_step_post_hook(note)

@@ -12,7 +12,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,14 +47,38 @@ def run(command: Sequence[str], batch: int, settled: int, last: int, environment
     both at the end of an epoch. Raises Failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        marks, log = Path(folder) / "marks", Path(folder) / "log"
-        environment = {**os.environ, **environment, FILE: str(marks), STEPS: f"1,{settled},{last}"}
-        peak, began = 0.0, time.time()
+        marks, peak, began = Path(folder) / "marks", 0.0, time.time()
+
+        def look(pid: int) -> None:
+            nonlocal peak
+            peak = max(peak, memory(pid))
+
+        said = finished(command, {**environment, FILE: str(marks), STEPS: f"1,{settled},{last}"}, limit, look)
+        noted = noted_in(marks)
+        if last not in noted:
+            raise Failed(f"it took no {last} steps: {said}")
+        first, a, b = (noted[n] for n in (1, settled, last))
+        samples = (last - settled) * batch / 1000
+        return Figures((b["cpu"] - a["cpu"]) / samples, (b["at"] - a["at"]) / samples, first["at"] - began, first["cpu"], peak,
+                       a["at"] - began, a["cpu"])
+
+
+def noted_in(marks: Path) -> dict[int, dict[str, float]]:
+    """What a program noted of itself, by step."""
+    return {m["step"]: m for m in map(json.loads, marks.read_text().splitlines())} if marks.exists() else {}
+
+
+def finished(command: Sequence[str], environment: Mapping[str, str], limit: float = 1800.0,
+             look: Callable[[int], None] = lambda pid: None) -> str:
+    """Run a program to its end, in an empty folder; what it said last. look: at its process, now and then. Raises Failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        log, began = Path(folder) / "log", time.time()
         with log.open("wb") as file:
-            process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=folder)
+            process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=file, stderr=subprocess.STDOUT,
+                                       cwd=folder)
         try:
             while process.poll() is None:
-                peak = max(peak, memory(process.pid))
+                look(process.pid)
                 if time.time() - began > limit:
                     raise Failed(f"took more than {limit:.0f} s")
                 time.sleep(EVERY)
@@ -62,14 +86,11 @@ def run(command: Sequence[str], batch: int, settled: int, last: int, environment
             for pid in reversed(descendants(process.pid)) if process.poll() is None else ():
                 os.kill(pid, 9)
             process.wait()
-        noted = {m["step"]: m for m in map(json.loads, marks.read_text().splitlines())} if marks.exists() else {}
-        if process.returncode or last not in noted:
-            said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            raise Failed(f"exit {process.returncode}: {' | '.join(said[-3:])[-500:]}")
-        first, a, b = (noted[n] for n in (1, settled, last))
-        samples = (last - settled) * batch / 1000
-        return Figures((b["cpu"] - a["cpu"]) / samples, (b["at"] - a["at"]) / samples, first["at"] - began, first["cpu"], peak,
-                       a["at"] - began, a["cpu"])
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        said = " | ".join(lines[-3:])[-500:]
+        if process.returncode:
+            raise Failed(f"exit {process.returncode}: {said}")
+        return said
 
 
 def memory(pid: int) -> float:

@@ -1,0 +1,144 @@
+"""Where processor time goes in the works whose targets are missed, ours and the best peer's, by torch's profiler.
+
+    python benchmarks/profiles.py [NAME ...] [--steps 16]
+
+The programs are those of images.py (mae), volumes.py (hippocampus, PersistentDataset) and videomae.py (frames in their files);
+counted are the steps after the first epoch, in processor seconds per 1,000 samples. `products alone`: the same matrix products
+of the same shapes, run one after the other by a loop that does nothing else: what no program of that architecture on this
+library can go below. A line of JSON for each program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import images
+import torch
+import videomae
+import volumes
+from loops import videomae as plain
+from marks import FILE, PROFILE, STEPS
+from programs import Failed, finished, noted_in
+from whole import AHEAD, pretrain
+
+HERE = Path(__file__).parent
+PRODUCTS = {"aten::mm": torch.mm, "aten::bmm": torch.bmm, "aten::addmm": lambda bias, a, b: torch.addmm(bias, a, b)}
+FAMILIES: Mapping[str, tuple[str, ...]] = {  # parts of operators' names
+    "matrix products": ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "convolution"),
+    "attention": ("attention",),
+    "normalisation": ("_norm",),
+    "activations": ("gelu", "softmax", "relu"),
+    "optimiser": ("adam", "optimizer", "_foreach"),
+    "indexing and copies": ("copy_", "cat", "gather", "index", "scatter", "take", "clone", "stack", "fill_", "zero_", "slice"),
+}
+Program = tuple[Sequence[str], int, int]
+"""Its command, samples in a batch, steps of an epoch."""
+
+
+def family(operator: str) -> str:
+    lower = operator.lower()
+    return next((name for name, parts in FAMILIES.items() if any(part in lower for part in parts)), "other operators")
+
+
+def alone(operators: Sequence[Mapping[str, Any]]) -> float:
+    """Processor seconds of the matrix products among them, by themselves."""
+    total = 0.0
+    for one in operators:
+        product = PRODUCTS.get(one["operator"])
+        if product is None:
+            continue
+        arrays = [torch.randn(shape) for shape in one["shapes"] if shape][:3 if one["operator"] == "aten::addmm" else 2]
+        seconds = []
+        for _ in range(5):
+            began = time.process_time()
+            product(*arrays)
+            seconds.append(time.process_time() - began)
+        total += statistics.median(seconds) * one["count"]
+    return total
+
+
+def parts(program: Program, steps: int) -> dict[str, float]:
+    """Processor seconds per 1,000 samples, by what they were spent on. Raises Failed."""
+    command, batch, epoch = program
+    with tempfile.TemporaryDirectory() as folder:
+        marks, profile = Path(folder) / "marks", Path(folder) / "profile"
+        finished(command, {FILE: str(marks), STEPS: f"1,{epoch},{epoch + steps}", PROFILE: str(profile), "OMP_NUM_THREADS": "1",
+                           "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent)))})
+        noted = noted_in(marks)
+        operators = json.loads(profile.read_text())
+    a, b = noted[epoch], noted[epoch + steps]
+    samples, own = steps * batch / 1000, b["own"] - a["own"]
+    found = Counter[str]()
+    for one in operators:
+        found[family(one["operator"])] += one["seconds"]
+    found["between operators"] = own - found.total()
+    found["loading processes"] = b["cpu"] - a["cpu"] - own
+    return {name: round(seconds / samples, 3) for name, seconds in
+            [*found.most_common(), ("all", b["cpu"] - a["cpu"]), ("products alone", alone(operators))]}
+
+
+def image_mae(folder: Path, out: Path, steps: int) -> dict[str, Program]:
+    data, peer = images.photographs(folder, 512), "stable_pretraining"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meristem" / "peers"
+    pythons = {"ours": Path(sys.executable), images.PEERS[peer].label: images.environment(peer, home)}
+    epoch, found = 512 // images.BATCH, {}
+    for who, python in pythons.items():
+        driver = HERE / "peers" / f"{'ours' if who == 'ours' else peer}.py"
+        (place := out / driver.stem).mkdir()
+        found[who] = [str(python), "-P", str(driver), "mae", str(data), str(place), str(epoch + steps)], images.BATCH, epoch
+    return found
+
+
+def volume_mae(folder: Path, out: Path, steps: int) -> dict[str, Program]:
+    data = Path(os.environ.get("MERISTEM_DATA", HERE.parent.parent / "shared" / "data")) / "msd-task04-hippocampus"
+    epoch = len(list((data / "images").glob("*.nii*"))) // volumes.BATCH
+    count = epoch + steps + AHEAD
+    ours = pretrain("volume/mae", data, out / "ours", count, volumes.options(32))
+    theirs = ["monai_mae.py", "persistent", str(data), str(out / "theirs"), str(count), f"--batch={volumes.BATCH}", "--size=32"]
+    return {who: ([sys.executable, "-P", str(HERE / "loops" / script), *more], volumes.BATCH, epoch)
+            for who, (script, *more) in (("ours", ours), (f"MONAI {version('monai')}", theirs))}
+
+
+def video_mae(folder: Path, out: Path, steps: int) -> dict[str, Program]:
+    data = videomae.made(folder)
+    epoch = len(plain.Clips(data)) // plain.BATCH
+    count = epoch + steps + AHEAD
+    ours = pretrain("video/videomae", data, out / "ours", count, [f"train.batch={plain.BATCH}"])
+    return {who: ([sys.executable, "-P", str(HERE / "loops" / script), *more], plain.BATCH, epoch)
+            for who, (script, *more) in (("ours", ours), ("plain loop", ["videomae.py", str(data), str(count)]))}
+
+
+WORKS: dict[str, Callable[[Path, Path, int], dict[str, Program]]] = {
+    "image mae": image_mae, "volume MAE of hippocampus": volume_mae, "VideoMAE": video_mae}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(WORKS)}")
+    parser.add_argument("--steps", type=int, default=16)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in given.names or WORKS:
+        with tempfile.TemporaryDirectory() as root:
+            (out := Path(root) / "out").mkdir()
+            for who, program in WORKS[name](Path(root) / "data", out, given.steps).items():
+                try:
+                    line = {"name": name, "who": who, "unit": "CPU s / 1,000 samples", "parts": parts(program, given.steps)}
+                except Failed as failure:
+                    line = {"name": name, "who": who, "cannot": str(failure)}
+                print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
