@@ -156,7 +156,7 @@ STUDIES = {
                     "0.4,0.1,0.5"),
     "turntables": Study("Princeton shapes of 19 classes as films of depth that turn once; looks of one frame",
                         "psb-labeled-points", ("modality.video={patch: [1, 8, 8], store: decoded}", "train.batch=64",
-                                               "train.workers=0"), 300, "video/classification", ("svm", "linear", "knn"),
+                                               "train.workers=0"), 1000, "video/classification", ("svm", "linear", "knn"),
                         ("views.x={size: [1, 48, 48], sample: {stride: 1}, clips: 4, crops: 1}", "train.workers=0"),
                         "0.4,0.1,0.5", listed=turntables),
     "turntable-clips": Study("Princeton shapes of 19 classes as films of depth that turn once; looks of eight frames",
