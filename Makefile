@@ -5,6 +5,7 @@ DATA ?= demo/phantoms
 OUT ?= demo/$(notdir $(DATA))
 MERISTEM_DATA ?= ../shared/data
 
+JOBS ?= 2
 KILLS ?= 100
 SECONDS ?= 600
 HARNESSES ?= chaos fuzz round_trips canaries golden
@@ -27,7 +28,7 @@ test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 
 # trainings of each modality, disturbed at random moments and resumed, must end as undisturbed ones: one JSON line of counts
 chaos: .venv/ready

@@ -22,12 +22,15 @@ from typing import Any
 
 import torch
 import yaml
+from PIL import Image
 from runs import finished
 from timing import seconds
 
 import meristem
 from meristem import catalogue
+from meristem.modalities.points.options import PointsOptions
 from meristem.modalities.points.pictures import write_pictures
+from meristem.modalities.points.points import Points
 from meristem.platform import joint as joints
 from meristem.platform.assembly import Assembly, total
 from meristem.platform.data.loader import loader
@@ -36,9 +39,10 @@ from meristem.platform.evaluation.results import Results, summarise
 from meristem.platform.origin import SCRATCH
 from meristem.platform.recipe import Recipe, digest, load, override, read
 from meristem.platform.step import Batch
+from meristem.projections import Projection
 from meristem.tasks.transfer import named
 
-RANDOM, SEEDS, PICTURES = "random", 1, 48
+RANDOM, SEEDS, PICTURES, TURNS = "random", 1, 48, 24
 HERE = Path(__file__).parent
 SYSTEMS, FIGURES, TABLE = HERE / "systems", HERE.parent / "docs" / "systems", HERE.parent / "docs" / "systems.md"
 
@@ -88,6 +92,29 @@ def white_cells(folder: Path, out: Path) -> Path:
     return out / "white-cells.csv"
 
 
+def turntables(folder: Path, out: Path) -> Path:
+    """Films of shapes that turn once about the vertical axis: pictures of depth in a folder each, in those of their classes."""
+    modality, angle = Points(PointsOptions()), torch.arange(TURNS) * (2 * torch.pi / TURNS)
+    turn = torch.zeros(TURNS, 3, 3)
+    turn[:, 0, 0], turn[:, 0, 2], turn[:, 1, 1], turn[:, 2, 0], turn[:, 2, 2] = (
+        angle.cos(), angle.sin(), torch.ones(TURNS), -angle.sin(), angle.cos())
+    for file in sorted(folder.rglob("*.npz")):
+        place = out / "turntables" / file.parent.name / file.stem
+        if (place / f"{TURNS - 1:02d}.png").exists():
+            continue
+        place.mkdir(parents=True, exist_ok=True)
+        array = modality.read([file]).array
+        assert array is not None
+        xyz = torch.from_numpy(array[:3]).T @ turn  # (TURNS, N, 3)
+        live = torch.ones(xyz.shape[:2], dtype=torch.bool)
+        whole = Projection.of(xyz.reshape(1, -1, 3), live.reshape(1, -1), PICTURES)  # of one scale all the way round
+        shown = Projection(*(x.expand(TURNS, *x.shape[1:]) for x in (whole.low, whole.pixel, whole.first)), PICTURES)
+        pictures = shown.pictures(xyz, live, spread=1, merge="nearest")[:, 0]
+        for n, picture in enumerate((pictures.transpose(1, 2).flip(1) * 255).round().byte().numpy()):
+            Image.fromarray(picture).save(place / f"{n:02d}.png")
+    return out / "turntables"
+
+
 SMALL_DECODER = "objectives.pixels.masked.predictor.decoder={depth: 2, width: 96, heads: 3}"
 CHEST, HIPPOCAMPUS = "pneumoniamnist/pneumoniamnist_union.npz", "msd-task04-hippocampus"
 SECONDS = ("modality.skeleton.windows={frames: 120, step: 60}", "modality.skeleton.segment=8",
@@ -127,6 +154,16 @@ STUDIES = {
                     ("modality.points.count=32", "modality.points.size=16", "train.batch=32", "train.workers=0"), 300,
                     "points/classification", ("svm", "linear", "knn"), ("views.x.size=[512]", "train.workers=0"),
                     "0.4,0.1,0.5"),
+    "turntables": Study("Princeton shapes of 19 classes as films of depth that turn once; looks of one frame",
+                        "psb-labeled-points", ("modality.video={patch: [1, 8, 8], store: decoded}", "train.batch=64",
+                                               "train.workers=0"), 1000, "video/classification", ("svm", "linear", "knn"),
+                        ("views.x={size: [1, 48, 48], sample: {stride: 1}, clips: 4, crops: 1}", "train.workers=0"),
+                        "0.4,0.1,0.5", listed=turntables),
+    "turntable-clips": Study("Princeton shapes of 19 classes as films of depth that turn once; looks of eight frames",
+                             "psb-labeled-points", ("modality.video={patch: [2, 8, 8], store: decoded}", "train.batch=16",
+                                                    "train.workers=0"), 300, "video/classification", ("svm", "linear", "knn"),
+                             ("views.x={size: [8, 48, 48], sample: {stride: 3}, clips: 2, crops: 1}", "train.workers=0"),
+                             "0.4,0.1,0.5", listed=turntables),
     "citations": Study("Cora, one graph of 2,708 nodes, public split", "planetoid-cora-citeseer/ind.cora.graph",
                        ("train.workers=0",), 100, "graph/node-classification", ("linear", "knn"), ("train.workers=0",)),
     "compounds": Study("NCI1, graphs of 4,110 compounds", "tu-graphs/NCI1", ("train.workers=0", "train.batch=64"), 200,
@@ -148,6 +185,9 @@ PLAIN = {  # what the plain method is, by study and name
     ("clips", "mae"): ("video/videomae", ("views.x={size: [8, 64, 64]}", SMALL_DECODER)),
     ("films", "mae"): ("video/saycam-videomae", ("views.x={size: [1, 64, 64], sample: {stride: 1}}", SMALL_DECODER,
                                                  "masking.x.random.ratio=0.75")),
+    ("turntables", "mae"): ("video/saycam-videomae", ("views.x={size: [1, 48, 48], sample: {stride: 1}}", SMALL_DECODER,
+                                                      "masking.x.random.ratio=0.75")),
+    ("turntable-clips", "mae"): ("video/videomae", ("views.x={size: [8, 48, 48], sample: {stride: 3}}", SMALL_DECODER)),
     ("chest", "mae"): ("image/mae", ("views.x.size=[28,28]", SMALL_DECODER)),
     ("chest", "mae-unet"): ("image/mae-unet", ("views.x.size=[28,28]", "masking.x.random.unit=1",
                                                "objectives.pixels.masked.predictor=linear")),

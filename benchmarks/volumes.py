@@ -40,7 +40,7 @@ from meristem.platform import recipe as recipes
 from meristem.platform.assembly import Assembly
 from meristem.platform.data.source import open_data
 from meristem.platform.recipe import Recipe
-from meristem.tasks.base import objective
+from meristem.tasks.base import Scope, objective
 from meristem.tasks.finetune import resolve
 from meristem.tasks.segmentation import WINDOWS, SegmentationObjective
 
@@ -102,7 +102,7 @@ def prediction(folder: Path, what: str, volumes: int, repeats: int) -> None:
     settings = resolve("volume/segmentation", "volume", ["views.x.size=[64,64,64]", "modality.volume.spacing=[1.0,1.0,1.0]",
                                                          "encoder.unet.widths=[8,16,32,64]", "train.precision=fp32"], None)
     assembly = Assembly(settings, {"task": lambda assembly: settings.task.build(assembly, 3)}).eval()
-    task = objective(assembly)
+    task, scope = objective(assembly), Scope({0: "background", 1: "one", 2: "two"}, ("one", "two"), "mm")
     assert isinstance(task, SegmentationObjective)
     files = sorted((folder / "images").glob("*.nii*"))[:volumes]
 
@@ -115,7 +115,7 @@ def prediction(folder: Path, what: str, volumes: int, repeats: int) -> None:
 
     def ours(out: Path) -> None:
         found = open_data(out / "in", settings.modality, "auto", out / "cache", True, labels=False)
-        task.write(assembly, found, found.rows(), None, out / "labels")  # type: ignore[arg-type]
+        task.write(assembly, found, found.rows(), scope, out / "labels")
 
     def monai(out: Path) -> None:
         before = Compose([

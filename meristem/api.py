@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from meristem.platform.data.manifest import Manifest
 from meristem.platform.data.shards.remote import is_url
 from meristem.platform.data.source import ROOM, Data, open_data
 from meristem.platform.origin import METADATA, SCRATCH, origin
+from meristem.platform.step import first_rank
 from meristem.platform.training import checkpoint
 
 if TYPE_CHECKING:
@@ -83,9 +85,6 @@ def pretrain(recipe: str, data: Pathlike | Mapping[str, Pathlike], out: Pathlike
     Returns the weights and figures; writes recipe.yaml, metrics.jsonl, metrics.json, quarantine.csv and checkpoints.
     Under torchrun every process calls it alike. Raises MeristemError.
     """
-    from meristem.platform.training.loop import first_rank
-    from meristem.platform.training.pretrain import pretrain as _pretrain
-
     quiet, start = quiet or not first_rank(), origin(init)
     if isinstance(data, Mapping):
         if start is not None:
@@ -101,8 +100,15 @@ def pretrain(recipe: str, data: Pathlike | Mapping[str, Pathlike], out: Pathlike
         remedy = "Use `meristem finetune`." if "task" in plain else "Choose one of `meristem recipes list`."
         raise RecipeError(f"'{recipe}' has no objective to pretrain by", remedy)
     settings = recipes.build(plain, recipes.Recipe)
-    found = open_data(data, settings.modality, split, cache, quiet, room=room)
+    found = open_data(data, settings.modality, split, cache, quiet, room=room, meanwhile=_training)
+    from meristem.platform.training.pretrain import pretrain as _pretrain
+
     return _pretrain(settings.of(found.modality), found, Path(out), init=start, resume=resume, quiet=quiet)
+
+
+def _training() -> None:
+    """Import what trains, torch's compiler with it, which takes seconds: time enough while other processes decode."""
+    importlib.import_module("meristem.platform.training.pretrain")
 
 
 def _pretrain_jointly(recipe: str, data: Mapping[str, Pathlike], out: Pathlike, overrides: Sequence[str], split: str,
@@ -178,7 +184,6 @@ def finetune(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
     `pretrain`. Writes metrics.json (key `test`) and cases.json beside the checkpoints; a run that was asked to stop is saved
     and not scored, and resume=True goes on with it. Raises MeristemError.
     """
-    from meristem.platform.training.loop import first_rank
     from meristem.tasks import finetune as tuning
 
     quiet = quiet or not first_rank()
@@ -204,7 +209,6 @@ def evaluate(task: str, data: Pathlike, out: Pathlike, overrides: Sequence[str] 
     """
     import torch
 
-    from meristem.platform.training.loop import first_rank
     from meristem.tasks import pages, transfer
     from meristem.tasks.parallel import in_parallel
 

@@ -3,10 +3,10 @@
     python tests/canaries.py [--modality NAME] [--out FILE]
 
 On each data set of `made_canaries` the command line checks the data, pretrains, is broken in the middle by errors whose
-messages name everybody, resumes, fine-tunes, evaluates, predicts, embeds and exports, in a home directory that is itself
-called by a planted word. Then every file below it but the data is unpacked and searched, and so is every byte that was
-printed. The same search must find every planted word in the data, or it would prove nothing. Closes with one JSON line of
-counts. Exit status 1 if a word was found; the folder is then kept.
+messages name everybody, resumes, fine-tunes, evaluates, also in two processes, writes shards, trains from them and in a joint
+run, predicts, embeds and exports, in a home directory that is itself called by a planted word. Then every file below it but the
+data is unpacked and searched, and so is every byte that was printed. The same search must find every planted word in the data,
+or it would prove nothing. Closes with one JSON line of counts. Exit status 1 if a word was found; the folder is then kept.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ BASE64 = re.compile(rb"[A-Za-z0-9+/]{64,}={0,2}")
 PNG = b"\x89PNG\r\n\x1a\n"
 QUICK = ["train.batch=4", "train.log_every=1", "train.precision=fp32", "train.workers=1"]
 PRETRAINED = "pretraining"
+JOINED = ("volume/mae", "video/videomae", "points/mae", "graph/mae")  # as joint/mae has them
 STEPS, BREAK = 6, 3
 
 
@@ -218,6 +219,15 @@ def through(home: Home) -> None:
     home.call("evaluate", *task, "--init", "metadata", "--seeds", "1", "--protocol", "finetune", "--out", "compared",
               *(["--protocol", "linear"] if planted.task == "classification" else []), tty=True)
     home.call("report", "compared", "--out", "again")
+    home.call("evaluate", *task, "--seeds", "2", "--protocol", "finetune", "--jobs", "2", "--out", "shared")
+    options = [o for o in made.over if o.startswith("modality")]
+    home.call("data", "shard", home.place, *options, "--recipe", made.recipe, "--size", "0.01", "--out", "file://shards")
+    home.call("pretrain", made.recipe, "--data", "file://shards", *made.over, NET, *QUICK, "train.steps=3", "--out", "streamed",
+              tty=True)
+    if made.recipe in JOINED:
+        members = [f"members.{planted.of}.{o}" for o in (*made.over, "train.batch=4")]
+        home.call("pretrain", "joint/mae", "--data", f"{planted.of}={home.place}", *members, NET, "train.workers=1",
+                  "train.steps=3", "train.log_every=1", "--out", "joined")
     home.call("predict", "--checkpoint", "tuned", *data, "--out", "predicted")
     home.call("embed", "--checkpoint", home.run, *data, "--out", "vectors")
     if planted.of in ("image", "volume"):

@@ -47,7 +47,9 @@ HARNESSES = (
     Harness("chaos", "Kill it anywhere",
             "A training that is killed, stopped, starved of disk or of data, or robbed of a loading process resumes and "
             "ends with the weights of the undisturbed one, bit for bit on a CPU. Checkpoints on disk can be read at every "
-            "moment. Requests to stop save first.",
+            "moment. Requests to stop save first. A step whose loss or gradient is not finite is skipped and counted; after "
+            "ten in a row the run takes up its last checkpoint and goes on with the data that come next, three times at most. "
+            "The last `train.keep` checkpoints stay, and that with the lowest loss, `checkpoints/best`.",
             "`make chaos KILLS=100` disturbs trainings of each modality at random moments, also inside the writing of "
             "checkpoints, resumes them and compares all weights.",
             lambda x: f"{x['chaos']:,} disturbances of {x['trials']:,} trainings, {x['lost']:,} lost ({_of(x['faults'])})"),

@@ -72,9 +72,9 @@ class TrainSettings(Settings):
     averaged over steps with this decay are the ones saved for use. combine: several objectives by their weighted `sum`, or by
     `pareto`, a direction that lowers all of them whatever their scale (on one process, in fp32). compile: the
     parts of nets by torch.compile, which takes minutes once. checkpointing: of activations, which are computed again part by
-    part in the backward pass instead of being kept. fsdp: several processes share
-    out weights, gradients and optimiser states, where each would hold all of them. window: of samples that are streamed, how
-    many shards are mixed at any time; as many as there are make it a plain shuffle.
+    part in the backward pass instead of being kept. fsdp: several processes share out weights, gradients and optimiser states,
+    where each would hold all of them. keep: the last so many checkpoints stay, and the best. window: of samples that are
+    streamed, how many shards are mixed at any time; as many as there are make it a plain shuffle.
     """
 
     steps: Count = 1000

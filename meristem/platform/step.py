@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,11 @@ class _Gather(torch.autograd.Function):
         grad = grad.contiguous()
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def first_rank() -> bool:
+    """Whether this process is the one that writes and speaks, known before it joins the others."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def all_ranks(x: Tensor) -> Tensor:

@@ -25,8 +25,9 @@ from meristem.platform.evaluation.metrics import means, set_metrics
 from meristem.platform.evaluation.results import QUERIES, SHAPES, Case
 from meristem.platform.origin import SCRATCH
 from meristem.platform.recipe import build, override, read
+from meristem.platform.step import first_rank
 from meristem.platform.training import checkpoint
-from meristem.platform.training.loop import Outcome, first_rank, launch, train
+from meristem.platform.training.loop import Outcome, launch, train
 from meristem.platform.training.pretrain import card, close_run, met, open_run, reference
 from meristem.platform.training.progress import Reporter
 from meristem.tasks.base import Keep, Scope, TaskRecipe, TaskSettings, objective

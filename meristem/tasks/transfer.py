@@ -32,9 +32,9 @@ from meristem.platform.evaluation.metrics import LABELS
 from meristem.platform.evaluation.results import FEW, QUERIES, Budget, Cell, Counts, Dataset, Results, Spent
 from meristem.platform.origin import METADATA, SCRATCH
 from meristem.platform.recipe import build
+from meristem.platform.step import first_rank
 from meristem.platform.training import checkpoint
 from meristem.platform.training.energy import Meter
-from meristem.platform.training.loop import first_rank
 from meristem.tasks.base import Scope, TaskRecipe, TaskSettings
 from meristem.tasks.classification import Classifying
 from meristem.tasks.finetune import choose, mean_scores, score, tune

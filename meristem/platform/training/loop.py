@@ -93,11 +93,6 @@ def launch(settings: TrainSettings, accelerator: str = "auto") -> Fabric:
     return fabric
 
 
-def first_rank() -> bool:
-    """Whether this process is the one that writes and speaks, known before `launch`."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 class _StopSignal:
     """Notes a request to stop; the loop then saves and leaves."""
 
