@@ -48,6 +48,29 @@ def test_the_page_shows_every_line_with_machine_and_command() -> None:
     assert "    make bench" in text
 
 
+def test_a_profile_is_a_table_whose_sums_come_last() -> None:
+    from performance import page
+
+    ours, theirs = {"loading": 1.0, "products": 2.0, "all": 3.0, "products alone": 1.5}, {"products": 4.0, "all": 4.0}
+    lines = [{"name": "mae", "who": "ours", "parts": ours}, {"name": "mae", "who": "peer 1.0", "parts": theirs}]
+    about = {"machine": "a box", "versions": {}, "date": "2026-01-01", "load": 0.1, "command": "make bench"}
+    rows = [line for line in page({"profiles": {"about": about, "lines": lines}}).splitlines() if line.startswith("|")]
+    assert rows == ["| mae | ours | peer 1.0 |", "|---|---|---|", "| products | 2.00 | 4.00 |", "| loading | 1.00 | 0.00 |",
+                    "| all | 3.00 | 4.00 |", "| products alone | 1.50 | 0.00 |"]
+
+
+def test_operators_belong_to_families_and_products_are_timed_alone() -> None:
+    from profiles import alone, family
+
+    known = {"aten::addmm": "matrix products", "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
+             "aten::native_layer_norm": "normalisation", "aten::gelu_backward": "activations",
+             "Optimizer.step#AdamW.step": "optimiser", "aten::copy_": "indexing and copies", "aten::mul": "other operators"}
+    assert {name: family(name) for name in known} == known
+    one = {"operator": "aten::mm", "shapes": [[256, 256], [256, 256]], "count": 1}
+    assert 0 < alone([one]) < alone([{**one, "count": 1000}])
+    assert alone([{"operator": "aten::mul", "shapes": [[256, 256], [256, 256]], "count": 9}]) == 0
+
+
 PROGRAM = """
 import os, sys, time
 sys.path.insert(0, {benchmarks!r})
