@@ -17,7 +17,6 @@ import re
 import secrets
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +39,8 @@ from meristem.platform.data.workers import DEATH, killed, notice_deaths_where_wa
 LAYOUT = 4  # of the files in a cache; another number, another folder
 LARGE = 4 << 20  # bytes above which a sample gets a chunked file: below, reading it raw is cheaper than opening one
 CHUNK, BLOCK = 1 << 18, 1 << 15  # elements (64³, 32³): a crop unpacks only the blocks it touches
-MUCH = 16 << 20  # bytes of files from which on starting processes to decode them pays
+MUCH = 8 << 20  # bytes of files from which on starting processes to decode them pays
+TOGETHER = 16  # samples that a process hands over at once, where there are many: each time has its price
 SHARD_BYTES, SHARD_SECONDS = 64 << 20, 30.0  # an interruption loses at most this much work on small samples
 FREE = (0.05, 2 << 30)  # what is left free: a share of the disk, at most so many bytes
 Progress = Callable[[int, int], None]
@@ -60,13 +60,11 @@ class Cache(Samples):
 
     @classmethod
     def build(cls, manifest: Manifest, modality: Modality, directory: Path | None = None,
-              progress: Progress | None = None, workers: int | None = None,
-              meanwhile: Callable[[], None] | None = None) -> Cache:
+              progress: Progress | None = None, workers: int | None = None) -> Cache:
         """Decode the rows that are not yet stored.
 
         directory: where caches live (default $XDG_CACHE_HOME/meristem); each set of modality options has its own folder in
         it. progress: called with (rows done, rows). workers: processes that decode (0: this one; None: as many as pay).
-        meanwhile: called once in this process while others decode.
         A row that cannot be read, or whose images equal an earlier row's, is quarantined and the rest goes on; of equal rows
         the one in test is kept before val before train, and the labelled before the unlabelled. Raises MeristemError when
         the disk would run full, DataError when nothing can be read.
@@ -88,7 +86,7 @@ class Cache(Samples):
             decoding = Decoding(todo, [digests[r.index][0] for r in todo], [keys[r.index] for r in todo], modality, home)
             shard = _Shard(home)
             try:
-                for result in each(decoding, processes(todo) if workers is None else workers, meanwhile):
+                for result in each(decoding, processes(todo) if workers is None else workers):
                     if isinstance(result, Problem):
                         problems.append(result)
                     else:
@@ -227,30 +225,24 @@ def processes(rows: Sequence[Row]) -> int:
     return cores if cores > 1 and len(rows) >= 2 * cores and size >= MUCH else 0
 
 
-def each(decoding: Decoding, workers: int, meanwhile: Callable[[], None] | None = None) -> Iterator[Result]:
-    """What becomes of each row, in order. Raises MeristemError where a process that decodes is killed.
-
-    meanwhile: called in a thread of this process while others decode.
-    """
+def each(decoding: Decoding, workers: int) -> Iterator[Result]:
+    """What becomes of each row, in order. Raises MeristemError where a process that decodes is killed."""
     if not len(decoding):
         return
     # a generator of its own: DataLoader would draw a seed from the global one and shift everything after it
-    stream = iter(DataLoader(decoding, batch_size=None, num_workers=workers, collate_fn=_same, generator=torch.Generator(),
+    together = min(max(len(decoding) // (8 * workers), 1), TOGETHER) if workers else 1
+    stream = iter(DataLoader(decoding, together, num_workers=workers, collate_fn=_same, generator=torch.Generator(),
                              worker_init_fn=_leave_interrupts_to_the_parent))
-    beside = threading.Thread(target=meanwhile)
     if workers:
         notice_deaths_where_waited()
-        beside.start()  # once they are forked: none must begin with a half-done import
     try:
-        yield from stream
+        for results in stream:
+            yield from results
     except DEATH as error:
         if not killed(error):
             raise
         raise MeristemError("a process that decodes files was killed", "Memory may be short: close other programs, or decode "
                             "on a larger machine. What was decoded is kept: start again.") from None
-    finally:
-        if workers:
-            beside.join()
 
 
 def _leave_interrupts_to_the_parent(worker: int) -> None:
