@@ -39,7 +39,7 @@ from meristem.platform.data.workers import DEATH, killed, notice_deaths_where_wa
 LAYOUT = 4  # of the files in a cache; another number, another folder
 LARGE = 4 << 20  # bytes above which a sample gets a chunked file: below, reading it raw is cheaper than opening one
 CHUNK, BLOCK = 1 << 18, 1 << 15  # elements (64³, 32³): a crop unpacks only the blocks it touches
-MUCH = 8 << 20  # bytes of files from which on starting processes to decode them pays
+MUCH = 16 << 20  # bytes of files from which on starting processes to decode them pays
 TOGETHER = 16  # samples that a process hands over at once, where there are many: each time has its price
 SHARD_BYTES, SHARD_SECONDS = 64 << 20, 30.0  # an interruption loses at most this much work on small samples
 FREE = (0.05, 2 << 30)  # what is left free: a share of the disk, at most so many bytes
