@@ -223,6 +223,18 @@ def test_log_lines_carry_pace_wait_and_lights(volume_folder: Path, tmp_path: Pat
     assert list((tmp_path / "a" / "tensorboard").glob("events*"))
 
 
+@pytest.mark.parametrize("end", ["", '{"step": 5, "lo', '{"step": 5, "loss": 1}\n{"st', "\0\0\0\0"])
+def test_records_of_a_killed_run_are_kept_up_to_its_checkpoint_and_never_rewritten(tmp_path: Path, end: str) -> None:
+    file = tmp_path / "metrics.jsonl"
+    whole = "".join(f'{{"step": {n}, "loss": 1}}\n' for n in (1, 2, 3, 4))
+    file.write_text(whole + end)
+    with loop.Reporter("x", 9, tmp_path, quiet=True) as reporter:
+        reporter.start(4)
+        assert file.read_text() == whole  # on disk already: a kill from here on loses nothing
+        reporter.record(5, {"loss": 2.0})
+    assert file.read_text() == whole + '{"step": 5, "loss": 2.0}\n'
+
+
 def settings(**more: object) -> recipes.TrainSettings:
     return recipes.TrainSettings.model_validate({"steps": 100, "warmup": 0.1, "floor": 0.0, **more})
 

@@ -21,6 +21,21 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"
 
 
+def _kept(records: Path, step: int) -> int:
+    """Bytes of the lines of steps up to this one, before any that a kill cut short. What is kept is not written again: a kill
+    meanwhile would lose it."""
+    size = 0
+    with records.open("rb") as lines:
+        for line in lines:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except ValueError:
+                break
+            size += len(line)
+    return size
+
+
 class Reporter:
     """One run's voice. Records go to metrics.jsonl and TensorBoard; the terminal gets a bar, or plain lines if it is none.
 
@@ -57,11 +72,7 @@ class Reporter:
         """Begin, or go on, after `step` steps: what a killed run recorded beyond its checkpoint will be recorded again."""
         self._began, self._first = time.perf_counter(), step
         if self._file:
-            self._file.seek(0)
-            kept = [line for line in self._file if json.loads(line)["step"] <= step]
-            self._file.seek(0)
-            self._file.truncate()
-            self._file.writelines(kept)
+            self._file.truncate(_kept(Path(self._file.name), step))
         if self._bar:
             self._bar.update(self._task, completed=step)
 
