@@ -6,6 +6,7 @@ import csv
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -331,6 +332,28 @@ def test_a_full_disk_is_an_error_that_keeps_what_is_stored(data: Path, tmp_path:
         with pytest.raises(MeristemError, match="fill the disk"):
             build(data, tmp_path)
     assert build(data, tmp_path).reused >= 1
+
+
+def _writing(data: Path, home: Path, large: int, workers: int, out: Any) -> None:
+    module.LARGE = large
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))  # no file of more than a line: the disk is full
+    try:
+        Cache.build(Manifest.discover(data, Npy()), Npy(), home, workers=workers)
+        out.put("built")
+    except MeristemError as error:
+        out.put(error.what)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("large", [1 << 22, 0], ids=["packed", "chunked"])
+def test_a_disk_that_takes_no_more_is_told_in_words(data: Path, tmp_path: Path, large: int, workers: int) -> None:
+    context = multiprocessing.get_context("fork")
+    out = context.SimpleQueue()
+    process = context.Process(target=_writing, args=(data, tmp_path, large, workers, out))
+    process.start()
+    process.join(60)
+    assert out.get().startswith("the cache cannot be written: ")
+    assert len(build(data, tmp_path)) == 5
 
 
 def _sum(cache: Cache, out: Any) -> None:

@@ -71,7 +71,6 @@ class Cache(Samples):
         """
         made_by = fingerprint(modality)
         home = (directory or user_cache()) / f"{modality.name}-{made_by}"
-        home.mkdir(parents=True, exist_ok=True)
         with _locked(home):
             known = _stored(home)
             problems = list(manifest.problems)
@@ -182,8 +181,9 @@ def _anonymous(message: str, row: Row) -> str:
 Result = Problem | tuple[Entry, dict[str, np.ndarray] | None]
 
 
-class Decoding(Dataset[Result]):
-    """Row -> its entry and arrays; None for arrays that were written where they were decoded, because they are large."""
+class Decoding(Dataset[Result | MeristemError]):
+    """Row -> its entry and arrays; None for arrays that were written where they were decoded, because they are large. An error
+    that ends the building is handed over too: torch would put a traceback of its process into it."""
 
     def __init__(self, rows: Sequence[Row], contents: Sequence[str], keys: Sequence[str], modality: Modality,
                  home: Path) -> None:
@@ -192,7 +192,13 @@ class Decoding(Dataset[Result]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> Result:
+    def __getitem__(self, i: int) -> Result | MeristemError:
+        try:
+            return self._decoded(i)
+        except MeristemError as error:
+            return error
+
+    def _decoded(self, i: int) -> Result:
         row, key = self.rows[i], self.keys[i]
         sample = decode(row, self.modality)
         if isinstance(sample, Problem):
@@ -237,7 +243,10 @@ def each(decoding: Decoding, workers: int) -> Iterator[Result]:
         notice_deaths_where_waited()
     try:
         for results in stream:
-            yield from results
+            for result in results:
+                if isinstance(result, MeristemError):
+                    raise result
+                yield result
     except DEATH as error:
         if not killed(error):
             raise
@@ -291,13 +300,29 @@ class _Shard:
         self._clear()
 
 
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A temporary name, which becomes the file's own once all is on disk. Raises MeristemError where that does not take it."""
+    temporary = path.with_name(f".{secrets.token_hex(4)}-{path.name}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # blosc2 has its own word
+        temporary.unlink(missing_ok=True)
+        raise _unwritable(error) from None
+
+
+def _unwritable(error: OSError | RuntimeError) -> MeristemError:
+    why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "the disk takes no more"
+    return MeristemError(f"the cache cannot be written: {why}", "Make room on the disk, or give another place with --cache; "
+                         "what is stored stays valid.")
+
+
 def _write(path: Path, parts: Iterable[bytes]) -> None:
-    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    with temporary.open("wb") as file:
+    with _whole(path) as temporary, temporary.open("wb") as file:
         file.writelines(parts)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _write_index(path: Path, entries: Sequence[Entry]) -> None:
@@ -317,13 +342,11 @@ def _write_chunked(path: Path, x: np.ndarray, dims: int) -> None:
         edge = 1 << round(math.log2(elements) / dims)
         return lead + tuple(min(edge, n) for n in x.shape[len(lead):])
 
-    temporary = path.with_name(f".{secrets.token_hex(4)}-{path.name}")
-    stored = blosc2.empty(x.shape, x.dtype, urlpath=str(temporary), mode="w", chunks=tile(CHUNK), blocks=tile(BLOCK),
-                          cparams={"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1})
-    stored[...] = x  # the bytes of blosc2.asarray, which goes chunk by chunk in Python, in two thirds of its time
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    settings = {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
+    with _whole(path) as temporary:
+        stored = blosc2.empty(x.shape, x.dtype, urlpath=str(temporary), mode="w", chunks=tile(CHUNK), blocks=tile(BLOCK),
+                              cparams=settings)
+        stored[...] = x  # the bytes of blosc2.asarray, which goes chunk by chunk in Python, in two thirds of its time
 
 
 def _smallest(x: np.ndarray) -> np.ndarray:
@@ -359,8 +382,13 @@ def _stored(home: Path) -> dict[str, Entry]:
 
 @contextmanager
 def _locked(home: Path) -> Iterator[None]:
-    """One process builds, others wait and then find its entries."""
-    with (home / ".lock").open("w") as file:
+    """One process builds, others wait and then find its entries. Raises MeristemError where nothing can be written."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        opened = (home / ".lock").open("w")
+    except OSError as error:
+        raise _unwritable(error) from None
+    with opened as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
