@@ -2,10 +2,10 @@
 
     python benchmarks/profiles.py [NAME ...] [--steps 16]
 
-The programs are those of images.py (mae), volumes.py (hippocampus, PersistentDataset) and videomae.py (frames in their files);
-counted are the steps after the first epoch, in processor seconds per 1,000 samples. `products alone`: the same matrix products
-of the same shapes, run one after the other by a loop that does nothing else: what no program of that architecture on this
-library can go below. A line of JSON for each program.
+The programs are those of images.py (mae, simclr), volumes.py (hippocampus, PersistentDataset) and videomae.py (frames in their
+files); counted are the steps after the first epoch, in processor seconds per 1,000 samples. `products alone`: the same matrix
+products of the same shapes, run one after the other by a loop that does nothing else: what no program of that architecture on
+this library can go below. A line of JSON for each program.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -88,15 +89,15 @@ def parts(program: Program, steps: int) -> dict[str, float]:
             [*found.most_common(), ("all", b["cpu"] - a["cpu"]), ("products alone", alone(operators))]}
 
 
-def image_mae(folder: Path, out: Path, steps: int) -> dict[str, Program]:
-    data, peer = images.photographs(folder, 512), "stable_pretraining"
+def image(method: str, peer: str, folder: Path, out: Path, steps: int) -> dict[str, Program]:
+    data = images.photographs(folder, 512)
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meristem" / "peers"
     pythons = {"ours": Path(sys.executable), images.PEERS[peer].label: images.environment(peer, home)}
     epoch, found = 512 // images.BATCH, {}
     for who, python in pythons.items():
         driver = HERE / "peers" / f"{'ours' if who == 'ours' else peer}.py"
         (place := out / driver.stem).mkdir()
-        found[who] = [str(python), "-P", str(driver), "mae", str(data), str(place), str(epoch + steps)], images.BATCH, epoch
+        found[who] = [str(python), "-P", str(driver), method, str(data), str(place), str(epoch + steps)], images.BATCH, epoch
     return found
 
 
@@ -120,7 +121,8 @@ def video_mae(folder: Path, out: Path, steps: int) -> dict[str, Program]:
 
 
 WORKS: dict[str, Callable[[Path, Path, int], dict[str, Program]]] = {
-    "image mae": image_mae, "volume MAE of hippocampus": volume_mae, "VideoMAE": video_mae}
+    "image mae": partial(image, "mae", "stable_pretraining"), "image simclr": partial(image, "simclr", "lightly"),
+    "volume MAE of hippocampus": volume_mae, "VideoMAE": video_mae}
 
 
 def main() -> None:
