@@ -1,6 +1,6 @@
 """Image pretraining beside other packages: whole programs, from a folder of photographs to optimiser steps.
 
-    python benchmarks/images.py [--data FOLDER] [--repeats 3] [--images 512] [--methods mae simclr dino] [--peers lightly ...]
+    python benchmarks/images.py [--data FOLDER] [--repeats 2] [--images 512] [--methods mae simclr dino] [--peers lightly ...]
 
 The work is in peers/work.py, each package's way of doing it in a file beside that. Each peer has a virtual environment of its
 own, made on first use in the user's cache with the torch that ours runs on. For every method ours and each peer take turns.
@@ -107,7 +107,7 @@ def measure(name: str, python: Path, method: str, data: Path, epoch: int, steps:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a folder of folders of images (default: made photographs)")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--images", type=int, default=512, help="that are counted in each run")
     parser.add_argument("--methods", nargs="+", default=["mae", "simclr", "dino"])
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))

@@ -39,6 +39,7 @@ from meristem.modalities.image.files import decode
 from meristem.platform import recipe as recipes
 from meristem.platform.data.guess import guess_modality
 from meristem.platform.data.manifest import Manifest
+from meristem.platform.data.names import telling
 from meristem.platform.data.source import open_data
 from meristem.platform.evaluation.results import Boxes
 
@@ -132,6 +133,39 @@ def test_a_list_of_clouds_that_claims_terabytes_or_leads_elsewhere(tmp_path: Pat
     with h5py.File(tmp_path / "c.h5", "w") as file:
         file.create_dataset("data", (8, 4, 3), "u1", external=[("/etc/passwd", 0, 96)])
     assert reason(lambda: points.elements(tmp_path / "c.h5")) == "unreadable"
+
+
+def test_a_unit_of_no_known_code_is_no_affine(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4))
+    image.header["xyzt_units"] = 4
+    nib.save(image, tmp_path / "a.nii.gz")
+    assert reason(lambda: modality("volume").read([tmp_path / "a.nii.gz"])) == "no-affine"
+
+
+def test_vertices_of_two_coordinates_and_numbers_that_no_type_holds_are_unreadable(tmp_path: Path) -> None:
+    (tmp_path / "flat.obj").write_text("v 0 0\nv 1 0\nv 0 1\nf 1 2 3\n")
+    (tmp_path / "large.pcd").write_text("VERSION 0.7\nFIELDS x y z label\nSIZE 4 4 4 4\nTYPE F F F U\nCOUNT 1 1 1 1\nWIDTH 1\n"
+                                        f"HEIGHT 1\nPOINTS 1\nDATA ascii\n0 0 0 {10**30}\n")
+    for name in ("flat.obj", "large.pcd"):
+        assert reason(lambda name=name: modality("points").read([tmp_path / name])) == "unreadable"  # type: ignore[misc]
+
+
+def test_pipes_among_pictures_and_annotations_are_not_waited_for(tmp_path: Path) -> None:
+    for i in range(8):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        Image.fromarray(np.full((16, 16), 9 * i, np.uint8)).save(tmp_path / "a" / f"{i:03d}.png")
+    (tmp_path / "a" / "004.png").unlink()
+    os.mkfifo(tmp_path / "a" / "004.png")
+    guess_modality(tmp_path)
+    os.mkfifo(tmp_path / "a" / "000.xml")
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>4</xmax><ymax>4</ymax></bndbox>"
+    (tmp_path / "a" / "001.xml").write_text(f"<annotation><object><name>x</name>{box}</object></annotation>")
+    found = Manifest.discover(tmp_path, modality("image", channels=1))
+    assert found.object_names == ("x",) and "unreadable" in {p.reason for p in found.problems}
+
+
+def test_a_name_of_a_hundred_thousand_letters_is_told_from_others_at_once() -> None:
+    assert telling("A" * 100_000) and telling("7" * 100_000) and not telling("A" * 200)
 
 
 def test_numbers_of_graphs_and_nodes_that_nothing_stands_behind(tmp_path: Path) -> None:

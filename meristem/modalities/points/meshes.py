@@ -20,6 +20,8 @@ def read_mesh(path: Path, sampled: int) -> Cloud:
         vertices, faces = np.asarray(mesh.vertices, np.float64), np.asarray(mesh.faces, np.int64)
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, NotImplementedError, OSError, EOFError) as error:
         raise DataError("unreadable", f"is no mesh that can be read ({type(error).__name__})", "Export it again.") from None
+    if vertices.ndim != 2 or vertices.shape[1] != 3 or (len(faces) and faces.shape[1:] != (3,)):
+        raise DataError("unreadable", f"its vertices have {vertices.shape[-1]} coordinates, not 3", "Export it again.")
     return from_faces(vertices, faces, sampled)
 
 

@@ -171,8 +171,8 @@ def _pcd_text(body: bytes, points: int, names: list[str], counts: list[int], row
     try:
         return {n: table[:, end - c:end].astype(row[f"{i}"].base)
                 for i, (n, c, end) in enumerate(zip(names, counts, ends, strict=True))}
-    except ValueError:
-        raise DataError("unreadable", "its PCD data are not all numbers", AGAIN) from None
+    except (ValueError, OverflowError):
+        raise DataError("unreadable", "its PCD data are not all numbers that their type holds", AGAIN) from None
 
 
 def _room(wanted: int, there: int) -> None:

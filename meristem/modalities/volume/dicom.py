@@ -137,11 +137,12 @@ def _head(path: Path) -> pydicom.Dataset | None:
                 warnings.simplefilter("ignore")  # they quote the file's values
                 ds = read_partial(file, stop_when=_behind, specific_tags=[Tag(name) for name in WHOSE])
                 ds.get("SOPClassUID"), ds.get("PatientID"), ds.get("SeriesInstanceUID")
+                index = UID(ds.file_meta.get("MediaStorageSOPClassUID") or "").keyword == "MediaStorageDirectoryStorage"
     except InvalidDicomError:
         raise DataError("unreadable", "not a DICOM file: the 'DICM' mark is missing") from None
     except Exception:  # a header may be broken in any way
         raise DataError("truncated", "the DICOM header ends early or is damaged", AGAIN) from None
-    return None if UID(ds.file_meta.get("MediaStorageSOPClassUID") or "").keyword == "MediaStorageDirectoryStorage" else ds
+    return None if index else ds
 
 
 def _behind(tag: Any, vr: str | None, length: int) -> bool:

@@ -94,7 +94,12 @@ def _affine(image: Any, what: str, assume: Literal["identity"] | None) -> np.nda
     elif not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         problem = "no valid affine (it is singular)"
     else:
-        return np.diag([TO_MM.get(header.get_xyzt_units()[0], 1.0)] * 3 + [1.0]) @ affine
+        try:
+            unit = header.get_xyzt_units()[0]
+        except KeyError:
+            raise DataError("no-affine", f"{what}: the unit of its affine is of no known code ({int(header['xyzt_units'])})",
+                            "Correct xyzt_units in its header: 2 says millimetres.") from None
+        return np.diag([TO_MM.get(unit, 1.0)] * 3 + [1.0]) @ affine
     if assume == "identity":
         return np.eye(4)
     raise DataError("no-affine", f"{what}: {problem}",

@@ -91,6 +91,8 @@ def _listed(root: Path, kinds: Mapping[str, type[Modality]]) -> tuple[list[str],
 def _alike(found: Mapping[Path, Sequence[str]]) -> bool:
     """Whether neighbours in number look alike, compared with pictures far apart: frames do, the pictures of a class do not."""
     def look(path: Path) -> np.ndarray:
+        if not path.is_file():
+            raise FileNotFoundError  # a pipe would be waited for
         with Pillow.open(path) as picture:
             return np.asarray(picture.convert("L").resize((32, 32), Pillow.Resampling.BOX), float)
 

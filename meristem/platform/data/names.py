@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 
 _YEAR, _MONTH, _DAY = r"(?:19|20)\d\d", r"(?:0[1-9]|1[0-2])", r"(?:0[1-9]|[12]\d|3[01])"
 KINDS = {
+    "more than 200 characters": re.compile(r"(?s).{201}"),  # first: none of the others is to be sought in a long text
     "a date": re.compile(rf"(?<!\d)(?:{_YEAR}([-_.]?){_MONTH}\1{_DAY}|{_DAY}([-_.]){_MONTH}\2{_YEAR})(?!\d)"),
     "a DICOM UID": re.compile(r"(?<![\d.])[012](?:\.\d+){5,}"),
     "a number of 7 digits or more": re.compile(r"(?<![\d.])0*[1-9]\d{6,}(?![\d.]*\.\d)"),

@@ -21,9 +21,10 @@ def recognised(search: Search, path: Path) -> bool:
 
 
 def _files(root: Path) -> list[Path]:
-    """All annotations below a folder, where the first is one."""
+    """All annotations below a folder, where the first file is one."""
     found = sorted(root / here / name for here, names in walk(root) for name in names if name.lower().endswith(".xml"))
-    return found if found and b"<annotation" in found[0].open("rb").read(256) else []
+    first = next((file for file in found if file.is_file()), None)
+    return found if first is not None and b"<annotation" in first.open("rb").read(256) else []
 
 
 def read(search: Search, path: Path) -> Path:
@@ -64,6 +65,8 @@ def _annotated(file: Path) -> list[tuple[str, list[float], bool]]:
     VOC's numbers are 1-based and inclusive, so the first pixel's box is (0, 1); where a file holds a 0 they are taken as they
     are.
     """
+    if not file.is_file():  # a pipe would be waited for
+        raise DataError("unreadable", "its annotation is no file", "Put the XML itself there.")
     if file.stat().st_size > LARGEST:
         raise DataError("unreadable", "the XML is too large for one of boxes", "Export it again.")
     try:
