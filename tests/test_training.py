@@ -118,6 +118,23 @@ def test_an_error_in_a_step_ends_the_process_and_its_workers(volume_folder: Path
     assert ended.returncode == 1 and ended.stderr.rstrip().endswith("a step went wrong")
 
 
+def test_a_batch_that_cannot_be_handed_over_is_not_waited_for(volume_folder: Path, tmp_path: Path) -> None:
+    """As where shared memory is full: no file, of which it is made, may grow beyond 20 kB."""
+    script = ("import pathlib, resource, meristem\n"
+              "from meristem.platform.data import loader\n"
+              "stream = loader.Loader._stream\n"
+              "def limited(self, *a):\n"
+              "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
+              "    return stream(self, *a)\n"
+              "loader.Loader._stream = limited\n"
+              f"meristem.pretrain('volume/mae', {str(volume_folder)!r}, {str(tmp_path / 'run')!r}, "
+              f"{[*TINY, 'train.steps=50', 'train.workers=1']!r}, quiet=True, "
+              f"cache=pathlib.Path({str(volume_folder.parent / 'cache')!r}))\n")
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and "the processes that load data were killed" in ended.stderr, ended.stderr
+    assert "shared memory (/dev/shm) may be full" in ended.stderr
+
+
 def test_another_seed_gives_other_weights(volume_folder: Path, tmp_path: Path) -> None:
     assert not same(run(volume_folder, tmp_path / "a", steps=2), run(volume_folder, tmp_path / "b", "train.seed=1", steps=2))
 

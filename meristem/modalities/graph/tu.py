@@ -74,6 +74,8 @@ def _folds(folder: Path, graphs: int) -> dict[int, int]:
     for file in sorted(folder.glob("test_idx-*.txt"), key=lambda f: natural(f.name)) if folder.is_dir() else ():
         if match := FOLD.fullmatch(file.name):
             try:
+                if not file.is_file():
+                    raise OSError  # a pipe would be waited for
                 found |= dict.fromkeys((int(w) for w in file.read_text().split()), int(match[1]) - 1)
             except (ValueError, OSError):
                 raise DataError("split", f"{folder.name}/{file.name} is no list of graphs' numbers",

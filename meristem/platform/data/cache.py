@@ -34,7 +34,7 @@ from meristem.modalities import npy
 from meristem.modalities.base import Draw, Modality, Sample, member_files, split_element
 from meristem.platform.data.manifest import Manifest, Problem, Row, pseudonym, user_key
 from meristem.platform.data.samples import TABLE, Block, Entry, Samples
-from meristem.platform.data.workers import DEATH, killed, notice_deaths_where_waited
+from meristem.platform.data.workers import DEATH, killed, lose_nothing, notice_deaths_where_waited
 
 LAYOUT = 4  # of the files in a cache; another number, another folder
 LARGE = 4 << 20  # bytes above which a sample gets a chunked file: below, reading it raw is cheaper than opening one
@@ -255,6 +255,7 @@ def each(decoding: Decoding, workers: int) -> Iterator[Result]:
 
 
 def _leave_interrupts_to_the_parent(worker: int) -> None:
+    lose_nothing()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

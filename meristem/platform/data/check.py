@@ -20,6 +20,7 @@ from meristem.platform.data.cache import Progress, contents, decode, distinct
 from meristem.platform.data.figures import Seen
 from meristem.platform.data.findings import Intake
 from meristem.platform.data.manifest import Manifest, Problem, Row
+from meristem.platform.data.workers import lose_nothing
 
 SOLID, STRAY = 50, 1000  # elements from which a part is meant; a part that is so many times smaller is not, or a lone element
 
@@ -40,7 +41,7 @@ def check(path: str | Path, modality: Modality, *, workers: int = 0, progress: P
     held: Counter[str] = Counter()
     axes = [a.name for a in modality.axes]
     reading = DataLoader(_Reading(manifest.rows, kept, modality), batch_size=None, num_workers=workers, collate_fn=_same,
-                         generator=torch.Generator())
+                         generator=torch.Generator(), worker_init_fn=lose_nothing)
     for done, (result, named) in enumerate(reading, 1):
         if isinstance(result, Problem):
             problems.append(result)

@@ -24,7 +24,7 @@ from meristem.modalities.stream import Edges
 from meristem.platform.data.composer import Matching
 from meristem.platform.data.manifest import Row
 from meristem.platform.data.samples import Order, Samples
-from meristem.platform.data.workers import DEATH, killed, notice_deaths_where_waited
+from meristem.platform.data.workers import DEATH, killed, lose_nothing, notice_deaths_where_waited
 from meristem.platform.objectives import Items
 from meristem.platform.recipe import Recipe
 from meristem.platform.step import Batch
@@ -124,6 +124,7 @@ def _leave_to_the_loop(worker: int) -> None:
     """A request to stop that reaches the whole process group, as Ctrl-C's, is the training loop's to answer, and it leaves
     without waiting for the batches that are on their way.
     """
+    lose_nothing()
     sys.excepthook = lambda kind, error, trace: (None if issubclass(kind, ConnectionError | EOFError)
                                                  else sys.__excepthook__(kind, error, trace))
     for name in (signal.SIGINT, signal.SIGUSR1):

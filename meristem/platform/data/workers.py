@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing.queues
+import os
 import signal
+import sys
 import threading
 
 DEATH = (RuntimeError, ConnectionError, EOFError)  # what a loader raises of it
@@ -12,6 +15,18 @@ def killed(error: Exception) -> bool:
     """Whether a loader's error is that one of its processes was killed, as it worked or handed over, not that it failed."""
     text = str(error)
     return text.startswith("DataLoader worker") or (not isinstance(error, RuntimeError) and not text.startswith("Caught"))
+
+
+def lose_nothing(worker: int = 0) -> None:
+    """To be called in such a process: it ends with what it cannot hand over, as where shared memory is full, and that is
+    noticed. Python would drop the thing, and who asked for it would wait for ever.
+    """
+    def unsent(error: Exception, thing: object) -> None:
+        print("a sample could not be handed over by the process that read it: shared memory (/dev/shm) may be full",
+              file=sys.stderr, flush=True)
+        os._exit(1)
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(unsent)  # type: ignore[attr-defined]
 
 
 def notice_deaths_where_waited() -> None:
