@@ -139,6 +139,14 @@ def test_there_are_none_before_the_queue_is_full_and_no_loss_then() -> None:
     assert loss.total == 0 and q.z.grad is not None and q.z.grad.isfinite().all()
 
 
+def test_there_are_none_where_the_queue_holds_the_steps_own_samples_only() -> None:
+    """As with fewer samples than a batch has."""
+    q, k = meeting()
+    step: Any = SimpleNamespace(rng=lambda purpose, of: Rng.of(0, of.key["item"], purpose), gather=lambda units: units)
+    _, made = Hallucinate(prototypes=4).build(8)(q, k.select(torch.arange(8)), Relation("same(item) - same(view)"), step)
+    assert len(made) and not made.weight.any()
+
+
 @pytest.mark.parametrize("over,why", [
     ("objectives.halp.contrastive.queue=null", "clusters the keys of a queue"),
     ("objectives.halp.contrastive.queue=10", "20 prototypes"),

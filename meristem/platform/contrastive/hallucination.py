@@ -73,8 +73,10 @@ class Hallucination(Transform):
         past = ~torch.isin(k.key["item"], everyone.key["item"])
         z = F.normalize(k.z.float(), dim=1)
         rng = step.rng("hallucinate", q)
-        prototype = clusters(z[past], s.prototypes, s.iterations, Rng(step.rng("hallucinate", everyone).key[:1]))
-        own, full = z[match.k], (k.weight[past] > 0).all()
+        others = z[past]  # none where the queue holds nothing but this step's samples, as of very few
+        prototype = clusters(others if len(others) else z, s.prototypes, s.iterations,
+                             Rng(step.rng("hallucinate", everyone).key[:1]))
+        own, full = z[match.k], len(others) > 0 and (k.weight[past] > 0).all()
         order = (own @ prototype.T).argsort(1, descending=True)
         draw = rng.uniform("towards", s.count)[match.q]
         towards = order.gather(1, 1 + (draw * (s.prototypes - 1)).long().clamp_max(s.prototypes - 2))
