@@ -56,7 +56,7 @@ lock:
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --constraint constraints.txt \
 	    --generate-hashes --no-header --no-annotate --quiet --output-file requirements/locked.txt
 
-# 7 GB of wheels for a machine without network, and, there, an environment made of nothing else
+# 3 GB of wheels for a machine without network, and, there, an environment made of nothing else
 wheels: .venv/ready
 	$(BIN)/pip wheel --quiet --no-deps --require-hashes --requirement requirements/locked.txt --wheel-dir wheels
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir wheels .
