@@ -22,8 +22,9 @@ def lose_nothing(worker: int = 0) -> None:
     noticed. Python would drop the thing, and who asked for it would wait for ever.
     """
     def unsent(error: Exception, thing: object) -> None:
-        print("a sample could not be handed over by the process that read it: shared memory (/dev/shm) may be full",
-              file=sys.stderr, flush=True)
+        if not isinstance(error, ConnectionError | EOFError):  # else who asked for it has left
+            print("a sample could not be handed over by the process that read it: shared memory (/dev/shm) may be full",
+                  file=sys.stderr, flush=True)
         os._exit(1)
 
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(unsent)  # type: ignore[attr-defined]
