@@ -220,10 +220,11 @@ def through(home: Home) -> None:
               *(["--protocol", "linear"] if planted.task == "classification" else []), tty=True)
     home.call("report", "compared", "--out", "again")
     home.call("evaluate", *task, "--seeds", "2", "--protocol", "finetune", "--jobs", "2", "--out", "shared")
-    options = [o for o in made.over if o.startswith("modality")]
+    decoded = ["modality.video.store=decoded", "modality.video.resize=16"] if planted.of == "video" else []
+    options = [o for o in (*made.over, *decoded) if o.startswith("modality")]
     home.call("data", "shard", home.place, *options, "--recipe", made.recipe, "--size", "0.01", "--out", "file://shards")
-    home.call("pretrain", made.recipe, "--data", "file://shards", *made.over, NET, *QUICK, "train.steps=3", "--out", "streamed",
-              tty=True)
+    home.call("pretrain", made.recipe, "--data", "file://shards", *made.over, *decoded, NET, *QUICK, "train.steps=3",
+              "--out", "streamed", tty=True)
     if made.recipe in JOINED:
         members = [f"members.{planted.of}.{o}" for o in (*made.over, "train.batch=4")]
         home.call("pretrain", "joint/mae", "--data", f"{planted.of}={home.place}", *members, NET, "train.workers=1",
