@@ -31,6 +31,7 @@ from programs import Failed, Figures, run
 
 HERE = Path(__file__).parent
 BATCH = 64  # as peers/work.py has it
+HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meristem" / "peers"  # of their environments
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,17 @@ def photographs(folder: Path, count: int) -> Path:
     return folder
 
 
+def command(name: str, python: Path, method: str, data: Path, out: Path, steps: int) -> list[str]:
+    """A driver's."""
+    return [str(python), "-P", str(HERE / "peers" / f"{name}.py"), method, str(data), str(out), str(steps)]
+
+
 def measure(name: str, python: Path, method: str, data: Path, epoch: int, steps: int) -> Figures:
     """One run of a driver. epoch: steps of one; the cost is that of the steps after the first epoch."""
     with tempfile.TemporaryDirectory() as out:
-        command = [str(python), "-P", str(HERE / "peers" / f"{name}.py"), method, str(data), out, str(epoch + steps)]
         paths = [str(HERE), *([str(HERE.parent)] if name == "ours" else [])]
-        return run(command, BATCH, epoch, epoch + steps, {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
-                                                          "PYTHONPATH": os.pathsep.join(paths)})
+        return run(command(name, python, method, data, Path(out), epoch + steps), BATCH, epoch, epoch + steps, {
+            "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.pathsep.join(paths)})
 
 
 def main() -> None:
@@ -111,8 +116,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512, help="that are counted in each run")
     parser.add_argument("--methods", nargs="+", default=["mae", "simclr", "dino"])
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meristem" / "peers"
-    parser.add_argument("--home", type=Path, default=default, help="where the peers' environments are")
+    parser.add_argument("--home", type=Path, default=HOME, help="where the peers' environments are")
     options = parser.parse_args()
     options.home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

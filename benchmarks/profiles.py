@@ -91,13 +91,12 @@ def parts(program: Program, steps: int) -> dict[str, float]:
 
 def image(method: str, peer: str, folder: Path, out: Path, steps: int) -> dict[str, Program]:
     data = images.photographs(folder, 512)
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meristem" / "peers"
-    pythons = {"ours": Path(sys.executable), images.PEERS[peer].label: images.environment(peer, home)}
+    whose = {"ours": ("ours", Path(sys.executable)),
+             images.PEERS[peer].label: (peer, images.environment(peer, images.HOME))}
     epoch, found = 512 // images.BATCH, {}
-    for who, python in pythons.items():
-        driver = HERE / "peers" / f"{'ours' if who == 'ours' else peer}.py"
-        (place := out / driver.stem).mkdir()
-        found[who] = [str(python), "-P", str(driver), method, str(data), str(place), str(epoch + steps)], images.BATCH, epoch
+    for who, (name, python) in whose.items():
+        (place := out / name).mkdir()
+        found[who] = images.command(name, python, method, data, place, epoch + steps), images.BATCH, epoch
     return found
 
 

@@ -248,9 +248,9 @@ def zipped(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
         elif how < 0.65:
             del members[i]
         elif how < 0.7:
-            members[i] = rng.choice([*(n for n, _ in members), "../../harmed.npy", "/tmp/harmed.npy", "a" * 300, ""]), inside
+            members[i] = rng.choice([*(n for n, _ in members), "../../harmed.npy", "/harmed.npy", "a" * 300, ""]), inside
         elif how < 0.8:
-            members.append((rng.choice(("../../harmed.txt", "../harmed.npy", "/tmp/harmed", "..\\harmed", name)), b"harm"))
+            members.append((rng.choice(("../../harmed.txt", "../harmed.npy", "/harmed", "..\\harmed", name)), b"harm"))
         elif how < 0.81:
             members[i] = name, _array(inside, rng, bomb=True)
         else:
