@@ -163,30 +163,28 @@ def test_a_loss_that_is_not_finite_is_skipped_and_then_given_up(volume_folder: P
         checkpoint.read_weights(tmp_path / "a")
 
 
-def poisoned(steps: range) -> Callable[[pytest.MonkeyPatch], None]:
+def poison(patch: pytest.MonkeyPatch, steps: range) -> None:
     """Makes the batches of these steps (from 0) give a loss that is not a number."""
-    def arrange(patch: pytest.MonkeyPatch) -> None:
-        prepare, schedule, now = Assembly.prepare, optim.schedule, [0]
+    prepare, schedule, now = Assembly.prepare, optim.schedule, [0]
 
-        def noted(optimiser: torch.optim.Optimizer, settings: recipes.TrainSettings, step: int) -> float:
-            now[0] = step
-            return schedule(optimiser, settings, step)
+    def noted(optimiser: torch.optim.Optimizer, settings: recipes.TrainSettings, step: int) -> float:
+        now[0] = step
+        return schedule(optimiser, settings, step)
 
-        def spoilt(self: Assembly, batch: Batch) -> Batch:
-            ready = prepare(self, batch)
-            if now[0] in steps:
-                for view in ready.views.values():
-                    view.array.fill_(math.nan)
-            return ready
+    def spoilt(self: Assembly, batch: Batch) -> Batch:
+        ready = prepare(self, batch)
+        if now[0] in steps:
+            for view in ready.views.values():
+                view.array.fill_(math.nan)
+        return ready
 
-        patch.setattr(optim, "schedule", noted)
-        patch.setattr(Assembly, "prepare", spoilt)
-    return arrange
+    patch.setattr(optim, "schedule", noted)
+    patch.setattr(Assembly, "prepare", spoilt)
 
 
 def test_a_loss_that_stays_away_takes_the_run_back_to_its_last_checkpoint(
         volume_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    poisoned(range(5, 16))(monkeypatch)  # of eleven, the last falls on the weights of step 3
+    poison(monkeypatch, range(5, 16))  # of eleven, the last falls on the weights of step 3
     restored: list[str] = []
     said: list[str] = []
     load = checkpoint.read_weights
@@ -200,7 +198,7 @@ def test_a_loss_that_stays_away_takes_the_run_back_to_its_last_checkpoint(
 
 
 def test_a_run_that_went_back_too_often_gives_up(volume_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    poisoned(range(5, 100))(monkeypatch)
+    poison(monkeypatch, range(5, 100))
     with pytest.raises(MeristemError, match="at step 45, although the run went back to its last checkpoint 3 times"):
         run(volume_folder, tmp_path / "a", steps=100)
     weights = checkpoint.read_weights(tmp_path / "a")
@@ -209,7 +207,7 @@ def test_a_run_that_went_back_too_often_gives_up(volume_folder: Path, tmp_path: 
 
 def test_a_broken_batch_leaves_running_statistics_alone(volume_folder: Path, tmp_path: Path,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    poisoned(range(1, 2))(monkeypatch)
+    poison(monkeypatch, range(1, 2))
     weights = run(volume_folder, tmp_path / "a", steps=2, recipe="volume/simclr",
                   tiny=[*TINY[:3], "views.v.size=[16,16,16]", "train.batch=4", "train.workers=0"])
     moved = [name for name in weights if name.endswith("num_batches_tracked")]

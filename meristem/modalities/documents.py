@@ -17,12 +17,17 @@ MISSHAPEN = (AttributeError, IndexError, KeyError, TypeError, ValueError, Overfl
              csv.Error)  # what plain data raises that is not of the shape its format has
 
 
+def regular(path: Path) -> Path:
+    """The path of a file. Raises FileNotFoundError for what is none: a pipe would be waited for, a device read for ever."""
+    if not path.is_file():
+        raise FileNotFoundError("no file")
+    return path
+
+
 def read_json(path: Path, what: str, remedy: str = "Export it again.") -> Any:
     """What a file holds. what: its role, for the message. Raises DataError (unreadable) for whatever is no JSON in UTF-8."""
     try:
-        if not path.is_file():
-            raise OSError("no file")  # of which a pipe would be waited for
-        text = path.read_text(encoding="utf-8-sig")
+        text = regular(path).read_text(encoding="utf-8-sig")
         found = json.loads(text)
         if re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(found, ensure_ascii=False).encode()  # half a character, which nobody could write down again

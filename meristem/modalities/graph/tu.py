@@ -9,6 +9,7 @@ import numpy as np
 
 from meristem.errors import DataError
 from meristem.modalities.base import Element, natural
+from meristem.modalities.documents import regular
 from meristem.modalities.graph.raw import Contents, Raw
 
 FOLD = re.compile(r"test_idx-(\d+)\.txt")
@@ -74,9 +75,7 @@ def _folds(folder: Path, graphs: int) -> dict[int, int]:
     for file in sorted(folder.glob("test_idx-*.txt"), key=lambda f: natural(f.name)) if folder.is_dir() else ():
         if match := FOLD.fullmatch(file.name):
             try:
-                if not file.is_file():
-                    raise OSError  # a pipe would be waited for
-                found |= dict.fromkeys((int(w) for w in file.read_text().split()), int(match[1]) - 1)
+                found |= dict.fromkeys((int(w) for w in regular(file).read_text().split()), int(match[1]) - 1)
             except (ValueError, OSError):
                 raise DataError("split", f"{folder.name}/{file.name} is no list of graphs' numbers",
                                 "Correct or remove it.") from None

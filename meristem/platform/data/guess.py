@@ -12,6 +12,7 @@ from PIL import Image as Pillow
 
 from meristem.errors import DataError
 from meristem.modalities.base import Gathering, Modality, member_files, modalities, modality_class
+from meristem.modalities.documents import regular
 from meristem.platform.data import lists
 from meristem.platform.data.annotated import format_of
 from meristem.platform.data.layouts import Search, nested, sequences
@@ -91,9 +92,7 @@ def _listed(root: Path, kinds: Mapping[str, type[Modality]]) -> tuple[list[str],
 def _alike(found: Mapping[Path, Sequence[str]]) -> bool:
     """Whether neighbours in number look alike, compared with pictures far apart: frames do, the pictures of a class do not."""
     def look(path: Path) -> np.ndarray:
-        if not path.is_file():
-            raise FileNotFoundError  # a pipe would be waited for
-        with Pillow.open(path) as picture:
+        with Pillow.open(regular(path)) as picture:
             return np.asarray(picture.convert("L").resize((32, 32), Pillow.Resampling.BOX), float)
 
     ratios = []

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from meristem.errors import CheckpointError, DataError
 from meristem.modalities.base import Modality
-from meristem.modalities.documents import MISSHAPEN, read_json
+from meristem.modalities.documents import MISSHAPEN, read_json, regular
 from meristem.modalities.rng import Rng
 from meristem.platform.encoders.base import Encoder
 from meristem.platform.encoders.lora import merged
@@ -172,17 +172,10 @@ def identity(path: Path) -> str:
     return f"{found['recipe_hash']}-{found['step']}-{digest(found)}"
 
 
-def _file(folder: Path, name: str) -> Path:
-    """A file of a checkpoint. Raises OSError for what is none: a pipe would be waited for, a device read for ever."""
-    if not (folder / name).is_file():
-        raise FileNotFoundError(name)
-    return folder / name
-
-
 def read_weights(path: Path) -> dict[str, Tensor]:
     folder = locate(path)
     try:
-        weights: dict[str, Tensor] = load_file(_file(folder, "weights.safetensors"))
+        weights: dict[str, Tensor] = load_file(regular(folder / "weights.safetensors"))
         return weights
     except (OSError, SafetensorError, RuntimeError, *MISSHAPEN) as error:
         raise CheckpointError(f"{folder.name}/weights.safetensors cannot be read ({type(error).__name__})",
@@ -193,7 +186,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """Optimiser, counters and generators for resuming. Only tensors and plain values are ever unpickled."""
     folder = locate(path)
     try:
-        state: dict[str, Any] = torch.load(_file(folder, "state.pt"), map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(regular(folder / "state.pt"), map_location="cpu", weights_only=True)
         return state
     except MemoryError:
         raise
