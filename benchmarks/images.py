@@ -72,6 +72,7 @@ def environment(name: str, home: Path) -> Path:
         import torch
         import torchvision
 
+        home.mkdir(parents=True, exist_ok=True)
         same = [f"{module.__name__}=={module.__version__.partition('+')[0]}" for module in (torch, torchvision)]
         (pins := home / f"{name}.txt").write_text("\n".join([*same, *peer.overrides]) + "\n")
         shutil.rmtree(place, ignore_errors=True)
@@ -118,7 +119,6 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--home", type=Path, default=HOME, help="where the peers' environments are")
     options = parser.parse_args()
-    options.home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         data = (options.data or photographs(Path(folder) / "photographs", 512)).absolute()
         count = sum(path.suffix.lower() in (".jpg", ".jpeg", ".png") for path in data.rglob("*"))

@@ -46,6 +46,29 @@ def mean(loss: Loss) -> float:
     return float(loss.total.detach() / loss.count)
 
 
+@pytest.mark.parametrize("method", ["moco-v3", "dino"])
+def test_class_tokens_alone_are_made_where_nothing_else_is_read(method: str) -> None:
+    assembly = assemble(method)
+    assert assembly.only_cls
+    batch, found = draw(assembly), []
+    for alone in (True, False):
+        assembly.only_cls = alone
+        loss = total(assembly(batch, 0.5))
+        assert assembly.last_step is not None
+        assert (assembly.last_step.encode(assembly.last_step.passes[0][8:-1]).tokens.shape[1] > 0) != alone
+        learning = [p for p in assembly.parameters() if p.requires_grad]
+        found.append([loss, *torch.autograd.grad(loss, learning, allow_unused=True)])
+    for a, b in zip(*found, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["ibot", "mae+simclr", "simclr"])
+def test_all_tokens_are_made_where_some_are_read(method: str) -> None:
+    assert not assemble(method).only_cls
+
+
 @pytest.mark.parametrize(("method", "passes"), [
     ("simclr", ["encoder(v)"]),
     ("moco-v3", ["encoder(v)", "teacher(v)"]),

@@ -22,7 +22,7 @@ from meristem.errors import CheckpointError, MeristemError, RecipeError
 from meristem.modalities.base import Axis
 from meristem.modalities.frame import Frame
 from meristem.modalities.lattice import LatticeTokenizer
-from meristem.modalities.stream import LatticeStream, TokenStream
+from meristem.modalities.stream import LatticeStream, TokenStream, gather
 from meristem.platform.encoders import ENCODERS, Encoder
 from meristem.platform.encoders.block import Block, rotated
 from meristem.platform.encoders.rotary import Rotary
@@ -238,6 +238,31 @@ def test_blocks_depend_on_position_differences_only(dims: int, seed: int, shift:
     torch.testing.assert_close(blocks(x, position + torch.tensor(shift[:dims]))[0], there, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(blocks(x, position * 1.5)[0], there, atol=1e-3)
     assert not torch.allclose(blocks(x, None)[0], there, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["whole", "padded", "packed", "ordered", "layers"])
+def test_tokens_that_alone_are_read_are_what_they_would_be_among_all(case: str) -> None:
+    torch.manual_seed(0)
+    blocks, x, position = Blocks(24, 3, 2, axes(2)), torch.randn(4, 7, 24), torch.rand(4, 6, 2) * 40
+    blocks.packs = case == "packed"
+    only = torch.tensor([[0, 3], [5, 2], [4, 4], [1, 6]])
+    options: dict[str, Any] = {}
+    if case in ("padded", "packed"):
+        options["valid"] = torch.arange(6) < torch.tensor([[3], [6], [4], [6]])
+    if case == "ordered":
+        options["order"] = torch.argsort(torch.rand(4, 6), 1)
+    if case == "layers":
+        options["want"] = frozenset({"layers"})
+    made: list[Tensor] = []
+    for block in blocks.blocks:
+        block.register_forward_hook(lambda module, inputs, output: made.append(output[0]))
+    every, alone = blocks(x, position, 1, **options)[0], blocks(x, position, 1, only=only, **options)[0]
+    torch.testing.assert_close(alone, gather(every, only))
+    assert [y.shape[1] for y in made[3:]] == ([7, 7, 2] if case == "whole" else [y.shape[1] for y in made[:3]])
+    of_every, of_alone = (torch.autograd.grad((y * torch.arange(24)).sum(), blocks.parameters())
+                          for y in (gather(every, only), alone))
+    for a, b in zip(of_every, of_alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
 
 def test_too_narrow_heads_are_refused() -> None:

@@ -130,7 +130,7 @@ def test_to_decode_all_that_is_hidden_is_to_decode_without_a_plan() -> None:
 def test_a_decoder_works_on_visible_and_decoded_places_alone() -> None:
     assembly, seen = make("dual"), []
     for block in assembly.objectives["pixels"].predictor.blocks.blocks:
-        block.register_forward_hook(lambda module, inputs, output: seen.append(output[0].shape[1]))
+        block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))
     assembly(batch(torch.randn(2, 2, 16, 24)), 0.0)
     assert seen == [6 + 12]  # of 24 tokens a quarter is visible, a half decoded
 

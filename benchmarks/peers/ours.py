@@ -28,7 +28,7 @@ m, s, d = work.MAE, work.SIMCLR, work.DINO
 OVERRIDES = {
     "mae": [f"views.x={view(work.SIZE, m['area'], False)}", f"masking.x.random.ratio={m['hidden']}",
             f"objectives.pixels.masked.predictor.decoder={{depth: {m['depth']}, width: {m['width']}, heads: {m['heads']}}}"],
-    "simclr": [f"views.v={view(work.SIZE, s['area'], True)}", "views.v.count=2",
+    "simclr": ["objectives.contrast.contrastive.level=cls", f"views.v={view(work.SIZE, s['area'], True)}", "views.v.count=2",
                f"heads.projector.mlp={{layers: 2, hidden: {s['hidden']}, out: {s['out']}}}"],
     "dino": [f"views.g={view(work.SIZE, d['area'], True)}", "views.g.count=2",
              f"views.l={view(d['small'], d['small_area'], True)}", f"views.l.count={d['smalls']}",

@@ -42,7 +42,8 @@ class Assembly(nn.Module):
     """Encoder, heads, objectives and teacher of a recipe, under one root.
 
     forward(batch, progress) -> named losses. extra: objectives that are not in the recipe's own table (a task with labels).
-    frozen: the encoder stays as it is, statistics included (a probe).
+    frozen: the encoder stays as it is, statistics included (a probe). only_cls: of an encoded view nothing is read but its
+    class token.
     """
 
     def __init__(self, recipe: Recipe, extra: Mapping[str, Callable[[Assembly], Objective]] = {}, frozen: bool = False) -> None:
@@ -61,6 +62,7 @@ class Assembly(nn.Module):
             self.objectives[name] = settings.build(self)
         for name, make in extra.items():
             self.objectives[name] = make(self)
+        self.only_cls = "cls" in self.encoder.provides and all(o.only_cls for o in self.objectives.values())
         self.teacher: Teacher | None = None
         if recipe.teacher is not None:
             self.teacher = Teacher({name: self.module("encoder", name) for name in recipe.teacher.of})

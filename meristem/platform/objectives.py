@@ -167,7 +167,12 @@ def answered(loss: Tensor, wrong: Tensor, count: int, weight: float) -> dict[str
 
 
 class Objective(nn.Module):
-    """Reads a Step, returns named losses. The same class serves pretraining and fine-tuning."""
+    """Reads a Step, returns named losses. The same class serves pretraining and fine-tuning.
+
+    only_cls: whether it reads nothing of an encoded view but its class token.
+    """
+
+    only_cls: bool = False
 
     def forward(self, step: Step) -> dict[str, Loss]:
         raise NotImplementedError

@@ -139,7 +139,8 @@ class Step:
     def encode(self, view: str, by: str = "encoder", masked: bool = False, want: frozenset[str] = frozenset()) -> Encoded:
         """One pass of a view through `encoder` or `teacher`; masked: with the view's plan.
 
-        A pass that was asked for more serves those who want less of it.
+        A pass that was asked for more serves those who want less of it. Where class tokens are all that objectives read, a pass
+        of which nobody else wants more makes nothing else.
         """
         key = next((k for k in self._encoded if k[:3] == (by, view, masked) and want <= k[3]), (by, view, masked, want))
         if key not in self._encoded:
@@ -148,10 +149,11 @@ class Step:
             stream = self.stream(view).seen(self.assembly.recipe.encoder.sees)
             stream = stream if plan is None else plan.shown(stream)
             number = self.assembly.recipe.encoder.tells
+            spared = want or (frozenset({"only_cls"}) if self.assembly.only_cls else want)
             told = {} if number is None else {"condition": self.view(view).params.get(number)}
             self.passes.append(f"{by}({view}{', plan' if masked else ''})")
             with torch.set_grad_enabled(torch.is_grad_enabled() and by == "encoder"):
-                encoded: Encoded = encoder(stream, None if plan is None or plan.fill is not None else plan, want=want, **told)
+                encoded: Encoded = encoder(stream, None if plan is None or plan.fill is not None else plan, want=spared, **told)
             if encoded.lattice is not None and isinstance(stream, LatticeStream):
                 frame = self.view(view).frame
                 encoded.frame = frame.coarse(self.assembly.encoder.grid(frame.shape, stream.patch)[1], encoded.lattice)
@@ -159,8 +161,9 @@ class Step:
         return self._encoded[key]
 
     def summary(self) -> Tensor | None:
-        """The mean vectors (B, D) of the first pass of the student, if it made one."""
-        return next((e.summary["mean"] for (by, *_), e in self._encoded.items() if by == "encoder"), None)
+        """The vectors (B, D) of the first pass of the student, if it made one: means, or class tokens where these are all."""
+        first = next((e.summary for (by, *_), e in self._encoded.items() if by == "encoder"), None)
+        return None if first is None else first.get("mean", first.get("cls"))
 
     def units(self, view: str, by: str = "encoder", level: str = "global", head: str | None = None,
               masked: bool = False) -> Units:

@@ -192,6 +192,7 @@ class ContrastiveObjective(Objective):
         super().__init__()
         self.settings = settings
         self.relation = Relation(settings.relation, settings.negatives)
+        self.only_cls = settings.level in ("global", "cls")
         self.loss = settings.loss.build(width)
         self.transform = None if settings.transform is None else settings.transform.build(width)
         self.queue: Queue | None = None

@@ -54,7 +54,9 @@ class Encoder(Parted):
     told: int = 0
 
     def forward(self, stream: TokenStream, plan: Plan | None = None, *, want: frozenset[str] = frozenset()) -> Encoded:
-        """stream: already reduced to what the recipe's `sees` allows. want: of {pyramid, dense, layers, attention}."""
+        """stream: already reduced to what the recipe's `sees` allows. want: of {pyramid, dense, layers, attention}; or
+        only_cls: nothing but `summary["cls"]` will be read, and an encoder may spare the rest.
+        """
         raise NotImplementedError
 
     def grid(self, size: tuple[int, ...], patch: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

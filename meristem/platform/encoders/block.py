@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from meristem.modalities.stream import gather
 from meristem.platform.encoders.conditioning import Adapted
 from meristem.platform.encoders.packing import Packing
 
@@ -34,10 +35,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None,
-                packing: Packing | None = None) -> Tensor:
+                packing: Packing | None = None, only: Tensor | None = None) -> Tensor:
         """x (B, N, D), or packed (1, T, D). rope: (B, 1, N, 2·D / heads). attn_mask: as `scaled_dot_product_attention` takes
-        it, of the rows as they were before packing."""
+        it, of the rows as they were before packing. only: (B, m) the tokens that attend, to all; without mask and packing."""
         q, k, v = self.projected(x, rope)
+        if only is not None:
+            q = gather(q.transpose(1, 2), only).transpose(1, 2)
         if packing is None:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         else:
@@ -46,9 +49,11 @@ class Attention(nn.Module):
 
     def projected(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, N, D / heads)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = qkv[:2] if rope is None else rotated(qkv[:2], rope)
-        return q, k, qkv[2]
+        qk, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).split((2, 1), 2)  # whose gradients join in one copy
+        if rope is not None:
+            qk = rotated(qk, rope.transpose(1, 2)[:, :, None])
+        q, k, v = (x.transpose(1, 2) for x in (*qk.unbind(2), v.squeeze(2)))
+        return q, k, v
 
 
 class Mlp(nn.Module):
@@ -88,9 +93,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor | None = None, mask: Tensor | None = None, packing: Packing | None = None,
                 kept: tuple[Tensor, Tensor] | None = None, told: Tensor | None = None, adapted: Adapted | None = None,
-                attend: float | None = None, prefix: int = 0, weigh: bool = False) -> tuple[Tensor, Tensor | None]:
+                attend: float | None = None, prefix: int = 0, weigh: bool = False,
+                only: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, N, D), and the attention weights (B, H, N, N) if `weigh`. packing: how the tokens (1, T, D) are packed.
-        kept: what stochastic depth multiplies attention and perceptron by. adapted: what adapts it to `told` (B, told).
+        kept: what stochastic depth multiplies attention and perceptron by. adapted: what adapts it to `told` (B, told). only:
+        (B, m) the tokens that are made, (B, m, D), of a plain block: neither packed, masked nor adapted.
 
         All that is asked of a block is asked in one call: whoever shards or compiles it does so by its calls.
         """
@@ -101,7 +108,8 @@ class Block(nn.Module):
             attention = logits.softmax(-1) if weigh else None
         if adapted is not None and told is not None:
             return adapted(self, x, told, rope, mask), attention
-        y = self.attn(self.norm1(x), rope, mask, packing)
+        y = self.attn(self.norm1(x), rope, mask, packing, only)
+        x = x if only is None else gather(x, only)
         x = x + (y if kept is None else y * kept[0])
         y = self.mlp(self.norm2(x))
         return x + (y if kept is None else y * kept[1]), attention

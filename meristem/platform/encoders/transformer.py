@@ -65,16 +65,18 @@ class Blocks(Parted):
     def forward(self, x: Tensor, position: Tensor | None, prefix: int = 0, valid: Tensor | None = None,
                 want: frozenset[str] = frozenset(), structure: Tensor | None = None,
                 edges: Edges | None = None, order: Tensor | None = None, attend: float | None = None,
-                told: Tensor | None = None) -> tuple[Tensor, list[Tensor] | None, Tensor | None]:
+                told: Tensor | None = None,
+                only: Tensor | None = None) -> tuple[Tensor, list[Tensor] | None, Tensor | None]:
         """Encode tokens x (B, prefix + n, D).
 
         position: (B, n, C), or None for a set without positions. prefix: tokens in front that have none. valid: (B, n), False
         for padding, which no other token attends to; None where there is none, which is faster. structure: (B, n, S).
         order: (B, n) ranks: a token attends to itself, to those before it and to the prefix, and the prefix to itself.
         attend: the share of the n tokens, those whose keys suit its query best, that a token attends to beside the prefix.
-        told: (B, told) the vector that each block goes by.
-        Returns the normed tokens (B, prefix + n, D), 0 for padding; if `layers` is wanted the tokens after each block, before
-        the norm; if `attention` is wanted the weights (B, H, prefix + n, prefix + n) of the last block.
+        told: (B, told) the vector that each block goes by. only: (B, m) numbers of the tokens that are read, among prefix + n:
+        the last block makes no others, where nothing else is wanted.
+        Returns the normed tokens (B, prefix + n, D), or (B, m, D), 0 for padding; if `layers` is wanted the tokens after each
+        block, before the norm; if `attention` is wanted the weights (B, H, prefix + n, prefix + n) of the last block.
         """
         if self.places is not None and structure is not None:
             x = x + F.pad(self.places(structure).to(x.dtype), (0, 0, prefix, 0))
@@ -115,15 +117,19 @@ class Blocks(Parted):
 
         layers: list[Tensor] = []
         attention: Tensor | None = None
+        spare = not want and mask is None and packing is None and padding is None and attend is None and self.adapted is None
         block: Any
         for i, block in enumerate(self.blocks):
             weigh = "attention" in want and i == len(self.blocks) - 1
             adapted = None if self.adapted is None else self.adapted[i]
             kept = block.drawn(x, packing) if adapted is None else None
-            x, attention = block(x, rope, mask, packing, kept, told, adapted, attend, prefix, weigh)
+            asked = only if spare and i == len(self.blocks) - 1 else None
+            x, attention = block(x, rope, mask, packing, kept, told, adapted, attend, prefix, weigh, asked)
             if "layers" in want:
                 layers.append(placed(x))
-        return placed(self.norm(x)), layers if "layers" in want else None, attention
+        x = placed(self.norm(x))
+        x = x if only is None or spare else gather(x, only)
+        return x, layers if "layers" in want else None, attention
 
     def units(self) -> list[nn.Module]:
         return list(self.blocks)
@@ -225,8 +231,12 @@ class Transformer(Encoder):
         valid = None if isinstance(stream, LatticeStream) else tokens.valid
         told = None if self.condition is None else self.condition(x.new_zeros(len(x)) if condition is None else condition)
         order = None if plan is None or plan.order is None else plan.order if keep is None else gather(plan.order, keep)
-        x, layers, attention = self.blocks(x, position, prefix, valid, want, tokens.structure, tokens.edges, order,
-                                           None if plan is None else plan.attend, told)
+        only = x.new_zeros(len(x), 1, dtype=torch.int64) if prefix and "only_cls" in want else None
+        attend = None if plan is None else plan.attend
+        x, layers, attention = self.blocks(x, position, prefix, valid, want - {"only_cls"}, tokens.structure, tokens.edges,
+                                           order, attend, told, only)
+        if only is not None:
+            return Encoded(x[:, :0], {"cls": x[:, 0].repeat_interleave(group, 0)}, tokens.valid[:, :0], told=told)
         summary = {"cls": x[:, 0].repeat_interleave(group, 0)} if prefix else {}
         x = _apart(x[:, prefix:], group)
         weight = tokens.valid[..., None].to(x.dtype)

@@ -8,11 +8,11 @@ from typing import NamedTuple
 from torch import nn
 
 from meristem.modalities.base import Axis, Tokenizer
-from meristem.modalities.stream import TokenStream
+from meristem.modalities.stream import TokenStream, gather
 from meristem.platform.encoders.base import Encoder, EncoderSettings
 from meristem.platform.encoders.cross import CrossBlocks
 from meristem.platform.masked.masking import Masking
-from meristem.platform.masked.predictors import Decoder, DecoderPredictor, Prediction, Predictor, padding
+from meristem.platform.masked.predictors import Decoder, DecoderPredictor, Prediction, Predictor, hidden_places, padding
 from meristem.platform.objectives import Encoded, Plan
 
 
@@ -33,8 +33,10 @@ class CrossPredictor(DecoderPredictor):
                 context: Context | None = None) -> dict[str, Prediction]:
         assert context is not None
         x, there = self._filled(self.enter(encoded.tokens), plan), context.stream
-        return self._read(self.blocks(x, stream.position, padding(stream), self.enter(context.encoded.tokens), there.position,
-                                      padding(there)), plan)
+        x = self.blocks(x, stream.position, padding(stream), self.enter(context.encoded.tokens), there.position, padding(there))
+        index = None if self.everywhere else hidden_places(plan)
+        x = x if index is None else gather(x, index)
+        return {name: Prediction(head(x), index) for name, head in self.heads.items()}
 
 
 class Cross(Decoder):

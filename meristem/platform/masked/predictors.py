@@ -156,23 +156,16 @@ class DecoderPredictor(Predictor):
         seen = self.enter(encoded.tokens)
         if plan.decode is not None:
             return self._some(seen, stream, plan.keep, plan.decode, encoded.told)
+        index = None if self.everywhere else hidden_places(plan)
         x, _, _ = self.blocks(self._filled(seen, plan), stream.position, valid=padding(stream), structure=stream.structure,
-                              edges=stream.edges, told=encoded.told)
-        return self._read(x, plan)
+                              edges=stream.edges, told=encoded.told, only=index)
+        return {name: Prediction(head(x), index) for name, head in self.heads.items()}
 
     def _filled(self, seen: Tensor, plan: Plan) -> Tensor:
         """Entered tokens in their places (B, N, D), mask tokens in all others."""
         assert plan.keep is not None
         x = self.mask_token.to(seen).expand(*plan.hidden.shape, -1)
         return x.scatter(1, plan.keep[..., None].expand_as(seen), seen)
-
-    def _read(self, x: Tensor, plan: Plan) -> dict[str, Prediction]:
-        assert plan.keep is not None
-        index = None
-        if not self.everywhere:
-            index = hidden_places(plan)
-            x = gather(x, index)
-        return {name: Prediction(head(x), index) for name, head in self.heads.items()}
 
     def _some(self, seen: Tensor, stream: TokenStream, keep: Tensor, decode: Tensor,
               told: Tensor | None) -> dict[str, Prediction]:
@@ -181,8 +174,8 @@ class DecoderPredictor(Predictor):
         places = torch.cat([keep, decode], 1)
         position = None if stream.position is None else gather(stream.position, places)
         valid = None if isinstance(stream, LatticeStream) else gather(stream.valid, places)
-        x, _, _ = self.blocks(x, position, valid=valid, told=told)
-        x = x[:, keep.shape[1]:]
+        last = torch.arange(keep.shape[1], places.shape[1], device=x.device).expand_as(decode)
+        x, _, _ = self.blocks(x, position, valid=valid, told=told, only=last)
         return {name: Prediction(head(x), decode) for name, head in self.heads.items()}
 
 

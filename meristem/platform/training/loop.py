@@ -29,7 +29,7 @@ from meristem.platform.contrastive.lights import feature_lights
 from meristem.platform.objectives import Loss
 from meristem.platform.recipe import TrainSettings
 from meristem.platform.step import Batch
-from meristem.platform.training import checkpoint, optim, parts, precision, sharding
+from meristem.platform.training import allocator, checkpoint, optim, parts, precision, sharding
 from meristem.platform.training.combine import combined
 from meristem.platform.training.energy import Meter
 from meristem.platform.training.progress import Reporter
@@ -90,6 +90,8 @@ def launch(settings: TrainSettings, accelerator: str = "auto") -> Fabric:
     fabric = Fabric(accelerator=accelerator, devices=local, num_nodes=world // local, strategy=strategy,
                     precision=kind)
     fabric.launch()
+    if fabric.device.type == "cpu":
+        allocator.keep_freed()
     return fabric
 
 
