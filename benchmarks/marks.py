@@ -2,7 +2,8 @@
 
 `watch()` before the program starts notes marks in the file that the environment names (`programs.run` sets it). It works for
 any program whose optimiser is torch's: ours and every peer's. Where the environment names a file for it, the steps between the
-last two marks run under torch's profiler (`profiles.py`). Linux.
+last two marks run under torch's profiler (`profiles.py`). Where it names a folder that holds `images.npy`, a program that set
+`embedding` leaves there what its encoder makes of them at each mark (`accuracy.py`). Linux.
 """
 
 from __future__ import annotations
@@ -10,11 +11,16 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 FILE, STEPS, PROFILE = "BENCHMARK_MARKS", "BENCHMARK_STEPS", "BENCHMARK_PROFILE"
+FEATURES, SEED = "BENCHMARK_FEATURES", "BENCHMARK_SEED"
 TICK = os.sysconf("SC_CLK_TCK")
+
+
+embedding: tuple[Any, Callable[[Any], Any]] | None = None  # a module, and what makes vectors (n, D) of images (n, 3, H, W)
 
 
 def descendants(pid: int) -> list[int]:
@@ -45,6 +51,14 @@ def watch() -> None:
     """Note the end of the optimiser steps that the environment lists."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
+    if SEED in os.environ:
+        import random
+
+        import numpy as np
+        import torch
+
+        for seeded in (random.seed, np.random.seed, torch.manual_seed):
+            seeded(int(os.environ[SEED]))
     wanted, path = [int(n) for n in os.environ[STEPS].split(",")], Path(os.environ[FILE])
     done = 0
     profiler: Any = None
@@ -58,6 +72,8 @@ def watch() -> None:
             with path.open("a") as file:
                 file.write(json.dumps({"step": done, "at": time.time(), "cpu": cpu_seconds(os.getpid()),
                                        "own": time.process_time()}) + "\n")
+            if FEATURES in os.environ and embedding is not None:
+                embed(Path(os.environ[FEATURES]), done)
         if PROFILE in os.environ and done == wanted[-2]:
             import torch
 
@@ -70,3 +86,20 @@ def watch() -> None:
             profiler = None
 
     register_optimizer_step_post_hook(note)
+
+
+def embed(folder: Path, step: int) -> None:
+    """Write the vectors of the folder's images (n, H, W, 3), scaled as `peers/work.py` says, in its file of this step."""
+    import numpy as np
+    import torch
+    from peers import work
+
+    assert embedding is not None
+    (module, made), images = embedding, torch.from_numpy(np.load(folder / "images.npy"))
+    mean, std = torch.tensor(work.MEAN), torch.tensor(work.STD)
+    was = module.training
+    module.eval()
+    with torch.no_grad():
+        found = [made(((some / 255 - mean) / std).permute(0, 3, 1, 2)) for some in images.split(256)]
+    module.train(was)
+    np.save(folder / f"{step}.npy", torch.cat(found).numpy())

@@ -109,3 +109,12 @@ def test_a_program_is_measured_with_all_its_processes() -> None:
         programs.run(command(8, code=3), batch=10, settled=2, last=7)
     with pytest.raises(programs.Failed):  # it stopped before the last step
         programs.run(command(3), batch=10, settled=2, last=7)
+
+
+@pytest.mark.parametrize(("level", "images"), [(0.5, 100), (0.6, 100), (0.7, 200), (0.8, 400), (0.85, 800)])
+def test_images_needed_lie_between_measured_points_by_their_logarithm(level: float, images: float) -> None:
+    from accuracy import needed
+
+    curve = {100: 0.6, 400: 0.8, 1600: 0.9}  # 200 is halfway from 100 to 400, as 800 is to 1600
+    assert needed(curve, level) == pytest.approx(images)
+    assert needed({100: 0.6, 400: 0.5, 1600: 0.7}, 0.65) == pytest.approx(1600 ** 0.75 * 400 ** 0.25)  # first come to

@@ -102,6 +102,8 @@ class DINO(nn.Module):
 
 
 model = {"mae": MAE, "simclr": SimCLR, "dino": DINO}[told.method]()
+if told.method == "mae":
+    marks.embedding = model.backbone, lambda images: model.backbone.vit.forward_features(images)[:, 1:].mean(1)
 dataset = LightlyDataset(str(told.data), transform=model.transform)
 loader = torch.utils.data.DataLoader(dataset, batch_size=work.BATCH, shuffle=True, drop_last=True, num_workers=work.WORKERS,
                                      persistent_workers=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import marks
@@ -36,9 +37,10 @@ OVERRIDES = {
 }
 sys.argv = ["meristem", "pretrain", f"image/{told.method}", "--data", str(told.data), "--out", str(told.out / "run"),
             "--cache", str(told.out / "cache"), "--split", "1,0,0", "--quiet",
-            "modality.image.patch=16", "modality.image.normalise=imagenet", f"train.batch={work.BATCH}",
+            f"modality.image.patch={work.PATCH}", "modality.image.normalise=imagenet", f"train.batch={work.BATCH}",
             f"train.workers={work.WORKERS}", f"train.steps={told.steps + 8}",  # so that it loads ahead up to the last mark
-            f"train.lr={work.LR}", f"train.weight_decay={work.DECAY}", *OVERRIDES[told.method]]
+            f"train.lr={work.LR}", f"train.weight_decay={work.DECAY}", *OVERRIDES[told.method],
+            *os.environ.get("BENCHMARK_OVERRIDES", "").split()]
 
 from meristem.cli import main  # noqa: E402  (after the marks: its imports count)
 

@@ -29,7 +29,7 @@ def view(size: int, area: tuple[float, float], jitter: bool) -> T.Compose:
 
 
 def vit() -> torch.nn.Module:
-    return timm.create_model("vit_tiny_patch16_224", img_size=work.SIZE, num_classes=0, dynamic_img_size=True)
+    return timm.create_model("vit_tiny_patch16_224", img_size=work.SIZE, patch_size=work.PATCH, num_classes=0, dynamic_img_size=True)
 
 
 s, d, m = work.SIMCLR, work.DINO, work.MAE
@@ -37,6 +37,7 @@ if told.method == "mae":
     transform = view(work.SIZE, m["area"], False)
     model = methods.MAE(vit(), decoder_embed_dim=m["width"], decoder_depth=m["depth"], decoder_num_heads=m["heads"],
                         mask_ratio=m["hidden"])
+    marks.embedding = model.encoder, lambda images: model.encoder.vit.forward_features(images)[:, 1:].mean(1)
 elif told.method == "simclr":
     transform = T.MultiViewTransform([view(work.SIZE, s["area"], True)] * 2)
     model = methods.SimCLR(vit(), projector_dims=(s["hidden"], s["out"]), temperature=s["temperature"])

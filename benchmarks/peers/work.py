@@ -1,15 +1,18 @@
 """The work that every driver of this folder does, in numbers; and what it is told on the command line.
 
 A driver trains `method` on the folder `data` for `steps` optimiser steps, in its own package's way. All: a ViT-tiny with
-patches of 16 on crops of 96 pixels, batches of 64, one loading process, one thread, fp32, AdamW. Standard library only.
+patches of 16 on crops of 96 pixels (or as the environment says), batches of 64, one loading process, one thread, fp32, AdamW.
+Standard library only.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
-SIZE, PATCH, BATCH, WORKERS = 96, 16, 64, 1
+SIZE, PATCH = map(int, os.environ.get("BENCHMARK_SIZE", "96,16").split(","))
+BATCH, WORKERS = 64, 1
 WIDTH, DEPTH, HEADS = 192, 12, 3  # ViT-tiny
 LR, DECAY = 5e-4, 0.05
 MAE = {"hidden": 0.75, "depth": 4, "width": 192, "heads": 6, "area": (0.2, 1.0)}  # of the decoder

@@ -62,7 +62,8 @@ class Assembly(nn.Module):
             self.objectives[name] = settings.build(self)
         for name, make in extra.items():
             self.objectives[name] = make(self)
-        self.only_cls = "cls" in self.encoder.provides and all(o.only_cls for o in self.objectives.values())
+        readers = self.objectives.values()
+        self.only_cls = "cls" in self.encoder.provides and len(readers) > 0 and all(o.only_cls for o in readers)
         self.teacher: Teacher | None = None
         if recipe.teacher is not None:
             self.teacher = Teacher({name: self.module("encoder", name) for name in recipe.teacher.of})
