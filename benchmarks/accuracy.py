@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,7 @@ def worth(vectors: np.ndarray, targets: Mapping[str, np.ndarray]) -> float:
 def needed(curve: Curve, level: float) -> float:
     """Images with which a curve first comes to a level, linear in their logarithm between its points."""
     points = sorted(curve.items())
-    for (a, low), (b, high) in zip(points, points[1:], strict=False):
+    for (a, low), (b, high) in pairwise(points):
         if high >= level > low:
             return float(math.exp(math.log(a) + (level - low) / (high - low) * math.log(b / a)))
     return float(points[0][0])  # it begins there

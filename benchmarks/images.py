@@ -6,7 +6,8 @@ The work is in peers/work.py, each package's way of doing it in a file beside th
 own, made on first use in the user's cache with the torch that ours runs on. For every method ours and each peer take turns.
 Lines of `compare`: processor and wall seconds per 1,000 images once the first epoch is over, seconds from the start of
 the process to the end of the first optimiser step (ours decodes and caches all photographs before it), and the greatest
-memory of all processes together. `best` is, of each figure, the peer whose median is least.
+memory of all processes together. `best` is, of each figure, the peer whose median is least. `torch alone` trains one number
+without data: no program on torch starts sooner or takes less memory.
 
 --data: a folder of folders of images; without it, made photographs.
 """
@@ -62,6 +63,9 @@ PEERS = {
 UNITS = {"cpu": ("processor time", "CPU s / 1,000 images", "<= 0.87"), "wall": ("wall time", "s / 1,000 images", ""),
          "first": ("time to the first step", "s", "<= 0.5"), "first_cpu": ("processor time to the first step", "CPU s", ""),
          "peak": ("memory", "MiB, PSS of all processes", "<= 0.6")}
+
+
+NOTHING, ALONE = "nothing", "torch alone"
 
 
 def environment(name: str, home: Path) -> Path:
@@ -135,6 +139,7 @@ def main() -> None:
 
 
 def compared(method: str, able: dict[str, Path], data: Path, epoch: int, steps: int, repeats: int) -> None:
+    able = {**able, NOTHING: Path(sys.executable)}
     found: dict[str, list[Figures]] = {"ours": [], **{name: [] for name in able}}
     for _ in range(repeats):
         for name in list(found):
@@ -142,15 +147,17 @@ def compared(method: str, able: dict[str, Path], data: Path, epoch: int, steps: 
             try:
                 found[name].append(measure(name, python, method, data, epoch, steps))
             except Failed as failure:
-                if name == "ours":
+                if name in ("ours", NOTHING):
                     raise
                 cannot(f"image {method}", PEERS[name].label, str(failure))
                 del found[name]
-    ours = found.pop("ours")
+    ours, nothing = found.pop("ours"), found.pop(NOTHING)
     for figure, (what, unit, target) in UNITS.items():
         def of(runs: Sequence[Figures], figure: str = figure) -> list[float]:
             return [getattr(one, figure) for one in runs]
 
+        if figure not in ("cpu", "wall"):
+            compare(f"image {method}: {what}", ALONE, unit, of(ours), of(nothing))
         if not found:
             continue
         best = min(found, key=lambda name: statistics.median(of(found[name])))

@@ -29,7 +29,8 @@ def view(size: int, area: tuple[float, float], jitter: bool) -> T.Compose:
 
 
 def vit() -> torch.nn.Module:
-    return timm.create_model("vit_tiny_patch16_224", img_size=work.SIZE, patch_size=work.PATCH, num_classes=0, dynamic_img_size=True)
+    return timm.create_model("vit_tiny_patch16_224", img_size=work.SIZE, patch_size=work.PATCH, num_classes=0,
+                             dynamic_img_size=True)
 
 
 s, d, m = work.SIMCLR, work.DINO, work.MAE
