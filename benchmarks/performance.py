@@ -39,12 +39,13 @@ BENCHMARKS: dict[str, list[str]] = {  # name -> what makes it short
     "pointmae": ["--repeats", "1", "--steps", "4"],
     "gps": ["--repeats", "1"],
     "profiles": ["--steps", "2"],
+    "growth": ["image/mae", "--steps", "3"],
 }
 ABOUT = {
     "images": "Whole programs from a folder of photographs to optimiser steps, each in a process of its own; the work is in "
               "`benchmarks/peers/work.py`",
-    "accuracy": "How many photographs a masked autoencoder must see for features of the same worth: the balanced accuracy of a "
-                "logistic regression on its mean tokens, of chest X-rays; three seeds",
+    "accuracy": "How many pictures a masked autoencoder must see for features of the same worth: the balanced accuracy of a "
+                "logistic regression on the mean tokens of 500 labelled chest X-rays; three seeds",
     "cache": "A random 64³ crop from the cache beside decoding the file",
     "visible_only": "A masked encoder's forward and backward beside the same without masking",
     "packing": "Blocks over rows of several lengths, packed beside padded, by share of padding",
@@ -57,6 +58,8 @@ ABOUT = {
     "videomae": "Clips from files to optimiser steps, beside a plain loop of VideoMAE",
     "pointmae": "Clouds from files to optimiser steps, beside a plain loop of Point-MAE",
     "gps": "A thousand graphs forward and backward, beside torch-geometric's networks",
+    "growth": "Cost of a step against the tokens of a batch, as `meristem bench --sweep` measures it on one thread: exponents "
+              "with their standard errors; attention's own is 2",
     "profiles": "Where processor time goes in works whose targets are missed: processor seconds per 1,000 samples, of a run "
                 "under torch's profiler, which adds to `between operators`; `products alone` are the same matrix products by "
                 "themselves",
@@ -106,7 +109,9 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
         profiles = [line for line in result["lines"] if "parts" in line]
         for work in dict.fromkeys(line["name"] for line in profiles):
             parts += ["", *_shares(work, {line["who"]: line["parts"] for line in profiles if line["name"] == work})]
-        if len(profiles) < len(result["lines"]):
+        grown = [line for line in result["lines"] if "grows" in line]
+        parts += ["", *_growth(grown)] if grown else []
+        if len(profiles) + len(grown) < len(result["lines"]):
             parts += ["", "| work | peer | unit | ours | theirs | ratio | target |", "|---|---|---|---|---|---|---|"]
         for line in result["lines"]:
             if "cannot" in line:
@@ -130,6 +135,19 @@ def _shares(work: str, whose: Mapping[str, Mapping[str, float]]) -> list[str]:
     for name in sorted({name for found in whose.values() for name in found}, key=place):
         lines.append(f"| {name} | {' | '.join(f'{found.get(name, 0):.2f}' for found in whose.values())} |")
     return lines
+
+
+def _growth(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table of exponents."""
+    def told(line: Mapping[str, Any], cost: str) -> str:
+        fit = "too few sizes" if line[cost] is None else f"{line[cost][0]:.2f} ± {line[cost][1]:.2f}"
+        return f"[{fit}](performance/{line['figures'][cost]})" + (" **worse**" if cost in line["worse"] else "")
+
+    rows = []
+    for line in lines:
+        least, most = line["tokens"]
+        rows.append(f"| {line['name']} | {least:,} to {most:,} | {told(line, 'time')} | {told(line, 'memory')} |")
+    return ["| what grows | tokens | time | memory |", "|---|---|---|---|", *rows]
 
 
 def _cell(text: str) -> str:

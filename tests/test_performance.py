@@ -111,6 +111,17 @@ def test_a_program_is_measured_with_all_its_processes() -> None:
         programs.run(command(3), batch=10, settled=2, last=7)
 
 
+def test_exponents_stand_with_their_errors_and_figures() -> None:
+    from performance import page
+
+    figures = {"time": "a-time.svg", "memory": "a-memory.svg"}
+    line = {"name": "volume/mae: size", "grows": "size", "tokens": [128, 4096], "time": [2.5, 0.1], "memory": None,
+            "worse": ["time"], "figures": figures}
+    about = {"machine": "a box", "versions": {}, "date": "2026-01-01", "load": 0.1, "command": "make bench"}
+    assert ("| volume/mae: size | 128 to 4,096 | [2.50 ± 0.10](performance/a-time.svg) **worse** | "
+            "[too few sizes](performance/a-memory.svg) |") in page({"growth": {"about": about, "lines": [line]}})
+
+
 @pytest.mark.parametrize(("level", "images"), [(0.5, 100), (0.6, 100), (0.7, 200), (0.8, 400), (0.85, 800)])
 def test_images_needed_lie_between_measured_points_by_their_logarithm(level: float, images: float) -> None:
     from accuracy import needed
