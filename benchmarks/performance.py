@@ -122,8 +122,15 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
                 parts.append(f"| {line['name']} | {line['peer']} | {line['unit']} | {line['ours']:g} | {line['theirs']:g} | "
                              f"{line['ratio']:g} ({low:g} to {high:g}) | {target} |")
         notes = dict.fromkeys(f"{line['peer']}: {line['note']}" for line in result["lines"] if "note" in line)
+        curves = [(line["peer"] if whose == "theirs" else whose, curve) for line in result["lines"]
+                  for whose, curve in line.get("curve", {}).items()]
+        notes |= dict.fromkeys(f"{who}: worth {_curve(curve)}" for who, curve in curves)
         parts += ["", *(f"- {note}" for note in notes)] if notes else []
     return "\n".join(parts) + "\n"
+
+
+def _curve(curve: Mapping[str, float]) -> str:
+    return ", ".join(f"{worth:.3f} after {int(images):,}" for images, worth in curve.items())
 
 
 def _shares(work: str, whose: Mapping[str, Mapping[str, float]]) -> list[str]:

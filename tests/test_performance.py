@@ -122,6 +122,18 @@ def test_exponents_stand_with_their_errors_and_figures() -> None:
             "[too few sizes](performance/a-memory.svg) |") in page({"growth": {"about": about, "lines": [line]}})
 
 
+def test_the_worth_of_features_stands_beside_the_images_seen() -> None:
+    from compare import compare
+    from performance import page
+
+    curve = {"ours": {"64": 0.5, "2048": 0.75}, "theirs": {"64": 0.625, "2048": 0.7}}
+    lines = [compare("mae: images", peer, "images", [1000], [2000], curve=curve) for peer in ("peer 1.0", "peer 2.0")]
+    about = {"machine": "a box", "versions": {}, "date": "2026-01-01", "load": 0.1, "command": "make bench"}
+    text = page({"accuracy": {"about": about, "lines": lines}})
+    assert text.count("- ours: worth 0.500 after 64, 0.750 after 2,048\n") == 1
+    assert "- peer 2.0: worth 0.625 after 64, 0.700 after 2,048\n" in text
+
+
 @pytest.mark.parametrize(("level", "images"), [(0.5, 100), (0.6, 100), (0.7, 200), (0.8, 400), (0.85, 800)])
 def test_images_needed_lie_between_measured_points_by_their_logarithm(level: float, images: float) -> None:
     from accuracy import needed
