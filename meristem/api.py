@@ -84,6 +84,8 @@ def pretrain(recipe: str, data: Pathlike | Mapping[str, Pathlike], out: Pathlike
     Returns the weights and figures; writes recipe.yaml, metrics.jsonl, metrics.json, quarantine.csv and checkpoints.
     Under torchrun every process calls it alike. Raises MeristemError.
     """
+    from meristem.platform.training.pretrain import pretrain as _pretrain
+
     quiet, start = quiet or not first_rank(), origin(init)
     if isinstance(data, Mapping):
         if start is not None:
@@ -99,15 +101,8 @@ def pretrain(recipe: str, data: Pathlike | Mapping[str, Pathlike], out: Pathlike
         remedy = "Use `meristem finetune`." if "task" in plain else "Choose one of `meristem recipes list`."
         raise RecipeError(f"'{recipe}' has no objective to pretrain by", remedy)
     settings = recipes.build(plain, recipes.Recipe)
-    found = open_data(data, settings.modality, split, cache, quiet, room=room, meanwhile=_training)
-    return _training()(settings.of(found.modality), found, Path(out), init=start, resume=resume, quiet=quiet)
-
-
-def _training() -> Any:
-    """Pretraining of one recipe; its imports take seconds."""
-    from meristem.platform.training.pretrain import pretrain as _pretrain
-
-    return _pretrain
+    found = open_data(data, settings.modality, split, cache, quiet, room=room)
+    return _pretrain(settings.of(found.modality), found, Path(out), init=start, resume=resume, quiet=quiet)
 
 
 def _pretrain_jointly(recipe: str, data: Mapping[str, Pathlike], out: Pathlike, overrides: Sequence[str], split: str,

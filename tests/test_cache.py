@@ -63,21 +63,10 @@ def test_large_files_are_decoded_by_all_cores_and_few_small_ones_here(data: Path
                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.os, "cpu_count", lambda: 2)
     rows = Manifest.discover(data, Npy()).rows
-    assert module.processes(rows, module.MUCH) == 0
-    assert module.processes(rows, 1000) == 2 and module.processes(rows[:3], 1000) == 0
+    assert module.processes(rows) == 0
     monkeypatch.setattr(module, "MUCH", 1000)
+    assert module.processes(rows) == 2 and module.processes(rows[:3]) == 0
     assert len(build(data, tmp_path)) == 5 and Npy.reads == []  # not in this process
-
-
-def test_less_is_decoded_by_others_where_this_process_has_something_to_do(data: Path, tmp_path: Path,
-                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(module, "SOME", 1000)
-    manifest, done = Manifest.discover(data, Npy()), list[str]()
-    for home in ("a", "a", "b"):  # the second time nothing is left to decode
-        cache = Cache.build(manifest, Npy(), tmp_path / home, meanwhile=lambda: done.append("once"))
-        assert len(cache) == 5
-    assert done == ["once"] * 2 and Npy.reads == []
 
 
 class Deadly(Npy):

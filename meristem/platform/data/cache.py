@@ -40,7 +40,6 @@ LAYOUT = 4  # of the files in a cache; another number, another folder
 LARGE = 4 << 20  # bytes above which a sample gets a chunked file: below, reading it raw is cheaper than opening one
 CHUNK, BLOCK = 1 << 18, 1 << 15  # elements (64³, 32³): a crop unpacks only the blocks it touches
 MUCH = 16 << 20  # bytes of files from which on starting processes to decode them pays
-SOME = 2 << 20  # the same where this one has something else to do meanwhile
 TOGETHER = 16  # samples that a process hands over at once, where there are many: each time has its price
 SHARD_BYTES, SHARD_SECONDS = 64 << 20, 30.0  # an interruption loses at most this much work on small samples
 FREE = (0.05, 2 << 30)  # what is left free: a share of the disk, at most so many bytes
@@ -61,13 +60,11 @@ class Cache(Samples):
 
     @classmethod
     def build(cls, manifest: Manifest, modality: Modality, directory: Path | None = None,
-              progress: Progress | None = None, workers: int | None = None,
-              meanwhile: Callable[[], object] | None = None) -> Cache:
+              progress: Progress | None = None, workers: int | None = None) -> Cache:
         """Decode the rows that are not yet stored.
 
         directory: where caches live (default $XDG_CACHE_HOME/meristem); each set of modality options has its own folder in
         it. progress: called with (rows done, rows). workers: processes that decode (0: this one; None: as many as pay).
-        meanwhile: what this process does as these begin, where there are any.
         A row that cannot be read, or whose images equal an earlier row's, is quarantined and the rest goes on; of equal rows
         the one in test is kept before val before train, and the labelled before the unlabelled. Raises MeristemError when
         the disk would run full, DataError when nothing can be read.
@@ -88,8 +85,7 @@ class Cache(Samples):
             decoding = Decoding(todo, [digests[r.index][0] for r in todo], [keys[r.index] for r in todo], modality, home)
             shard = _Shard(home)
             try:
-                pays = MUCH if meanwhile is None else SOME
-                for result in each(decoding, processes(todo, pays) if workers is None else workers, meanwhile):
+                for result in each(decoding, processes(todo) if workers is None else workers):
                     if isinstance(result, Problem):
                         problems.append(result)
                     else:
@@ -227,31 +223,24 @@ class Decoding(Dataset[Result | MeristemError]):
         return entry, arrays
 
 
-def processes(rows: Sequence[Row], pays: int) -> int:
-    """How many processes decode some rows: one for each core where there is enough to do for all, else this one alone. pays:
-    bytes that are enough.
-    """
+def processes(rows: Sequence[Row]) -> int:
+    """How many processes decode some rows: one for each core where there is enough to do for all, else this one alone."""
     cores = os.cpu_count() or 1
     size = sum(file.stat().st_size for row in rows for path in row.paths
                for file in (path.iterdir() if path.is_dir() else (path,)) if file.is_file())  # an element of a file is none
-    return cores if cores > 1 and len(rows) >= 2 * cores and size >= pays else 0
+    return cores if cores > 1 and len(rows) >= 2 * cores and size >= MUCH else 0
 
 
-def each(decoding: Decoding, workers: int, meanwhile: Callable[[], object] | None = None) -> Iterator[Result]:
-    """What becomes of each row, in order. meanwhile: as in `Cache.build`. Raises MeristemError where a process that decodes is
-    killed.
-    """
+def each(decoding: Decoding, workers: int) -> Iterator[Result]:
+    """What becomes of each row, in order. Raises MeristemError where a process that decodes is killed."""
     if not len(decoding):
         return
     # a generator of its own: DataLoader would draw a seed from the global one and shift everything after it
     together = min(max(len(decoding) // (8 * workers), 1), TOGETHER) if workers else 1
     stream = iter(DataLoader(decoding, together, num_workers=workers, collate_fn=_same, generator=torch.Generator(),
-                             worker_init_fn=_leave_interrupts_to_the_parent,
-                             prefetch_factor=None if not workers else 2 if meanwhile is None else 8))
+                             worker_init_fn=_leave_interrupts_to_the_parent))
     if workers:
         notice_deaths_where_waited()
-        if meanwhile is not None:
-            meanwhile()
     try:
         for results in stream:
             for result in results:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,14 +63,13 @@ class Data:
 
 
 def open_data(place: str | Path, modality: Modality, split: str = "auto", cache: Path | None = None, quiet: bool = False,
-              labels: bool = True, room: float = ROOM, meanwhile: Callable[[], object] | None = None) -> Data:
+              labels: bool = True, room: float = ROOM) -> Data:
     """Find, decode and divide. The split has its own fixed seed: pretraining and every task agree on the test subjects.
 
     place: files, or a URL of shards, which were decoded when they were written; fetched ones are kept in the cache while all
     there take at most `room` GB.
     split: as `divide` takes it; with auto, data without any label or split of its own is all for training, since there is
     nothing to hold out for. labels: whether they are read; without, a broken label loses no image, and nothing is divided.
-    meanwhile: what this process does as others begin to decode, where they do.
     `Data.modality` has what the modality left open settled by these samples. Raises DataError when nothing can be used.
     """
     store: Samples
@@ -84,7 +83,7 @@ def open_data(place: str | Path, modality: Modality, split: str = "auto", cache:
         modality = modality.fitted([p for row in manifest.rows for p in row.paths])
         manifest = manifest if labels else _unlabelled(manifest)
         with counting("reading files", quiet) as progress:
-            store = Cache.build(manifest, modality, cache, progress, meanwhile=meanwhile)
+            store = Cache.build(manifest, modality, cache, progress)
     inside = {r.index: dict.fromkeys((n for n in store.fields(r.index) if n != EXCLUDED), r.paths[0] if r.paths else Path())
               for r in manifest.rows if labels and r.index in store}
     manifest = replace(manifest, rows=tuple(replace(r, fields={**inside.get(r.index, {}), **r.fields}) for r in manifest.rows))
