@@ -94,7 +94,9 @@ def test_the_flops_of_a_step_are_those_of_its_visible_tokens_in_closed_form() ->
     content, tokens, seen = 3 * 8 * 8, 64, 16
     embed = 2 * 2 * seen * content * 32  # its input needs no gradient
     encoder = _blocks(seen + 1, 32, 2)   # with the class token
-    decoder = 3 * 2 * seen * 32 * 16 + _blocks(tokens, 16, 1) + 3 * 2 * (tokens - seen) * 16 * content
+    hidden = tokens - seen  # all that is read of the only block, whose queries are made of all
+    block = 3 * (2 * tokens * 16 * 3 * 16 + 2 * 2 * hidden * tokens * 16 + 2 * hidden * 16 * 16 + 2 * 2 * hidden * 16 * 64)
+    decoder = 3 * 2 * seen * 32 * 16 + block + 3 * 2 * hidden * 16 * content
     assert work.flops == pytest.approx(3 * (embed + encoder + decoder), rel=1e-3)  # and some 3 × 3 matrices of positions
 
 

@@ -139,21 +139,22 @@ class Step:
     def encode(self, view: str, by: str = "encoder", masked: bool = False, want: frozenset[str] = frozenset()) -> Encoded:
         """One pass of a view through `encoder` or `teacher`; masked: with the view's plan.
 
-        A pass that was asked for more serves those who want less of it. Where class tokens are all that objectives read, a pass
-        of which nobody else wants more makes nothing else.
+        A pass that was asked for more serves those who want less of it; want only_cls (`Encoder`) is the least.
         """
-        key = next((k for k in self._encoded if k[:3] == (by, view, masked) and want <= k[3]), (by, view, masked, want))
+        def serves(made: frozenset[str]) -> bool:
+            return made == want or ("only_cls" not in made and want - {"only_cls"} <= made)
+
+        key = next((k for k in self._encoded if k[:3] == (by, view, masked) and serves(k[3])), (by, view, masked, want))
         if key not in self._encoded:
             encoder = self.assembly.module(by, "encoder")
             plan = self.plan(view) if masked else None
             stream = self.stream(view).seen(self.assembly.recipe.encoder.sees)
             stream = stream if plan is None else plan.shown(stream)
             number = self.assembly.recipe.encoder.tells
-            spared = want or (frozenset({"only_cls"}) if self.assembly.only_cls else want)
             told = {} if number is None else {"condition": self.view(view).params.get(number)}
             self.passes.append(f"{by}({view}{', plan' if masked else ''})")
             with torch.set_grad_enabled(torch.is_grad_enabled() and by == "encoder"):
-                encoded: Encoded = encoder(stream, None if plan is None or plan.fill is not None else plan, want=spared, **told)
+                encoded: Encoded = encoder(stream, None if plan is None or plan.fill is not None else plan, want=want, **told)
             if encoded.lattice is not None and isinstance(stream, LatticeStream):
                 frame = self.view(view).frame
                 encoded.frame = frame.coarse(self.assembly.encoder.grid(frame.shape, stream.patch)[1], encoded.lattice)
@@ -184,7 +185,8 @@ class Step:
         return self._made_units[key]
 
     def _units(self, by: str, view: str, level: str, masked: bool) -> Units:
-        encoded = self.encode(view, by, masked)
+        alone = self.assembly.only_cls and level in ("global", "cls")
+        encoded = self.encode(view, by, masked, frozenset({"only_cls"} if alone else ()))
         if level == "tiles":
             return self.assembly.recipe.derived[view].tiles(self, view, encoded)
         if level == "global":

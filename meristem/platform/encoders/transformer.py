@@ -43,10 +43,12 @@ class Blocks(Parted):
     axes: of the positions it will be given. drop_path: stochastic depth of the last block, rising linearly from 0. tokenizer:
     of tokens that have edges or `structure`: an edge of each type, and its weight, add to each head's attention (Ying et
     al. 2021, Graphormer, section 3.1.2, for edges instead of distances), and what `structure` says is added to the tokens.
-    told: numbers of a vector that adapts every block, where there is one. packs: may leave padding out.
+    told: numbers of a vector that adapts every block, where there is one. packs: may leave padding out. spares: may leave out
+    of the last block what is not read.
     """
 
     packs = True
+    spares = True
 
     def __init__(self, width: int, depth: int, heads: int, axes: Sequence[Axis], drop_path: float = 0.0,
                  mlp_ratio: float = 4.0, tokenizer: Tokenizer | None = None, told: int = 0) -> None:
@@ -117,7 +119,8 @@ class Blocks(Parted):
 
         layers: list[Tensor] = []
         attention: Tensor | None = None
-        spare = not want and mask is None and packing is None and padding is None and attend is None and self.adapted is None
+        plain = mask is None and packing is None and padding is None and attend is None and self.adapted is None
+        spare = self.spares and plain and not want
         block: Any
         for i, block in enumerate(self.blocks):
             weigh = "attention" in want and i == len(self.blocks) - 1

@@ -25,15 +25,15 @@ def compiled(assembly: Assembly) -> None:
     """Compile the parts of encoder, teacher and predictors; a net of maps without parts as a whole.
 
     Blocks are alike, so that one of them is compiled for all; names of weights stay as they are. On a CPU, rows of several
-    lengths stay padded: a loop over them would be compiled anew for the lengths of every step. Raises RecipeError for nets
-    that would break into pieces.
+    lengths stay padded: a loop over them would be compiled anew for the lengths of every step. The last block makes all tokens:
+    alone among its kind it would be compiled again for every view. Raises RecipeError for nets that would break into pieces.
     """
     if not units(assembly.encoder) and not isinstance(assembly.encoder, MapEncoder):
         raise RecipeError("train.compile compiles an encoder part by part, and this one is made in one piece, which it "
                           "would break up", "Leave compile out.")
     for net in assembly.modules():
         if isinstance(net, Blocks):
-            net.packs = next(net.parameters()).is_cuda
+            net.packs, net.spares = next(net.parameters()).is_cuda, False
     for unit in units(assembly) if units(assembly.encoder) else [assembly.encoder]:
         unit.forward = torch.compile(unit.forward)
 
@@ -53,4 +53,4 @@ def plain(assembly: Assembly) -> None:
     for module in assembly.modules():
         module.__dict__.pop("forward", None)
         if isinstance(module, Blocks):
-            module.packs = True
+            module.packs = module.spares = True
