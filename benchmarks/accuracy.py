@@ -27,13 +27,16 @@ import numpy as np
 import torch
 from compare import cannot, compare
 from images import HERE, HOME, PEERS, command, environment
-from marks import FEATURES, FILE, SEED, STEPS
+from marks import FEATURES, FILE, SEED, STEPS, vectors
 from peers import work
 from PIL import Image
 from programs import Failed, finished
 
+from meristem.modalities.base import View
+from meristem.modalities.frame import Frame
 from meristem.platform.evaluation.metrics import balanced_accuracy
 from meristem.platform.evaluation.probes import Linear, Split
+from meristem.platform.training.restore import restored
 
 SIZE, PATCH, LABELS = 28, 4, 500
 SPLITS = ("train", "val", "test")
@@ -68,27 +71,23 @@ def features(name: str, pictures: Path, images: np.ndarray, steps: Sequence[int]
 
 def embedded(checkpoint: Path, images: np.ndarray) -> np.ndarray:
     """The mean tokens of our encoder of a checkpoint."""
-    from meristem.modalities.base import View
-    from meristem.modalities.frame import Frame
-    from meristem.platform.training.restore import restored
-
     assembly = restored(checkpoint).eval()
-    x = (torch.from_numpy(images) / 255 - torch.tensor(work.MEAN)) / torch.tensor(work.STD)
-    found = []
-    with torch.no_grad():
-        for some in x.permute(0, 3, 1, 2).split(256):
-            n, size = len(some), tuple(some.shape[2:])
-            rows = torch.arange(n)
-            frame = Frame(torch.eye(3).expand(n, -1, -1), size, torch.ones(n, 2), ("px", "px"))
-            stream = assembly.tokenizer.stream(View("x", some, frame, rows, torch.zeros_like(rows)))
-            found.append(assembly.encoder(stream.seen(assembly.recipe.encoder.sees)).summary["mean"])
-    return torch.cat(found).numpy()
+
+    def mean(some: torch.Tensor) -> torch.Tensor:
+        n, size = len(some), tuple(some.shape[2:])
+        rows = torch.arange(n)
+        frame = Frame(torch.eye(3).expand(n, -1, -1), size, torch.ones(n, 2), ("px", "px"))
+        stream = assembly.tokenizer.stream(View("x", some, frame, rows, torch.zeros_like(rows)))
+        found: torch.Tensor = assembly.encoder(stream.seen(assembly.recipe.encoder.sees)).summary["mean"]
+        return found
+
+    return vectors(mean, images)
 
 
-def worth(vectors: np.ndarray, targets: Mapping[str, np.ndarray]) -> float:
-    """Balanced accuracy on the test split. vectors: of all splits, one after the other."""
+def worth(found: np.ndarray, targets: Mapping[str, np.ndarray]) -> float:
+    """Balanced accuracy on the test split. found: vectors of all splits, one after the other."""
     ends = np.cumsum([len(targets[split]) for split in SPLITS])
-    train, val, test = np.split(vectors, ends[:-1])
+    train, val, test = np.split(found, ends[:-1])
     probed = Linear()(Split(train, targets["train"]), Split(val, targets["val"]), test, 2)
     return float(balanced_accuracy(targets["test"], probed.probabilities))
 

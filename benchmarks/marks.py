@@ -89,17 +89,24 @@ def watch() -> None:
 
 
 def embed(folder: Path, step: int) -> None:
-    """Write the vectors of the folder's images (n, H, W, 3), scaled as `peers/work.py` says, in its file of this step."""
+    """Write the vectors of the folder's images in its file of this step."""
     import numpy as np
+
+    assert embedding is not None
+    module, made = embedding
+    was = module.training
+    module.eval()
+    found = vectors(made, np.load(folder / "images.npy"))
+    module.train(was)
+    np.save(folder / f"{step}.npy", found)
+
+
+def vectors(made: Callable[[Any], Any], images: Any) -> Any:
+    """What `made` makes of images (n, H, W, 3) of 8 bits, scaled as `peers/work.py` says: an array (n, D)."""
     import torch
     from peers import work
 
-    assert embedding is not None
-    (module, made), images = embedding, torch.from_numpy(np.load(folder / "images.npy"))
     mean, std = torch.tensor(work.MEAN), torch.tensor(work.STD)
-    was = module.training
-    module.eval()
     with torch.no_grad():
-        found = [made(((some / 255 - mean) / std).permute(0, 3, 1, 2)) for some in images.split(256)]
-    module.train(was)
-    np.save(folder / f"{step}.npy", torch.cat(found).numpy())
+        parts = torch.from_numpy(images).split(256)
+        return torch.cat([made(((some / 255 - mean) / std).permute(0, 3, 1, 2)) for some in parts]).numpy()
