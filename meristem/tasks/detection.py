@@ -75,16 +75,17 @@ class DetectionObjective(TaskObjective):
         starts = windows(header.shape[1:], size, self.settings.overlap)
         found: list[Boxed] = []
         fast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
-        for first in range(0, len(starts), WINDOWS):
-            some = starts[first:first + WINDOWS]
-            draws = [Draw(start, size, view_size, {"pad": np.array(header.pad, np.float32)}) for start in some]
-            view = recipe.modality.augment(shown(data.cache, row, recipe.modality, options, draws).to(device), options)
-            stream = assembly.tokenizer.stream(view)
-            assert isinstance(stream, LatticeStream)
-            with fast:
-                maps = self.pyramid(assembly.encoder(stream.seen(recipe.encoder.sees), want=self.pyramid.want), stream)
-                each = self.detector.detect(maps, view_size)
-            found += [_moved(x, start, size, view_size, header.shape[1:]) for x, start in zip(each, some, strict=True)]
+        with torch.autocast(device.type, enabled=False):  # which keeps the weights that `fast` has cast
+            for first in range(0, len(starts), WINDOWS):
+                some = starts[first:first + WINDOWS]
+                draws = [Draw(start, size, view_size, {"pad": np.array(header.pad, np.float32)}) for start in some]
+                view = recipe.modality.augment(shown(data.cache, row, recipe.modality, options, draws).to(device), options)
+                stream = assembly.tokenizer.stream(view)
+                assert isinstance(stream, LatticeStream)
+                with fast:
+                    maps = self.pyramid(assembly.encoder(stream.seen(recipe.encoder.sees), want=self.pyramid.want), stream)
+                    each = self.detector.detect(maps, view_size)
+                found += [_moved(x, start, size, view_size, header.shape[1:]) for x, start in zip(each, some, strict=True)]
         return together(found, starts, size, header.shape[1:], self.settings.fuse, self.settings.most,
                         self.settings.fusion)
 

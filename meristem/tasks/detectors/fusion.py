@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ Fusion = Literal["nms", "cluster"]
 EDGE = 2.0  # steps from the border of a window within which a box may have been cut by it
 MOSTLY = 0.7  # of a cut box: the other one that covers so much of it is of the same object
 RIM = 0.1  # weight of a box whose middle lies on the border of its window
+BLOCK = 256  # boxes whose overlaps with all worse ones are in memory at once
 
 
 def together(found: Sequence[Boxed], starts: Sequence[Sequence[int]], size: Sequence[int], shape: Sequence[int], iou: float,
@@ -62,33 +64,43 @@ def cluster(box: Tensor, score: Tensor, label: Tensor, number: Tensor, window: T
     window = window.to(box)
     middle = box.unflatten(1, (2, -1)).mean(1)
     weight = central(middle, window[number]).clamp_min(RIM)
-    every = torch.arange(len(window), device=box.device)
-    left, best, boxes, scores = score.argsort(descending=True, stable=True), [], [], []
-    while len(left):
-        own = (label[left] == label[left[0]]) & (overlap(box[left[:1]], box[left])[0] > threshold)
-        own[0] = True
-        some, left = left[own], left[~own]
-        shares = score[some] * weight[some]
-        whole = (covered(box[some[:1]], window)[0] > 1 - 1e-6) & torch.isin(every, number[some], invert=True)
-        best.append(some[0])
-        boxes.append((box[some] * shares[:, None]).sum(0) / shares.sum())
-        scores.append(shares.sum() / (weight[some].sum() + central(middle[some[:1]], window)[whole].sum()))
-    if not best:
-        return left, box, score
-    fused = torch.stack(scores)
-    order = fused.argsort(descending=True, stable=True)
-    return torch.stack(best)[order], torch.stack(boxes)[order], fused[order]
+    best, group = groups(box, score, label, threshold)
+    shares, nothing = score * weight, box.new_zeros(len(best))
+    total = nothing.index_add(0, group, shares)
+    fused = nothing[:, None].expand(-1, box.shape[1]).index_add(0, group, box * shares[:, None]) / total[:, None]
+    showing = box.new_zeros(len(best), len(window)).index_put((group, number), box.new_ones(()))
+    missing = (covered(box[best], window) > 1 - 1e-6) & (showing == 0)
+    each, there = missing.nonzero(as_tuple=True)
+    missed = nothing.index_add(0, each, central(middle[best[each]], window[there]))
+    fair = total / (nothing.index_add(0, group, weight) + missed)
+    order = fair.argsort(descending=True, stable=True)
+    return best[order], fused[order], fair[order]
 
 
-def suppress(box: Tensor, score: Tensor, label: Tensor, threshold: float) -> Tensor:
-    """Numbers of the boxes (K, 2·D) that no better one of their class overlaps by more than `threshold`, best first."""
-    if box.shape[1] == 4:
-        from torchvision.ops import batched_nms
+def suppress(box: Tensor, score: Tensor, label: Tensor, threshold: float, most: int | None = None) -> Tensor:
+    """Numbers of the boxes (K, 2·D) that no better one of their class overlaps by more than `threshold`, best first; the best
+    `most`, or all.
+    """
+    return groups(box, score, label, threshold, most)[0]
 
-        return batched_nms(box, score, label, threshold)
-    from monai.data.box_utils import batched_nms as batched_nms_3d
 
-    return batched_nms_3d(box, score, label, threshold, box_overlap_metric=overlap)
+def groups(box: Tensor, score: Tensor, label: Tensor, threshold: float, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """Boxes (K, 2·D) go to the best one left of their class that they overlap by more than `threshold`: numbers of the best,
+    best first, and of each box's group (K,). With `most`, no more groups, and −1 for boxes of none.
+    """
+    best, group = list[int](), np.full(len(box), -1)
+    left = score.argsort(descending=True, stable=True)
+    while len(left) and (most is None or len(best) < most):
+        some = left[:BLOCK]
+        near = ((overlap(box[some], box[left]) > threshold) & (label[some, None] == label[left])).cpu().numpy()
+        order = left.cpu().numpy()
+        for number, own in zip(order, near, strict=False):
+            if group[number] < 0 and len(best) != most:
+                group[order[own & (group[order] < 0)]] = len(best)
+                group[number] = len(best)  # of a box without size, too, which overlaps nothing
+                best.append(int(number))
+        left = left[torch.from_numpy(group[order] < 0).to(left.device)]
+    return torch.tensor(best, dtype=torch.int64, device=box.device), torch.from_numpy(group).to(box.device)
 
 
 def central(point: Tensor, window: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from meristem.platform.objectives import Loss
 from meristem.tasks.detectors.base import Boxed, Detector, DetectorSettings
-from meristem.tasks.detectors.fusion import overlap
+from meristem.tasks.detectors.fusion import overlap, suppress
 from meristem.tasks.detectors.torchvision import PostSettings
 
 CANDIDATES = 1000  # places of a map that are looked at, best first
@@ -72,6 +72,26 @@ class _Focal(nn.Module):
         from torchvision.ops import sigmoid_focal_loss
 
         return sigmoid_focal_loss(logits, target, reduction="sum") / target.sum().clamp_min(1)
+
+
+def _selector(**settings: Any) -> Any:
+    """MONAI's choice of boxes, which suppresses them one by one, with ours."""
+    from monai.apps.detection.utils.box_selector import BoxSelector
+    from monai.data.box_utils import clip_boxes_to_image
+
+    class Selector(BoxSelector):
+        def select_boxes_per_image(self, boxes_list: list[Tensor], logits_list: list[Tensor],
+                                   spatial_size: Any) -> tuple[Tensor, Tensor, Tensor]:
+            parts = []
+            for boxes, logits in zip(boxes_list, logits_list, strict=True):
+                index, score, label = self.select_top_score_idx_per_level(logits)
+                box, inside = clip_boxes_to_image(boxes[index], spatial_size, remove_empty=True)
+                parts.append((box, score[inside], label[inside]))
+            box, score, label = (torch.cat(part) for part in zip(*parts, strict=True))
+            keep = suppress(box, score, label, self.nms_thresh, self.detections_per_img)
+            return box[keep], score[keep], label[keep]
+
+    return Selector(**settings)
 
 
 class MonaiDetector(Detector):
@@ -140,6 +160,6 @@ class MonaiRetinaNet(PostSettings, DetectorSettings):
             model.set_cls_loss(_Focal())
         if self.regression == "giou":
             model.set_box_regression_loss(BoxGIoULoss(reduction="mean"), encode_gt=False, decode_pred=True)
-        model.set_box_selector_parameters(score_thresh=self.score, topk_candidates_per_level=CANDIDATES, nms_thresh=self.nms,
-                                          detections_per_img=self.most)
+        model.box_selector = _selector(score_thresh=self.score, topk_candidates_per_level=CANDIDATES, nms_thresh=self.nms,
+                                       detections_per_img=self.most)
         return MonaiDetector(model)
