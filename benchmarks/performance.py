@@ -38,6 +38,7 @@ BENCHMARKS: dict[str, list[str]] = {  # name -> what makes it short
     "videomae": ["--repeats", "1", "--steps", "2"],
     "pointmae": ["--repeats", "1", "--steps", "4"],
     "gps": ["--repeats", "1"],
+    "streaming": ["--repeats", "1", "--crops", "16", "--steps", "2"],
     "profiles": ["--steps", "2"],
     "growth": ["image/mae", "--steps", "3"],
 }
@@ -58,6 +59,7 @@ ABOUT = {
     "videomae": "Clips from files to optimiser steps, beside a plain loop of VideoMAE",
     "pointmae": "Clouds from files to optimiser steps, beside a plain loop of Point-MAE",
     "gps": "A thousand graphs forward and backward, beside torch-geometric's networks",
+    "streaming": "Crops and steps from shards on a disk and on a S3 server of this machine, beside the local cache",
     "growth": "Cost of a step against the tokens of a batch, as `meristem bench --sweep` measures it on one thread: exponents "
               "with their standard errors; attention's own is 2",
     "profiles": "Where processor time goes in works whose targets are missed: processor seconds per 1,000 samples, of a run "

@@ -1,11 +1,11 @@
-"""Crops and steps from shards against the local cache, the same samples in the same run: one JSON line per place.
+"""Crops and steps from shards against the local cache, the same samples in the same run. Lines of `compare`.
 
-    python benchmarks/streaming.py [--crops 200] [--steps 40] [--repeats 3] [--data FOLDER_OF_DATA_SETS]
+    python benchmarks/streaming.py [--crops 200] [--steps 12] [--repeats 3] [--data FOLDER_OF_DATA_SETS]
 
-Volumes are 12 made ones of 256x256x160 int16, and the hippocampus set where it is there. `cold`: nothing is fetched yet, so
-each shard comes from the place once; `warm`: all are in the local store. S3 is a server on this machine (moto), which shares
-its cores. `crops_s` is of the loader alone, one process: median of turns, `ratio` to the cache with the least and the greatest
-of the turns; `loss`, `samples_s` and `wait` are of a short MAE run that starts with an empty store.
+Volumes are 12 made ones of 256×256×160 int16, and the hippocampus set where it is there. `cold`: nothing is fetched yet, so
+that each shard comes from the place once; `warm`: all are in the local store. S3 is a server on this machine (moto), which
+shares its cores. Crops are those of the loader alone, one process; samples a second and the wait for data are of a short MAE
+run that starts with an empty store (ours) and of one from the cache.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,13 +24,14 @@ from pathlib import Path
 
 import fsspec
 from cache import volumes
+from compare import compare
 
 import meristem
 from meristem.platform import recipe as recipes
 from meristem.platform.data.loader import loader
 from meristem.platform.data.source import open_data
 
-PORT = 5123
+PORT, PEER = 5123, "local cache"
 RECIPE = ["train.batch=8", "train.workers=1", "train.log_every=10", "encoder.transformer.size=tiny"]
 SIZE = {"made": 64.0, "hippocampus": 4.0}  # MB of a shard: the set has about ten
 VIEW = {"made": 64, "hippocampus": 32}
@@ -88,23 +88,18 @@ def measure(name: str, files: Path, bucket: str, home: Path, arguments: argparse
                                                                   f"train.steps={arguments.steps}"],
                           split="1,0,0", cache=store, quiet=True)
         train[place] = json.loads((out / "metrics.json").read_text())
-    for place, way in ways:
-        ratios = [a / b for a, b in zip(speed[place, way], speed["cache", "warm"], strict=True)]
-        line = {"benchmark": "streaming", "data": name, "samples": len(done.lines), "shards": len(done.shards),
-                "mb": round(sum(s.size for s in done.shards) / 1e6, 1), "place": place, "way": way,
-                "crops_s": round(statistics.median(speed[place, way]), 1), "ratio": round(statistics.median(ratios), 3),
-                "least": round(min(ratios), 3), "greatest": round(max(ratios), 3)}
-        if way == "cold" or place == "cache":
-            run = train[place]
-            line |= {key: round(run[said], 4) for key, said in (("loss", "loss"), ("samples_s", "samples_per_s"),
-                                                                ("wait", "data_wait"))}
-        print(json.dumps(line), flush=True)
+    about = f"{name}, {len(done.lines)} volumes in {len(done.shards)} shards of {sum(x.size for x in done.shards) / 1e6:.1f} MB"
+    for place, way in ways[1:]:
+        compare(f"crops of {about}: {place}, {way}", PEER, "crops / s", speed[place, way], speed["cache", "warm"])
+    for place in ("file", "s3"):
+        for said, what, unit in (("samples_per_s", "MAE", "samples / s"), ("data_wait", "its wait for data", "of the time")):
+            compare(f"{what}, {about}: {place}, cold", PEER, unit, [train[place][said]], [train["cache"][said]])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--crops", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
     default = os.environ.get("MERISTEM_DATA", Path(__file__).parents[2] / "shared" / "data")
     parser.add_argument("--data", type=Path, default=default)

@@ -142,7 +142,7 @@ class Lattice:
         assert isinstance(settings, LatticeViewOptions)
         params = view.params
         each = (slice(None), slice(None), *[None] * (view.array.ndim - 2))
-        x = view.array.float() * params["scale"][each] + params["offset"][each]
+        x = (view.array.float() * params["scale"][each]).add_(params["offset"][each])
         rows = _active(params, len(view))
         view = self._deform(replace(view, array=x), settings, rows)
         x = view.array
@@ -163,14 +163,15 @@ class Lattice:
         return view
 
     def _deform(self, view: View, settings: LatticeViewOptions, rows: dict[str, Tensor]) -> View:
+        """The view's array is this function's own; fields and weight are the loader's."""
         params, shape, size = view.params, view.frame.shape, settings.size
         matrix = geometry.inner(params, view.frame.spacing, size, shape)
         frame = view.frame.compose(matrix, size)
         warped = rows["warped"]
 
-        def exact(x: Tensor) -> Tensor:
+        def exact(x: Tensor, own: bool = False) -> Tensor:
             x = geometry.trim(x, size)
-            out = x.clone() if any(len(rows.get(f"flip{a}", ())) for a in range(len(size))) else x
+            out = x.clone() if not own and any(len(rows.get(f"flip{a}", ())) for a in range(len(size))) else x
             for axis in range(len(size)):
                 flipped = rows.get(f"flip{axis}", ())
                 if len(flipped):
@@ -178,7 +179,7 @@ class Lattice:
             return out
 
         fields = {name: exact(x) for name, x in view.fields.items()}
-        array = exact(view.array)
+        array = exact(view.array, own=True)
         weight = None if view.weight is None else exact(view.weight)
         if len(warped):
             displacement = None
@@ -190,7 +191,7 @@ class Lattice:
             pad = params["pad"][warped].reshape(len(warped), -1, *[1] * len(size))
             inside = torch.ones_like(view.array[:, :1]) if view.weight is None else view.weight
             sampled = geometry.sample(torch.cat([view.array[warped] - pad, inside[warped]], 1), points, "bilinear")
-            array, weight = array.clone(), torch.ones_like(array[:, :1]) if weight is None else weight.clone()
+            weight = torch.ones_like(array[:, :1]) if weight is None else weight.clone()
             array[warped], weight[warped] = sampled[:, :-1] + pad, sampled[:, -1:]
             for name, x in view.fields.items():
                 labels = x[warped][:, None].float()

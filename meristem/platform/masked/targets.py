@@ -114,7 +114,7 @@ class Content(TargetSettings):
     def compare(self, step: Step, view: str, index: Tensor | None, prediction: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         stream = step.stream(view) if index is None else step.stream(view).take(index)
         mean, std = self.statistics(stream, step.assembly.recipe.modality.channels)
-        error = _error(self.loss, prediction.float(), (stream.content.float() - mean) / std, self.beta)
+        error = _error(self.loss, prediction.float(), (stream.content.float() - mean).div_(std), self.beta)
         if stream.weight is None:
             return (weight * error.sum(-1)).sum(), weight.sum() * error.shape[-1]
         w = weight[..., None] * element_weight(stream)
