@@ -1,6 +1,6 @@
 """How many images a masked autoencoder must see for features of the same worth: ours beside other packages' programs.
 
-    python benchmarks/accuracy.py --data FOLDER [--steps 16 32 64 128] [--seeds 0 1 2] [--peers lightly stable_pretraining]
+    python benchmarks/accuracy.py --data FOLDER [--steps 16 32 64 128 256] [--seeds 0 1 2] [--peers lightly stable_pretraining]
 
 FOLDER: holds `pneumoniamnist_union.npz` (chest X-rays of 28×28 pixels: 4,708 to train on, 524 to choose by, 624 to test).
 The programs are those of images.py, with patches of 4 pixels: same network, batch, crops, masking ratio, rate and decay; what
@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = Path(os.environ.get("MERISTEM_DATA", HERE.parent.parent / "shared" / "data"))
     parser.add_argument("--data", type=Path, default=shared / "pneumoniamnist")
-    parser.add_argument("--steps", type=int, nargs="+", default=[16, 32, 64, 128])
+    parser.add_argument("--steps", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--peers", nargs="+", default=["lightly", "stable_pretraining"])
     parser.add_argument("--jobs", type=int, default=2, help="programs at a time: nothing here is timed")
