@@ -95,15 +95,16 @@ class GPS(nn.Module):
 
 
 class GIN(nn.Module):
-    """torch-geometric's ready-made network."""
+    """torch-geometric's ready-made network, and behind its last layer the norm and activation that ours has there."""
 
     def __init__(self, assembly: Assembly) -> None:
         super().__init__()
         self.net = geometric.GIN(assembly.tokenizer.channels, assembly.encoder.width, assembly.encoder.depth, act="prelu",
                                  norm="batch_norm")  # type: ignore[arg-type]
+        self.after = nn.Sequential(nn.BatchNorm1d(assembly.encoder.width), nn.PReLU())
 
     def forward(self, batch: Any) -> Tensor:
-        pooled: Tensor = geometric.global_mean_pool(self.net(batch.x, batch.edge_index), batch.batch)
+        pooled: Tensor = geometric.global_mean_pool(self.after(self.net(batch.x, batch.edge_index)), batch.batch)
         return pooled
 
 

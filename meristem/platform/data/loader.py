@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -242,18 +241,15 @@ class _Batches(Dataset[Batch | DataError]):
                     values.append(self._field(row, field, draw))
         shape = max(tuple(a.shape[1:]) for a in arrays)
         if any(a.shape[1:] != shape for a in arrays):  # sets of several sizes
-            weights = [_padded(torch.ones(1, *a.shape[1:]) if w is None else w, shape[0])
-                       for a, w in zip(arrays, weights, strict=True)]
-            arrays = [_padded(a, shape[0]) for a in arrays]
-            fields = {name: [_padded(x, shape[0], IGNORED) for x in xs] for name, xs in fields.items()}
+            weights = [torch.ones(1, *a.shape[1:]) if w is None else w for a, w in zip(arrays, weights, strict=True)]
         frame = Frame(torch.stack(affines).float(), shape, torch.stack(spacings), tuple(a.unit for a in self.modality.axes))
         weight = None
         if any(w is not None for w in weights):
-            weight = torch.stack([torch.ones(1, *shape) if w is None else w for w in weights])
-        return View(name, _stack(arrays), frame, torch.tensor([i for *_, i, _ in looks]),
+            weight = _stack([torch.ones(1, *shape) if w is None else w for w in weights], shape)
+        return View(name, _stack(arrays, shape), frame, torch.tensor([i for *_, i, _ in looks]),
                     torch.tensor([look for *_, look in looks]),
                     {key: torch.stack([_number(p[key]) for p in params]) for key in params[0]},
-                    {field: torch.stack(values) for field, values in fields.items()}, weight,
+                    {field: _stack(values, shape, IGNORED) for field, values in fields.items()}, weight,
                     _places(drawn, shape[0]) if len(shape) == 1 else None, _edges(links, shape[0]))
 
     def _match(self, name: str, cursor: int) -> tuple[tuple[int, ...], dict[str, float]]:
@@ -326,14 +322,10 @@ def inside(header: Header, draw: Draw) -> Tensor | None:
     return weight
 
 
-def _padded(x: Tensor, length: int, value: float = 0) -> Tensor:
-    return F.pad(x, (0, length - x.shape[-1]), value=value)
-
-
 def _places(draws: Sequence[Draw], length: int) -> Tensor:
     """(B, length) which stored element of a set each is; −1 for padding."""
     places = [torch.tensor(d.index) if d.index else torch.arange(d.start[0], d.start[0] + d.size[0]) for d in draws]
-    return torch.stack([_padded(x, length, IGNORED) for x in places])
+    return _stack(places, (length,), IGNORED)
 
 
 def _edges(links: Sequence[Links | None], length: int) -> Edges | None:
@@ -348,15 +340,20 @@ def _edges(links: Sequence[Links | None], length: int) -> Edges | None:
     return Edges(torch.from_numpy(pairs), torch.from_numpy(kind), value, len(some), length)
 
 
-def _stack(arrays: Sequence[Tensor]) -> Tensor:
-    """Rows of one type: a data set may hold 8 and 16 bit samples."""
-    kinds = {x.dtype for x in arrays}
+def _stack(rows: Sequence[Tensor], shape: Sequence[int], value: int = 0) -> Tensor:
+    """Rows of one type, as a data set may hold 8 and 16 bit samples; shorter ones, of sets, are filled up to `shape`."""
+    kinds = {x.dtype for x in rows}
     if len(kinds) > 1:
-        kind = arrays[0].dtype
+        kind = rows[0].dtype
         for other in kinds:
             kind = torch.promote_types(kind, other)
-        arrays = [x.to(kind) for x in arrays]
-    return torch.stack(list(arrays))
+        rows = [x.to(kind) for x in rows]
+    if all(x.shape[-1] == shape[-1] for x in rows):
+        return torch.stack(list(rows))
+    table = rows[0].new_full((len(rows), *rows[0].shape[:-1], shape[-1]), value)
+    for whole, row in zip(table.unbind(), rows, strict=True):
+        whole[..., :row.shape[-1]] = row
+    return table
 
 
 def _number(x: Any) -> Tensor:

@@ -8,8 +8,9 @@ import os
 import secrets
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -209,13 +210,13 @@ class Samples(ABC):
         entry = self.entries[row]
         if not entry.array.file:
             return self._outside(row, draws)
-        stored, pad = self._open(entry.array), raw_pad(entry.header, entry.array.dtype)
+        stored, pad = self._open(entry.array), partial(raw_pad, entry.header, entry.array.dtype)
         return [_window(stored, entry.array, draw, pad) for draw in draws]
 
     def field_window(self, row: int, name: str, draw: Draw) -> np.ndarray:
         """What a look at a companion reads, (*size); outside the lattice 0."""
         block = self.entries[row].fields[name]
-        return _window(self._open(block), block, draw, np.zeros(1, block.dtype))
+        return _window(self._open(block), block, draw, partial(np.zeros, 1, block.dtype))
 
     def write_quarantine(self, path: Path) -> Path:
         """A CSV of case, reason and message; no true names."""
@@ -238,7 +239,7 @@ class Samples(ABC):
 
                 handle = blosc2.open(str(path), mode="r", offset=block.offset, mmap_mode="r", dparams={"nthreads": 1})
             else:
-                handle = np.memmap(path, np.uint8, "r")
+                handle = np.asarray(np.memmap(path, np.uint8, "r"))  # slices of a memmap take six times as long to make
             self._handles[key] = handle
             if len(self._handles) > HANDLES:
                 self._handles.popitem(last=False)
@@ -248,7 +249,8 @@ class Samples(ABC):
         return handle[block.offset:block.offset + block.nbytes].view(block.dtype).reshape(block.shape)
 
 
-def _window(stored: Any, block: Block, draw: Draw, pad: np.ndarray) -> np.ndarray:
+def _window(stored: Any, block: Block, draw: Draw, pad: Callable[[], np.ndarray]) -> np.ndarray:
+    """What a look reads. pad: what lies outside, for each channel; most looks need not ask."""
     if draw.index:
         shown = np.array(draw.index)
         if (shown < 0).all():
@@ -258,7 +260,7 @@ def _window(stored: Any, block: Block, draw: Draw, pad: np.ndarray) -> np.ndarra
         axis = len(block.shape) - len(draw.size)
         window = _window(stored, block, span, pad).take(np.maximum(shown - first, 0), axis)
         if (shown < 0).any():
-            np.moveaxis(window, axis, 0)[shown < 0] = pad.reshape(-1, *[1] * (len(draw.size) - 1)) if axis else pad[0]
+            np.moveaxis(window, axis, 0)[shown < 0] = pad().reshape(-1, *[1] * (len(draw.size) - 1)) if axis else pad()[0]
         return window
     lead = block.shape[:len(block.shape) - len(draw.size)]
     inside, place = [], []
@@ -270,7 +272,7 @@ def _window(stored: Any, block: Block, draw: Draw, pad: np.ndarray) -> np.ndarra
     if not empty and tuple(s.stop - s.start for s in inside) == tuple(draw.size):
         return np.array(stored[(slice(None),) * len(lead) + tuple(inside)])
     out = np.empty((*lead, *draw.size), block.dtype)
-    out[...] = pad.reshape(-1, *[1] * len(draw.size)) if lead else pad[0]
+    out[...] = pad().reshape(-1, *[1] * len(draw.size)) if lead else pad()[0]
     if not empty:
         out[(slice(None),) * len(lead) + tuple(place)] = stored[(slice(None),) * len(lead) + tuple(inside)]
     return out
