@@ -2,8 +2,9 @@
 
 `watch()` before the program starts notes marks in the file that the environment names (`programs.run` sets it). It works for
 any program whose optimiser is torch's: ours and every peer's. Where the environment names a file for it, the steps between the
-last two marks run under torch's profiler (`profiles.py`). Where it names a folder that holds `images.npy`, a program that set
-`embedding` leaves there what its encoder makes of them at each mark (`accuracy.py`). Linux.
+last two marks run under torch's profiler, which notes shapes where that is asked for (`profiles.py`). Where it names a folder
+that holds `images.npy`, a program that set `embedding` leaves there what its encoder makes of them at each mark
+(`accuracy.py`). Linux.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FILE, STEPS, PROFILE = "BENCHMARK_MARKS", "BENCHMARK_STEPS", "BENCHMARK_PROFILE"
+FILE, STEPS, PROFILE, SHAPES = "BENCHMARK_MARKS", "BENCHMARK_STEPS", "BENCHMARK_PROFILE", "BENCHMARK_SHAPES"
 FEATURES, SEED = "BENCHMARK_FEATURES", "BENCHMARK_SEED"
 TICK = os.sysconf("SC_CLK_TCK")
 
@@ -77,12 +78,13 @@ def watch() -> None:
         if PROFILE in os.environ and done == wanted[-2]:
             import torch
 
-            profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
+            profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                              record_shapes=SHAPES in os.environ)
             profiler.start()
         elif profiler is not None and done == wanted[-1]:
             Path(os.environ[PROFILE]).write_text(json.dumps(
                 [{"operator": e.key, "shapes": e.input_shapes, "count": e.count, "seconds": e.self_cpu_time_total / 1e6}
-                 for e in profiler.key_averages(group_by_input_shape=True)]))
+                 for e in profiler.key_averages(group_by_input_shape=SHAPES in os.environ)]))
             profiler = None
 
     register_optimizer_step_post_hook(note)

@@ -2,10 +2,11 @@
 
     python benchmarks/profiles.py [NAME ...] [--steps 16]
 
-The programs are those of images.py (mae, simclr), volumes.py (hippocampus, PersistentDataset) and videomae.py (frames in their
+The programs are those of images.py (all methods), volumes.py (hippocampus, PersistentDataset) and videomae.py (frames in their
 files); counted are the steps after the first epoch, in processor seconds per 1,000 samples. `products alone`: the same matrix
 products of the same shapes, run one after the other by a loop that does nothing else: what no program of that architecture on
-this library can go below. A line of JSON for each program.
+this library can go below. Their shapes come from a second, shorter run, since recording them slows all else down. A line of
+JSON for each program.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import images
 import torch
 import videomae
 import volumes
 from loops import videomae as plain
-from marks import FILE, PROFILE, STEPS
+from marks import FILE, PROFILE, SHAPES, STEPS
 from programs import Failed, finished, noted_in
 from whole import AHEAD, pretrain
 
@@ -45,6 +46,15 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {  # parts of operators' names
 }
 Program = tuple[Sequence[str], int, int]
 """Its command, samples in a batch, steps of an epoch."""
+
+
+class Profile(NamedTuple):
+    """own, all: processor seconds, of the process and with its loading ones. samples: thousands that went through."""
+
+    operators: Sequence[Mapping[str, Any]]
+    own: float
+    all: float
+    samples: float
 
 
 def family(operator: str) -> str:
@@ -69,24 +79,29 @@ def alone(operators: Sequence[Mapping[str, Any]]) -> float:
     return total
 
 
-def parts(program: Program, steps: int) -> dict[str, float]:
-    """Processor seconds per 1,000 samples, by what they were spent on. Raises Failed."""
+def profiled(program: Program, steps: int, shapes: bool) -> Profile:
+    """Of some steps after the first epoch. shapes: operators by what they were given. Raises Failed."""
     command, batch, epoch = program
     with tempfile.TemporaryDirectory() as folder:
         marks, profile = Path(folder) / "marks", Path(folder) / "profile"
         finished(command, {FILE: str(marks), STEPS: f"1,{epoch},{epoch + steps}", PROFILE: str(profile), "OMP_NUM_THREADS": "1",
-                           "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent)))})
-        noted = noted_in(marks)
-        operators = json.loads(profile.read_text())
-    a, b = noted[epoch], noted[epoch + steps]
-    samples, own = steps * batch / 1000, b["own"] - a["own"]
+                           "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent))),
+                           **({SHAPES: "1"} if shapes else {})})
+        noted, operators = noted_in(marks), json.loads(profile.read_text())
+    own, all_ = (noted[epoch + steps][key] - noted[epoch][key] for key in ("own", "cpu"))
+    return Profile(operators, own, all_, steps * batch / 1000)
+
+
+def parts(plain: Profile, shaped: Profile) -> dict[str, float]:
+    """Processor seconds per 1,000 samples, by what they were spent on."""
     found = Counter[str]()
-    for one in operators:
+    for one in plain.operators:
         found[family(one["operator"])] += one["seconds"]
-    found["between operators"] = own - found.total()
-    found["loading processes"] = b["cpu"] - a["cpu"] - own
-    return {name: round(seconds / samples, 3) for name, seconds in
-            [*found.most_common(), ("all", b["cpu"] - a["cpu"]), ("products alone", alone(operators))]}
+    found["between operators"] = plain.own - found.total()
+    found["loading processes"] = plain.all - plain.own
+    return {name: round(seconds, 3) for name, seconds in
+            [*((name, seconds / plain.samples) for name, seconds in found.most_common()), ("all", plain.all / plain.samples),
+             ("products alone", alone(shaped.operators) / shaped.samples)]}
 
 
 def image(method: str, peer: str, folder: Path, out: Path, steps: int) -> dict[str, Program]:
@@ -120,7 +135,8 @@ def video_mae(folder: Path, out: Path, steps: int) -> dict[str, Program]:
 
 
 WORKS: dict[str, Callable[[Path, Path, int], dict[str, Program]]] = {
-    "image mae": partial(image, "mae", "stable_pretraining"), "image simclr": partial(image, "simclr", "lightly"),
+    "image mae": partial(image, "mae", "lightly"), "image simclr": partial(image, "simclr", "lightly"),
+    "image dino": partial(image, "dino", "lightly"),
     "volume MAE of hippocampus": volume_mae, "VideoMAE": video_mae}
 
 
@@ -131,14 +147,19 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     for name in given.names or WORKS:
-        with tempfile.TemporaryDirectory() as root:
-            (out := Path(root) / "out").mkdir()
-            for who, program in WORKS[name](Path(root) / "data", out, given.steps).items():
-                try:
-                    line = {"name": name, "who": who, "unit": "CPU s / 1,000 samples", "parts": parts(program, given.steps)}
-                except Failed as failure:
-                    line = {"name": name, "who": who, "cannot": str(failure)}
-                print(json.dumps(line), flush=True)
+        found: dict[str, list[Profile]] = {}
+        failed: dict[str, str] = {}
+        for shapes, steps in ((False, given.steps), (True, 2)):
+            with tempfile.TemporaryDirectory() as root:
+                (out := Path(root) / "out").mkdir()
+                for who, program in WORKS[name](Path(root) / "data", out, steps).items():
+                    try:
+                        found.setdefault(who, []).append(profiled(program, steps, shapes))
+                    except Failed as failure:
+                        failed[who] = str(failure)
+        for who, profiles in found.items():
+            line = {"cannot": failed[who]} if who in failed else {"unit": "CPU s / 1,000 samples", "parts": parts(*profiles)}
+            print(json.dumps({"name": name, "who": who} | line), flush=True)
 
 
 if __name__ == "__main__":
