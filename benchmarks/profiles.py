@@ -96,7 +96,8 @@ def parts(plain: Profile, shaped: Profile) -> dict[str, float]:
     """Processor seconds per 1,000 samples, by what they were spent on."""
     found = Counter[str]()
     for one in plain.operators:
-        found[family(one["operator"])] += one["seconds"]
+        if "DataLoader" not in one["operator"]:  # it waits, which takes no processor time
+            found[family(one["operator"])] += one["seconds"]
     found["between operators"] = plain.own - found.total()
     found["loading processes"] = plain.all - plain.own
     return {name: round(seconds, 3) for name, seconds in
