@@ -26,7 +26,7 @@ from meristem.platform.data.source import Data, open_data
 from meristem.platform.training.precision import sound
 from meristem.tasks.base import objective
 from meristem.tasks.detection import DetectionObjective, source, stored
-from meristem.tasks.detectors import DETECTORS, Boxed, DetectorSettings
+from meristem.tasks.detectors import DETECTORS, Boxed, DetectorSettings, fusion
 from meristem.tasks.detectors.fusion import cluster, suppress, together
 from meristem.tasks.detectors.instances import of_mask
 from meristem.tasks.finetune import resolve
@@ -328,13 +328,20 @@ def boxes(dims: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_suppression_is_that_of_a_double_loop(dims: int) -> None:
+def test_suppression_is_that_of_a_double_loop(dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusion, "BLOCK", 16)
     box, score, label = boxes(dims, 40)
     kept: list[int] = []
     for i in score.argsort(descending=True).tolist():
         if all(label[i] != label[j] or iou(box[i].tolist(), box[j].tolist()) <= 0.3 for j in kept):
             kept.append(i)
     assert suppress(box, score, label, 0.3).tolist() == kept and 3 < len(kept) < 40
+    assert suppress(box, score, label, 0.3, 3).tolist() == kept[:3]
+
+
+def test_boxes_without_size_suppress_nothing() -> None:
+    flat = torch.tensor([[1.0, 1, 1, 1, 1, 1]]).repeat(2, 1)
+    assert suppress(flat, torch.tensor([0.5, 0.9]), torch.zeros(2, dtype=torch.long), 0.3).tolist() == [1, 0]
 
 
 def middling(point: list[float], window: list[float]) -> float:
@@ -344,7 +351,8 @@ def middling(point: list[float], window: list[float]) -> float:
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_clusters_are_those_of_a_double_loop(dims: int) -> None:
+def test_clusters_are_those_of_a_double_loop(dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusion, "BLOCK", 16)
     box, score, label = boxes(dims, 40)
     low = torch.tensor([[0] * dims, [5] * dims, [0] * (dims - 1) + [8]])
     window = torch.cat([low, low + 16], 1)

@@ -81,6 +81,10 @@ def suppress(box: Tensor, score: Tensor, label: Tensor, threshold: float, most: 
     """Numbers of the boxes (K, 2·D) that no better one of their class overlaps by more than `threshold`, best first; the best
     `most`, or all.
     """
+    if box.shape[1] == 4:
+        from torchvision.ops import batched_nms
+
+        return batched_nms(box, score, label, threshold)[:most]
     return groups(box, score, label, threshold, most)[0]
 
 
