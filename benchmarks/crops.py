@@ -68,11 +68,10 @@ def from_disk() -> int:
 def installed(name: str, version: str) -> Any:
     """A package that is no dependency of ours, from a folder of its own behind ours. Raises CalledProcessError."""
     place = HOME / f"{name}-{version}"
-    if not place.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", sys.executable, "--target",
-                            folder, f"{name}=={version}"], check=True)
-            shutil.copytree(folder, place)
+    if not (place / "ready").exists():
+        subprocess.run([sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", sys.executable, "--target", place,
+                        f"{name}=={version}"], check=True)
+        (place / "ready").touch()
     sys.path.append(str(place))
     return importlib.import_module(name)
 

@@ -29,6 +29,7 @@ import images
 import torch
 import videomae
 import volumes
+from compare import cannot
 from loops import videomae as plain
 from marks import FILE, PROFILE, SHAPES, STEPS
 from programs import Failed, finished, noted_in
@@ -159,8 +160,11 @@ def main() -> None:
                     except Failed as failure:
                         failed[who] = str(failure)
         for who, profiles in found.items():
-            line = {"cannot": failed[who]} if who in failed else {"unit": "CPU s / 1,000 samples", "parts": parts(*profiles)}
-            print(json.dumps({"name": name, "who": who} | line), flush=True)
+            if who in failed:
+                cannot(name, who, failed[who])
+            else:
+                line = {"name": name, "who": who, "unit": "CPU s / 1,000 samples", "parts": parts(*profiles)}
+                print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
